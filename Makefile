@@ -1,0 +1,42 @@
+# Owns the commands a person or CI runs; each sets up what it needs in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/CMakeLists.txt)
+
+.PHONY: demo test lint format clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(TORCH) numpy
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(BIN)/python -m pip install -q -e ".[demo,peers]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/python -m pip install -q -e ".[test,lint]"
+	touch $@
+
+demo: $(VENV)/.demo  ## fine-tune a small language model with every optimizer; table, picture and JSON in demo-results/
+	$(BIN)/python -m lion8bit demo
+
+test: $(VENV)/.dev  ## every test; CUDA tests run where there is a GPU
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## formatting, style and types, as CI checks them
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu $(wildcard tests/emulator/*.h tests/emulator/*.cpp)
+
+format: $(VENV)/.dev  ## rewrite the sources in the project's style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu $(wildcard tests/emulator/*.h tests/emulator/*.cpp)
+
+clean:
+	rm -rf build dist $(VENV) demo-results .mypy_cache .pytest_cache .ruff_cache .hypothesis

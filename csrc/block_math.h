@@ -1,0 +1,243 @@
+// Owns the momentum format and the arithmetic of one element, for every backend; loops, memory and dispatch live in the kernels.
+//
+// Functions are templates over the lane type F: `float` in the CUDA kernel, a SIMD vector of floats in the CPU kernel. Each
+// operation rounds once, in the order written, without fused multiply-add (-ffp-contract=off, --fmad=false), so that every
+// backend gives the bits of lion8bit/reference.py, which is the specification.
+#pragma once
+
+#if defined(__CUDACC_RTC__)  // NVRTC brings no standard headers
+using int8_t = signed char;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+#else
+#include <cstdint>
+#include <cstring>
+using std::memcpy;
+#endif
+
+#if defined(__CUDACC__)
+#define LION8BIT_FN __device__ __forceinline__
+#elif defined(_MSC_VER) && !defined(__clang__)
+#define LION8BIT_FN __forceinline
+#else
+#define LION8BIT_FN inline __attribute__((always_inline))
+#endif
+
+namespace lion8bit {
+
+// ---- The state format, version 1 --------------------------------------------------------------------------------------------
+//
+// A parameter is [rows, cols]: rows = shape[0] (1 for a vector), in memory order. A row is cut into ceil(cols / block_size)
+// blocks, the last may be short; a block never crosses a row.
+//
+//   codes   [rows, cols]            int8   -127..127, or kZeroCode for an exact zero
+//   scales  [rows, blocks_per_row]  fp32   s = max |m| over the block; 0 where that is below kMinScale
+
+constexpr int32_t kFormatVersion = 1;
+constexpr int32_t kMaxBlockSize = 256;       // block sizes are 64, 128 and 256
+constexpr int32_t kZeroCode = -128;          // the code of an exact zero
+constexpr float kRangeSquared = 16002.25f;   // A * A, A = 126.5: |A + dither| rounds to at most 127
+constexpr float kMinScale = 0x1p-100f;       // below it a block is all zero
+constexpr int32_t kOverflowBits = (120 + 127) << 23;  // gradients of 2^120 and above are treated as infinite: no overflow later
+
+static_assert(126.5f * 126.5f == kRangeSquared, "A * A must be exact");
+
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum WeightRounding : int32_t { kNearest = 0, kStochastic = 1 };
+enum Flag : uint32_t { kMaximize = 1, kCoupledDecay = 2, kCautious = 4 };
+
+// The options of one parameter group. Differences and products are formed in double and rounded to float once.
+struct Hyper {
+    float lr;               // length of a step
+    float decay;            // factor on the parameter: 1 - lr * weight_decay, or 1 where decay is coupled
+    float coupled_decay;    // times the parameter, added to the gradient (kCoupledDecay)
+    float blend;            // update = sign(blend * m + one_minus_blend * g)
+    float one_minus_blend;
+    float beta;             // m <- beta * m + one_minus_beta * g
+    float one_minus_beta;
+    uint32_t flags;         // Flag bits
+    int32_t block_size;     // 64, 128 or 256
+    int32_t weight_rounding;  // WeightRounding; parameters of 16 bits only
+};
+static_assert(sizeof(Hyper) == 40, "mirrored by lion8bit/layout.py");
+
+// One parameter with its gradient and state.
+struct Tensor {
+    void* param;          // [rows, cols] of param_dtype, updated in place
+    const void* grad;     // [rows, cols] of grad_dtype
+    void* momentum;       // [rows, cols] int8 codes, or fp32 values where scales is null; updated in place
+    float* scales;        // [rows, blocks_per_row] fp32, updated in place
+    int64_t rows;
+    int64_t cols;
+    int64_t first_block;  // index of the first block here within the whole parameter, of which this may be a shard
+    uint32_t seed;        // tells parameters apart in stochastic rounding
+    uint32_t step;        // counts this parameter's updates from 1
+    int32_t param_dtype;  // Dtype
+    int32_t grad_dtype;   // Dtype
+    int32_t hyper;        // index into the array of Hyper
+    int32_t reserved;     // 0
+};
+static_assert(sizeof(Tensor) == 80, "mirrored by lion8bit/layout.py");
+
+LION8BIT_FN int64_t blocks_per_row(int64_t cols, int32_t block_size) { return (cols + block_size - 1) / block_size; }
+
+// ---- Lanes: what differs between a float and a vector of floats ---------------------------------------------------------------
+
+template <class F> struct LanesOf;  // what F needs besides operators; the SIMD specialisation stands in the CPU kernel
+template <> struct LanesOf<float> {
+    using Int = int32_t;
+    using Uint = uint32_t;
+#if defined(__CUDACC__)
+    static LION8BIT_FN float square_root(float x) { return __fsqrt_rn(x); }
+    static LION8BIT_FN int32_t truncate(float x) { return __float2int_rz(x); }
+#else
+    static LION8BIT_FN float square_root(float x) { return __builtin_sqrtf(x); }
+    static LION8BIT_FN int32_t truncate(float x) { return static_cast<int32_t>(x); }
+#endif
+};
+template <class F> using Int = typename LanesOf<F>::Int;
+template <class F> using Uint = typename LanesOf<F>::Uint;
+
+template <class To, class From> LION8BIT_FN To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+    To to;
+    memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+template <class F> LION8BIT_FN Int<F> bits(F x) { return bit_cast<Int<F>>(x); }
+template <class F> LION8BIT_FN F magnitude(F x) { return bit_cast<F>(bits(x) & 0x7fffffff); }
+template <class F> LION8BIT_FN F copy_sign(F magnitude_, F sign) {
+    return bit_cast<F>((bits(sign) & int32_t(0x80000000)) | bits(magnitude_));
+}
+
+// MurmurHash3's 32-bit finaliser: a bijection whose every output bit depends on every input bit.
+template <class U> LION8BIT_FN U fmix32(U h) {
+    h ^= h >> 16;
+    h *= 0x85ebca6bu;
+    h ^= h >> 13;
+    h *= 0xc2b2ae35u;
+    h ^= h >> 16;
+    return h;
+}
+
+// ---- The momentum code --------------------------------------------------------------------------------------------------------
+
+// What encoding and decoding need of a block, all of it derived from its scale.
+struct Codec {
+    float dither;       // u in [-1/2, 1/2), a hash of the scale
+    float encode_gain;  // A*A / s, or 0 for an all-zero block
+    float decode_gain;  // s / (A*A)
+};
+
+LION8BIT_FN float dither(float scale) {
+    return static_cast<float>(static_cast<int32_t>(fmix32(static_cast<uint32_t>(bits(scale))) >> 8)) * 0x1p-24f - 0.5f;
+}
+LION8BIT_FN float stored_scale(float absmax) { return absmax < kMinScale ? 0.0f : absmax; }
+LION8BIT_FN Codec encoder(float scale) {
+    return {dither(scale), scale == 0.0f ? 0.0f : kRangeSquared / scale, 0.0f};
+}
+LION8BIT_FN Codec decoder(float scale) { return {dither(scale), 0.0f, scale / kRangeSquared}; }
+
+// code = rint(copysign(sqrt(|m| * A*A/s), m) + u); an exact zero has a code of its own. The low byte of the result is the code.
+template <class F> LION8BIT_FN Int<F> encode(F momentum, const Codec& codec) {
+    const F scaled = magnitude(momentum) * codec.encode_gain;
+    const F level = copy_sign(LanesOf<F>::square_root(scaled), momentum) + codec.dither;
+    const Int<F> rounded = bits(level + 12582912.0f);  // 1.5 * 2^23: to nearest even, the integer in the low mantissa bits
+    return scaled == 0.0f ? Int<F>{} + kZeroCode : rounded;
+}
+
+// m = t*|t| * s/(A*A), t = code - u
+template <class F> LION8BIT_FN F decode(F code, const Codec& codec) {
+    const F t = code - codec.dither;
+    const F value = t * magnitude(t) * codec.decode_gain;
+    return code == static_cast<float>(kZeroCode) ? F{} : value;
+}
+
+// ---- The Lion step --------------------------------------------------------------------------------------------------------------
+
+// Updates one element in place and returns whether its gradient was finite; a bad gradient leaves the element as it is.
+// General is false where no flag is set: the same arithmetic without the tests.
+template <bool General, class F> LION8BIT_FN auto lion_step(const Hyper& hyper, F& param, F grad, F& momentum) {
+    if constexpr (General) {
+        if (hyper.flags & kMaximize) grad = -grad;
+        if (hyper.flags & kCoupledDecay) grad = grad + param * hyper.coupled_decay;
+    }
+    const auto finite = (bits(grad) & 0x7fffffff) < kOverflowBits;
+    const F blended = momentum * hyper.blend + grad * hyper.one_minus_blend;
+    const F averaged = momentum * hyper.beta + grad * hyper.one_minus_beta;
+    F update = copy_sign(hyper.lr - F{}, blended);
+    update = blended == 0.0f ? F{} : update;  // sign(0) = 0
+    if constexpr (General) {
+        if (hyper.flags & kCautious) {
+            const auto agrees = (bits(blended) ^ bits(grad)) >= 0;
+            update = agrees ? update : F{};
+            update = grad == 0.0f ? F{} : update;
+        }
+    }
+    const F moved = param * hyper.decay - update;
+    param = finite ? moved : param;
+    momentum = finite ? averaged : momentum;
+    return finite;
+}
+
+// ---- 16-bit numbers -------------------------------------------------------------------------------------------------------------
+// A 16-bit pattern travels in the low half of a 32-bit lane.
+
+template <class F> LION8BIT_FN F from_bfloat16(Uint<F> pattern) { return bit_cast<F>(pattern << 16); }
+
+template <class F> LION8BIT_FN F from_float16(Uint<F> pattern) {
+    const F scaled = bit_cast<F>((pattern & 0x7fffu) << 13) * 0x1p112f;  // exact, subnormals too
+    const Uint<F> special = (pattern & 0x7c00u) == 0x7c00u ? Uint<F>{} + 0x7f800000u : Uint<F>{};
+    return bit_cast<F>(bit_cast<Uint<F>>(scaled) | special | ((pattern & 0x8000u) << 16));
+}
+
+// `random` is 16 uniform bits: the value is rounded away from zero with the probability that makes the rounding unbiased.
+template <int32_t rounding, class F> LION8BIT_FN Uint<F> to_bfloat16(F x, Uint<F> random) {
+    const Uint<F> pattern = bit_cast<Uint<F>>(x);
+    const Uint<F> size = pattern & 0x7fffffffu;
+    const Uint<F> increment = rounding == kStochastic ? random : ((pattern >> 16) & 1u) + 0x7fffu;
+    Uint<F> rounded = (pattern + increment) >> 16;
+    rounded = size >= 0x7f800000u ? pattern >> 16 : rounded;
+    return size > 0x7f800000u ? Uint<F>{} + 0x7fc0u : rounded;
+}
+
+template <int32_t rounding, class F> LION8BIT_FN Uint<F> to_float16(F x, Uint<F> random) {
+    const Uint<F> pattern = bit_cast<Uint<F>>(x);
+    const Uint<F> size = pattern & 0x7fffffffu;
+    const F units = magnitude(x) * 0x1p24f;  // in steps of the smallest subnormal; exact where it is used
+    Uint<F> normal, subnormal;
+    if constexpr (rounding == kStochastic) {
+        normal = (size + (random >> 3)) >> 13;
+        const F threshold = bit_cast<F>((random >> 2) + 0x4b000000u) - 0x1p23f;  // 14 bits: a whole number of units stays put
+        subnormal = bit_cast<Uint<F>>(LanesOf<F>::truncate(units < 1024.0f ? units + threshold * 0x1p-14f : F{}));
+    } else {
+        normal = (size + ((size >> 13) & 1u) + 0xfffu) >> 13;
+        subnormal = bit_cast<Uint<F>>(units + 0x1p23f) - 0x4b000000u;
+    }
+    normal = normal - (112u << 10);
+    normal = normal > 0x7c00u ? Uint<F>{} + 0x7c00u : normal;
+    Uint<F> result = size < (113u << 23) ? subnormal : normal;
+    result = size > 0x7f800000u ? Uint<F>{} + 0x7e00u : result;
+    return result | ((pattern >> 16) & 0x8000u);
+}
+
+// ---- Random bits for stochastic rounding ------------------------------------------------------------------------------------------
+// A function of (parameter, its update count, block, element) alone: it needs no state, and shards agree with the whole.
+
+struct RandomKey {
+    uint32_t low, high;
+};
+LION8BIT_FN RandomKey random_key(uint32_t seed, uint32_t step) {
+    return {fmix32(fmix32(seed) + step), fmix32(fmix32(step ^ 0x9e3779b9u) + seed)};
+}
+LION8BIT_FN uint32_t block_key(const RandomKey& key, int64_t block) {
+    return fmix32(static_cast<uint32_t>(block) ^ key.low) ^ key.high;
+}
+// 32 bits for elements 2*pair (low half) and 2*pair + 1 (high half) of a block.
+template <class U> LION8BIT_FN U random_word(uint32_t block_key_, U pair) { return fmix32(pair ^ block_key_); }
+
+}  // namespace lion8bit

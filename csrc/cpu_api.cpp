@@ -1,0 +1,78 @@
+// Owns the C interface that lion8bit/cpu.py calls: the choice of instruction set and the split of the work over threads.
+#include <omp.h>
+
+#include "cpu_kernel.h"
+
+#if defined(_WIN32)
+#define LION8BIT_EXPORT extern "C" __declspec(dllexport)
+#else
+#define LION8BIT_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace {
+
+using lion8bit::Hyper;
+using lion8bit::Tensor;
+
+// In the order in which they are preferred; lion8bit/cpu.py names them in the same order.
+lion8bit::UpdateBlocks* const kKernels[] = {
+    lion8bit::update_blocks_baseline,
+#if defined(LION8BIT_X86)
+    lion8bit::update_blocks_avx2,
+    lion8bit::update_blocks_avx512,
+#endif
+};
+
+int64_t count_blocks(const Tensor& tensor, const Hyper& hyper) {
+    return tensor.rows * lion8bit::blocks_per_row(tensor.cols, hyper.block_size);
+}
+
+}  // namespace
+
+// The format version that this library was built with.
+LION8BIT_EXPORT int32_t lion8bit_format_version() { return lion8bit::kFormatVersion; }
+
+// How many of the kernels this processor can run: they are numbered from 0, each later one needs more.
+LION8BIT_EXPORT int32_t lion8bit_kernels() {
+#if defined(LION8BIT_X86)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return 1 + avx2 + avx512;
+#else
+    return 1;
+#endif
+}
+
+// Steps `count` parameters in place and returns how many elements were skipped for a bad gradient.
+// Each thread takes an equal share of all blocks, whichever parameters they belong to.
+LION8BIT_EXPORT int64_t lion8bit_update(const Tensor* tensors,  // [count]
+                                        int64_t count,
+                                        const Hyper* hypers,  // indexed by Tensor::hyper
+                                        int32_t kernel,       // below lion8bit_kernels()
+                                        int32_t threads) {    // at least 1
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; ++i) total += count_blocks(tensors[i], hypers[tensors[i].hyper]);
+    constexpr int64_t kBlocksWorthAThread = 64;
+    const int64_t useful = total / kBlocksWorthAThread + 1;
+    const int team = static_cast<int>(useful < threads ? useful : threads);
+    int64_t nonfinite = 0;
+#pragma omp parallel num_threads(team) reduction(+ : nonfinite) if (team > 1)
+    {
+        const int64_t members = omp_get_num_threads(), member = omp_get_thread_num();
+        int64_t begin = total / members * member + (member < total % members ? member : total % members);
+        int64_t end = begin + total / members + (member < total % members);
+        for (int64_t i = 0; i < count && end > 0; ++i) {
+            const Hyper& hyper = hypers[tensors[i].hyper];
+            const int64_t blocks = count_blocks(tensors[i], hyper);
+            if (begin < blocks && blocks > 0) {
+                const int64_t first = begin > 0 ? begin : 0, last = end < blocks ? end : blocks;
+                nonfinite += kKernels[kernel](tensors[i], hyper, first, last);
+            }
+            begin -= blocks;
+            end -= blocks;
+        }
+    }
+    return nonfinite;
+}

@@ -1,0 +1,256 @@
+// Owns the CPU loops over blocks, vectorised for one instruction set; built once per set, with LION8BIT_ISA naming it.
+//
+// A block goes through two loops: one dequantizes, steps and finds the largest new momentum, which waits in a buffer of the
+// first-level cache; the other requantizes it.
+#include "cpu_kernel.h"
+
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace lion8bit {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+namespace {
+
+template <class T> struct VectorOf {
+    typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
+};
+template <class T> using Vector = typename VectorOf<T>::type;
+using Floats = Vector<float>;
+
+}  // namespace
+
+template <> struct LanesOf<Floats> {
+    using Int = Vector<int32_t>;
+    using Uint = Vector<uint32_t>;
+    static LION8BIT_FN Floats square_root(Floats x) {
+#if defined(__AVX512F__)
+        return _mm512_sqrt_ps(x);
+#elif defined(__AVX2__)
+        return _mm256_sqrt_ps(x);
+#else
+        for (int lane = 0; lane < kLanes; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
+        return x;
+#endif
+    }
+    static LION8BIT_FN Int truncate(Floats x) { return __builtin_convertvector(x, Int); }
+};
+
+namespace {
+
+// Elements of a vector that lies wholly inside the block, or of its last one, padded with zeros.
+template <class T> LION8BIT_FN Vector<T> load(const T* from, int count) {
+    Vector<T> vector = {};
+    std::memcpy(&vector, from, count * sizeof(T));
+    return vector;
+}
+template <class T> LION8BIT_FN void store(T* to, Vector<T> vector, int count) {
+    std::memcpy(to, &vector, count * sizeof(T));
+}
+
+// Conversions between lanes of 8, 16 and 32 bits; narrowing keeps the low bits. Compilers turn the plain form into scalar code.
+LION8BIT_FN Floats to_floats(Vector<int8_t> codes) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bit_cast<__m128i>(codes)));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(codes))));
+#else
+    return __builtin_convertvector(codes, Floats);
+#endif
+}
+LION8BIT_FN Uint<Floats> widen(Vector<uint16_t> patterns) {
+#if defined(__AVX512F__)
+    return bit_cast<Uint<Floats>>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(patterns)));
+#elif defined(__AVX2__)
+    return bit_cast<Uint<Floats>>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(patterns)));
+#else
+    return __builtin_convertvector(patterns, Uint<Floats>);
+#endif
+}
+LION8BIT_FN Vector<int8_t> to_codes(Int<Floats> levels) {
+#if defined(__AVX512F__)
+    return bit_cast<Vector<int8_t>>(_mm512_cvtepi32_epi8(bit_cast<__m512i>(levels)));
+#elif defined(__AVX2__)
+    const __m256i low_bytes = _mm256_set1_epi32(0x0c080400);
+    const __m256i packed = _mm256_shuffle_epi8(bit_cast<__m256i>(levels), low_bytes);
+    const __m128i joined = _mm_unpacklo_epi32(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
+    return bit_cast<Vector<int8_t>>(_mm_cvtsi128_si64(joined));
+#else
+    return __builtin_convertvector(levels, Vector<int8_t>);
+#endif
+}
+LION8BIT_FN Vector<uint16_t> narrow(Uint<Floats> patterns) {  // each below 2^16
+#if defined(__AVX512F__)
+    return bit_cast<Vector<uint16_t>>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(patterns)));
+#elif defined(__AVX2__)
+    const __m256i wide = bit_cast<__m256i>(patterns);
+    return bit_cast<Vector<uint16_t>>(_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+#else
+    return __builtin_convertvector(patterns, Vector<uint16_t>);
+#endif
+}
+
+// How a parameter or gradient of each dtype is read, and how a parameter is written.
+struct Float32 {
+    using Element = float;
+    static LION8BIT_FN Floats read(const float* from, int count) { return load(from, count); }
+    template <int32_t> static LION8BIT_FN void write(float* to, Floats x, Uint<Floats>, int count) { store(to, x, count); }
+};
+struct Bfloat16 {
+    using Element = uint16_t;
+    static LION8BIT_FN Floats read(const uint16_t* from, int count) {
+        return from_bfloat16<Floats>(widen(load(from, count)));
+    }
+    template <int32_t rounding> static LION8BIT_FN void write(uint16_t* to, Floats x, Uint<Floats> random, int count) {
+        store(to, narrow(to_bfloat16<rounding>(x, random)), count);
+    }
+};
+struct Float16 {
+    using Element = uint16_t;
+    static LION8BIT_FN Floats read(const uint16_t* from, int count) {
+        return from_float16<Floats>(widen(load(from, count)));
+    }
+    template <int32_t rounding> static LION8BIT_FN void write(uint16_t* to, Floats x, Uint<Floats> random, int count) {
+        store(to, narrow(to_float16<rounding>(x, random)), count);
+    }
+};
+
+#define LION8BIT_INLINE __attribute__((always_inline))
+
+// Calls body(position, lanes) for each vector of a block; `lanes` is a compile-time constant for all but a short last one.
+template <class Body> LION8BIT_FN void for_each_vector(int length, const Body& body) {
+    int at = 0;
+    for (; at + kLanes <= length; at += kLanes) body(at, kLanes);
+    if (at < length) body(at, length - at);
+}
+
+template <class Param, class Grad, bool quantized, bool general, int32_t rounding>
+int64_t update_block(const Hyper& hyper, typename Param::Element* param, const typename Grad::Element* grad, void* momentum,
+                     float* scale, const uint16_t* random, int length) {
+    alignas(64) float next[kMaxBlockSize];
+    auto* const codes = static_cast<int8_t*>(momentum);
+    auto* const values = static_cast<float*>(momentum);
+    Codec codec = quantized ? decoder(*scale) : Codec{};
+    Int<Floats> largest = {};
+    Int<Floats> finite_lanes = {};  // counts down: a true lane is -1
+    for_each_vector(length, [&](int at, int count) LION8BIT_INLINE {
+        Floats m;
+        if constexpr (quantized) {
+            m = decode(to_floats(load(codes + at, count)), codec);
+        } else {
+            m = load(values + at, count);
+        }
+        Floats p = Param::read(param + at, count);
+        finite_lanes += lion_step<general>(hyper, p, Grad::read(grad + at, count), m);
+        Uint<Floats> bits16 = {};
+        if constexpr (rounding == kStochastic) bits16 = widen(load(random + at, count));
+        Param::template write<rounding>(param + at, p, bits16, count);
+        if constexpr (quantized) {
+            store(next + at, m, kLanes);
+            const Int<Floats> size = bits(magnitude(m));
+            largest = size > largest ? size : largest;
+        } else {
+            store(values + at, m, count);
+        }
+    });
+    if constexpr (quantized) {
+        int32_t absmax = 0;
+        for (int lane = 0; lane < kLanes; ++lane) absmax = largest[lane] > absmax ? largest[lane] : absmax;
+        *scale = stored_scale(bit_cast<float>(absmax));
+        codec = encoder(*scale);
+        for_each_vector(length, [&](int at, int count) LION8BIT_INLINE {
+            const Int<Floats> code = encode(load(next + at, kLanes), codec);
+            store(codes + at, to_codes(code), count);
+        });
+    }
+    int64_t finite = 0;
+    for (int lane = 0; lane < kLanes; ++lane) finite -= finite_lanes[lane];
+    return (length + kLanes - 1) / kLanes * kLanes - finite;  // padding is finite
+}
+
+template <class Param, class Grad, bool quantized, bool general, int32_t rounding>
+int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, int64_t last) {
+    const Hyper hyper = options;  // a copy that no store can alias
+    const int64_t row_blocks = blocks_per_row(tensor.cols, hyper.block_size);
+    const RandomKey key = random_key(tensor.seed, tensor.step);
+    auto* const param = static_cast<typename Param::Element*>(tensor.param);
+    const auto* const grad = static_cast<const typename Grad::Element*>(tensor.grad);
+    auto* const momentum = static_cast<char*>(tensor.momentum);
+    int64_t row = first / row_blocks, in_row = first % row_blocks;
+    int64_t nonfinite = 0;
+    alignas(64) uint16_t random[kMaxBlockSize];
+    for (int64_t block = first; block < last; ++block) {
+        const int64_t start = in_row * hyper.block_size;
+        const int64_t offset = row * tensor.cols + start;
+        const int64_t left = tensor.cols - start;
+        const int length = static_cast<int>(left < hyper.block_size ? left : hyper.block_size);
+        if constexpr (rounding == kStochastic) {
+            const uint32_t word_key = block_key(key, tensor.first_block + block);
+            Uint<Floats> pair;
+            for (int lane = 0; lane < kLanes; ++lane) pair[lane] = lane;
+            for (int at = 0; at < length; at += 2 * kLanes, pair += kLanes) {
+                const Uint<Floats> words = random_word(word_key, pair);
+                std::memcpy(random + at, &words, sizeof(words));  // little-endian: the even element is the low half
+            }
+        }
+        nonfinite += update_block<Param, Grad, quantized, general, rounding>(
+            hyper, param + offset, grad + offset, momentum + offset * (quantized ? 1 : sizeof(float)),
+            quantized ? tensor.scales + block : nullptr, random, length);
+        if (++in_row == row_blocks) {
+            in_row = 0;
+            ++row;
+        }
+    }
+    return nonfinite;
+}
+
+template <class Param, class Grad, bool quantized>
+int64_t with_options(const Tensor& tensor, const Hyper& hyper, int64_t first, int64_t last) {
+    if constexpr (sizeof(typename Param::Element) == 2) {
+        if (hyper.weight_rounding == kStochastic) {
+            return hyper.flags ? update_range<Param, Grad, quantized, true, kStochastic>(tensor, hyper, first, last)
+                               : update_range<Param, Grad, quantized, false, kStochastic>(tensor, hyper, first, last);
+        }
+    }
+    return hyper.flags ? update_range<Param, Grad, quantized, true, kNearest>(tensor, hyper, first, last)
+                       : update_range<Param, Grad, quantized, false, kNearest>(tensor, hyper, first, last);
+}
+
+template <class Param, class Grad>
+int64_t with_momentum(const Tensor& tensor, const Hyper& hyper, int64_t first, int64_t last) {
+    return tensor.scales ? with_options<Param, Grad, true>(tensor, hyper, first, last)
+                         : with_options<Param, Grad, false>(tensor, hyper, first, last);
+}
+
+template <class Param> int64_t with_param(const Tensor& tensor, const Hyper& hyper, int64_t first, int64_t last) {
+    switch (tensor.grad_dtype) {
+        case kFloat32: return with_momentum<Param, Float32>(tensor, hyper, first, last);
+        case kBfloat16: return with_momentum<Param, Bfloat16>(tensor, hyper, first, last);
+        default: return with_momentum<Param, Float16>(tensor, hyper, first, last);
+    }
+}
+
+}  // namespace
+
+#define LION8BIT_NAME_(isa) update_blocks_##isa
+#define LION8BIT_NAME(isa) LION8BIT_NAME_(isa)
+
+int64_t LION8BIT_NAME(LION8BIT_ISA)(const Tensor& tensor, const Hyper& hyper, int64_t first, int64_t last) {
+    switch (tensor.param_dtype) {
+        case kFloat32: return with_param<Float32>(tensor, hyper, first, last);
+        case kBfloat16: return with_param<Bfloat16>(tensor, hyper, first, last);
+        default: return with_param<Float16>(tensor, hyper, first, last);
+    }
+}
+
+}  // namespace lion8bit

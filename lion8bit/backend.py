@@ -1,0 +1,60 @@
+"""Owns the choice of a backend: one `update_` that sends a batch to the kernel of its device."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from lion8bit import cpu, portable
+from lion8bit.batch import Batch
+from lion8bit.layout import Hyper
+
+Update = Callable[[Batch, "ctypes.Array[Hyper]", torch.Tensor], None]
+
+
+class SlowBackendWarning(UserWarning):
+    """Says once per kind of device that a fallback costs speed; results stay the same."""
+
+
+def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> None:
+    """One Lion step in place for every parameter of the batch, by the backend of its device.
+
+    Args:
+        batch: parameters of one device.
+        hypers: constants of the groups.
+        counter: [1] int64 on that device; the number of skipped elements is added to it.
+    """
+    select(batch.device.type)[1](batch, hypers, counter)
+
+
+@cache
+def select(device_type: str) -> tuple[str, Update]:
+    """The backend for a type of device: its name ("cpu", "cuda" or "portable") and its `update_`.
+
+    Warns `SlowBackendWarning` where the fast one is missing.
+
+    Raises:
+        RuntimeError: the device holds no data ("meta").
+    """
+    if device_type == "meta":
+        raise RuntimeError("parameters must hold data, got device 'meta'; call module.to_empty(device=...) first")
+    reason: str | None = None
+    if device_type == "cpu":
+        reason = cpu.unavailable_reason()
+        if reason is None:
+            return "cpu", cpu.update_
+    elif device_type == "cuda":
+        from lion8bit import cuda
+
+        reason = cuda.unavailable_reason()
+        if reason is None:
+            return "cuda", cuda.update_
+    if reason is not None:
+        warnings.warn(
+            f"lion8bit steps on {device_type} in plain torch, which is slow: {reason}", SlowBackendWarning, stacklevel=4
+        )
+    return "portable", portable.update_

@@ -1,0 +1,183 @@
+"""Owns what an optimizer hands to a backend: the parameters of one device with gradients and state, checked, as a table."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols
+
+
+@dataclass(slots=True)
+class Entry:
+    """One parameter of a step. All tensors but ``scales`` are dense with the memory order of ``momentum``."""
+
+    param: torch.Tensor  # fp32, bf16 or fp16
+    grad: torch.Tensor  # fp32, bf16 or fp16
+    momentum: torch.Tensor  # int8 codes, or fp32 where scales is None
+    scales: torch.Tensor | None  # [rows, blocks_per_row] fp32
+    order: tuple[int, ...]  # memory order of the dimensions
+    rows: int
+    cols: int
+    block_size: int
+    seed: int
+    hyper: int  # index into the step's Hypers
+    state: dict[str, Any]
+    source: torch.Tensor  # the optimizer's own parameter, whose copy `param` is where their memory differs
+
+
+def make_entry(
+    param: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], *, block_size: int, seed: int, hyper: int
+) -> Entry:
+    """Checks a parameter, its gradient and its state against each other; copies what is laid out differently in memory.
+
+    Raises:
+        TypeError: a dtype that the kernels do not have, or a complex gradient.
+        RuntimeError: a sparse gradient, freed memory, or a device, shape or state that does not fit the parameter.
+        ValueError: elements of the parameter share memory.
+    """
+    _check_param(param)
+    _check_grad(grad, param)
+    momentum, scales = state.get("codes", state.get("momentum")), state.get("scales")
+    if momentum is None:
+        raise RuntimeError(f"state must hold 'codes' or 'momentum', got {sorted(state)}")
+    order = memory_order(momentum)
+    wanted = torch.int8 if "codes" in state else torch.float32
+    if order is None or momentum.dtype != wanted or momentum.shape != param.shape or momentum.device != param.device:
+        raise RuntimeError(
+            f"momentum must be a dense {wanted} tensor of shape {tuple(param.shape)} on {param.device}, "
+            f"got {momentum.dtype} {tuple(momentum.shape)} on {momentum.device}"
+        )
+    rows, cols = rows_and_cols([param.shape[dim] for dim in order])
+    if "codes" in state:
+        shape = (rows, blocks_per_row(cols, block_size))
+        if (
+            scales is None
+            or scales.dtype != torch.float32
+            or tuple(scales.shape) != shape
+            or scales.device != param.device
+            or not scales.is_contiguous()
+        ):
+            got = "none" if scales is None else f"{scales.dtype} {tuple(scales.shape)} on {scales.device}"
+            raise RuntimeError(f"scales must be contiguous float32 {shape} on {param.device}, got {got}")
+    return Entry(
+        param=_in_order(param, order, momentum),
+        grad=_in_order(grad, order, momentum),
+        momentum=momentum,
+        scales=scales if "codes" in state else None,
+        order=order,
+        rows=rows,
+        cols=cols,
+        block_size=block_size,
+        seed=seed,
+        hyper=hyper,
+        state=state,
+        source=param,
+    )
+
+
+def _check_param(param: torch.Tensor) -> None:
+    if param.layout != torch.strided or param.dtype not in DTYPES:
+        raise TypeError(f"parameters must be dense float32, bfloat16 or float16, got {param.dtype} {param.layout}")
+    if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
+        raise ValueError("parameters must not share memory between elements, got an expanded tensor; pass its .clone()")
+    if param.numel() and not param.data_ptr():
+        raise RuntimeError(f"parameters must have memory, got a tensor without storage on {param.device}")
+
+
+def _check_grad(grad: torch.Tensor, param: torch.Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise RuntimeError("Lion8bit does not support sparse gradients; use nn.Embedding(..., sparse=False)")
+    if grad.dtype not in DTYPES:
+        raise TypeError(f"gradients must be float32, bfloat16 or float16, got {grad.dtype}")
+    if grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"gradients must have the parameter's shape {tuple(param.shape)} and device {param.device}, "
+            f"got {tuple(grad.shape)} on {grad.device}"
+        )
+    if grad.numel() and not grad.data_ptr():
+        raise RuntimeError(f"gradients must have memory, got a tensor without storage on {grad.device}")
+
+
+def _in_order(tensor: torch.Tensor, order: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    if memory_order(tensor) == order and tensor.data_ptr() % tensor.element_size() == 0:
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+class Batch:
+    """The entries of one device and the kernels' table of them, kept from step to step while memory stays where it is."""
+
+    def __init__(self, device: torch.device, entries: Sequence[Entry], identity: list[int]) -> None:
+        self.device = device
+        self.entries = list(entries)
+        self.identity = identity
+        self.states = [entry.state for entry in self.entries]
+        self.table = (Tensor * len(self.entries))()
+        self.cuda_cache: dict[Any, Any] = {}
+        self._columns = np.frombuffer(self.table, dtype=np.dtype(Tensor)) if self.entries else None
+        for row, entry in zip(self.table, self.entries, strict=True):
+            row.param = entry.param.data_ptr()
+            row.grad = entry.grad.data_ptr()
+            row.momentum = entry.momentum.data_ptr()
+            row.scales = 0 if entry.scales is None else entry.scales.data_ptr()
+            row.rows, row.cols = entry.rows, entry.cols
+            row.seed, row.step, row.hyper = entry.seed, entry.state["step"], entry.hyper
+            row.param_dtype, row.grad_dtype = DTYPES[entry.param.dtype], DTYPES[entry.grad.dtype]
+        self._copied = [entry for entry in self.entries if entry.param is not entry.source]
+        direct = not self._copied and all(entry.grad is entry.source.grad for entry in self.entries)
+        self._fingerprint = self._fingerprint_of([entry.grad for entry in self.entries]) if direct else None
+
+    def refresh(self, params: Sequence[torch.Tensor], identity: list[int]) -> bool:
+        """Takes in the parameters' new gradients; False where anything else has changed and a new batch is needed."""
+        if self._fingerprint is None or identity != self.identity:
+            return False
+        grads: list[torch.Tensor] = [param.grad for param in params]  # type: ignore[misc]
+        if self._fingerprint_of(grads) != self._fingerprint:
+            return False
+        pointers = [grad.data_ptr() for grad in grads]
+        if 0 in pointers:
+            return False
+        for entry, grad in zip(self.entries, grads, strict=True):
+            entry.grad = grad
+        if self._columns is not None:
+            self._columns["grad"] = pointers
+        return True
+
+    def advance(self, amount: int = 1) -> None:
+        """Counts an update of every parameter, in the state and in the table."""
+        steps = []
+        for state in self.states:
+            state["step"] = step = state["step"] + amount
+            steps.append(step & 0xFFFFFFFF)
+        if self._columns is not None:
+            self._columns["step"] = steps
+
+    def finish(self) -> None:
+        """Writes copied parameters back and tells autograd that the parameters have changed."""
+        for entry in self._copied:
+            entry.source.copy_(entry.param)
+        torch.autograd.graph.increment_version([entry.source for entry in self.entries])
+
+    def _fingerprint_of(self, grads: Sequence[torch.Tensor]) -> list[Any]:
+        entries = self.entries
+        return [
+            [entry.param.data_ptr() for entry in entries],
+            [entry.param.numel() for entry in entries],
+            [entry.param.dtype for entry in entries],
+            [(state.get("codes", state.get("momentum"))).data_ptr() for state in self.states],
+            [None if (scales := state.get("scales")) is None else scales.data_ptr() for state in self.states],
+            [grad.dtype for grad in grads],
+            [grad.numel() for grad in grads],
+            [grad.is_contiguous() or grad.stride() for grad in grads],
+        ]
+
+
+def hyper_array(hypers: Sequence[Hyper]) -> ctypes.Array[Hyper]:
+    """The groups' constants side by side in memory, as the kernels index them."""
+    return (Hyper * len(hypers))(*hypers)

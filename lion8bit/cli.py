@@ -1,0 +1,199 @@
+"""The command line: parses arguments, shows progress and prints; the work itself is done elsewhere.
+
+typer, rich and matplotlib come with the extra `demo` and are imported only where they are needed. Annotations
+here are evaluated at once: typer could not look up names inside `build_app` from postponed ones.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+if TYPE_CHECKING:
+    import typer
+
+USAGE_ERROR = 2
+DEMO_PACKAGES = ("typer", "rich", "matplotlib")
+
+
+def require_packages(names: Sequence[str]) -> None:
+    """Ends the process, naming the remedy, if a package of the extra `demo` is missing.
+
+    Args:
+        names: modules that are about to be imported.
+
+    Raises:
+        SystemExit: code 2, one is missing.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f'error: {", ".join(missing)} not found; run: pip install "lion8bit[demo]"', file=sys.stderr)
+        raise SystemExit(USAGE_ERROR)
+
+
+def package_version() -> str:
+    """Finds the installed version.
+
+    Returns:
+        The version, or "(not installed)" in a source tree that was never installed.
+    """
+    try:
+        return importlib.metadata.version("lion8bit")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+@contextlib.contextmanager
+def progress_bars(steps: int) -> Iterator[Callable[[str, int, str], None]]:
+    """Shows one progress bar per contender on standard error.
+
+    Args:
+        steps: steps per contender, over all seeds.
+
+    Yields:
+        The callback for `run_demo`.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from lion8bit.demo import LABELS
+
+    columns = (
+        TextColumn("{task.fields[label]}", style="bold"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks = {
+            key: progress.add_task("", total=steps, label=label, start=False)
+            for key, label in LABELS.items()
+            if key != "none"
+        }
+
+        def report(key: str, done: int, note: str) -> None:
+            if key not in tasks:
+                return
+            progress.start_task(tasks[key])
+            progress.update(tasks[key], completed=done, description=note)
+            if done >= steps:
+                progress.stop_task(tasks[key])
+
+        yield report
+
+
+def build_app() -> "typer.Typer":
+    """Declares the commands.
+
+    Returns:
+        The typer application.
+    """
+    import typer
+
+    app = typer.Typer(
+        name="lion8bit",
+        help="Lion8bit: the Lion optimizer with its momentum in one byte per parameter.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"lion8bit {package_version()}")
+            raise typer.Exit
+
+    @app.callback()
+    def group(
+        version: Annotated[
+            bool,
+            typer.Option(
+                "--version", callback=show_version, is_eager=True, help="Print the version and exit."
+            ),
+        ] = False,
+    ) -> None:
+        pass
+
+    @app.command()
+    def demo(
+        text: Annotated[
+            Path | None,
+            typer.Option(
+                help="Text to fine-tune on. Default: Python's own help topics (pydoc_data/topics.py)."
+            ),
+        ] = None,
+        model: Annotated[
+            Path | None,
+            typer.Option(
+                help="Folder of a Hugging Face causal language model (needs transformers; no download). "
+                "Default: the byte-level transformer of 1 M parameters that ships with lion8bit."
+            ),
+        ] = None,
+        device: Annotated[
+            str | None,
+            typer.Option(help="torch device, such as cpu or cuda:1. Default: a GPU if there is one."),
+        ] = None,
+        seeds: Annotated[int, typer.Option(min=1, help="Batch orders to repeat every run with.")] = 1,
+        steps: Annotated[int, typer.Option(min=1, help="Optimizer steps per run.")] = 120,
+        batch_size: Annotated[int, typer.Option(min=1, help="Windows of text per step.")] = 4,
+        eval_windows: Annotated[int, typer.Option(min=1, help="Held-out windows per evaluation.")] = 64,
+        adamw_lr: Annotated[
+            float | None, typer.Option(help="AdamW's learning rate. Default: by model.")
+        ] = None,
+        lion_lr: Annotated[
+            float | None, typer.Option(help="Learning rate of the three Lions. Default: by model.")
+        ] = None,
+        out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo-results"),
+        as_json: Annotated[
+            bool,
+            typer.Option("--json", help="Print JSON, and nothing else, to standard output."),
+        ] = False,
+    ) -> None:
+        """Fine-tune a small pretrained language model with AdamW, Lion and 8-bit Lions, side by side.
+
+        All start from the same weights and see the same batches. Prints a table of optimizer memory,
+        checkpoint size, time per step and held-out loss, and writes a figure and a JSON file.
+        """
+        require_packages(DEMO_PACKAGES)
+        from rich.console import Console
+
+        from lion8bit import demo as lion8bit_demo
+
+        try:
+            with contextlib.redirect_stdout(sys.stderr), progress_bars(steps * seeds) as report:
+                results = lion8bit_demo.run_demo(
+                    text=text,
+                    model=model,
+                    device=device,
+                    seeds=seeds,
+                    steps=steps,
+                    batch_size=batch_size,
+                    eval_windows=eval_windows,
+                    adamw_lr=adamw_lr,
+                    lion_lr=lion_lr,
+                    on_progress=report,
+                )
+        except lion8bit_demo.DemoInputError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(USAGE_ERROR) from error
+        figure, record = lion8bit_demo.save_results(results, out)
+        if as_json:
+            typer.echo(json.dumps(results.to_dict(), indent=2))
+        else:
+            console = Console()
+            console.print(lion8bit_demo.result_table(results))
+            console.print(results.conclusion)
+            console.print(f"{results.seconds:.0f} s. Wrote {figure} and {record}.", highlight=False)
+
+    return app
+
+
+def main() -> None:
+    """Runs the command line; the entry point of the `lion8bit` script and of `python -m lion8bit`."""
+    require_packages(("typer", "rich"))
+    build_app()()

@@ -1,0 +1,91 @@
+"""Owns the call into the native CPU kernel: finding the library, choosing the instruction set, passing the table."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib import resources
+
+import torch
+
+from lion8bit.batch import Batch
+from lion8bit.layout import FORMAT_VERSION, Hyper
+
+KERNELS = ("baseline", "avx2", "avx512")  # in the order of kKernels in csrc/cpu_api.cpp
+ISA_VARIABLE = "LION8BIT_ISA"
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The loaded library, or the reason why there is none."""
+    name = "_cpu.dll" if os.name == "nt" else "_cpu.so"
+    with resources.as_file(resources.files("lion8bit") / name) as path:
+        if not path.exists():
+            return f"the wheel was built without a C++ compiler ({name} is missing)"
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            return f"{name} cannot be loaded: {error}"
+    library.lion8bit_format_version.restype = ctypes.c_int32
+    if library.lion8bit_format_version() != FORMAT_VERSION:
+        return f"{name} belongs to another version of lion8bit; reinstall it"
+    library.lion8bit_kernels.restype = ctypes.c_int32
+    library.lion8bit_update.restype = ctypes.c_int64
+    library.lion8bit_update.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_int32,
+        ctypes.c_int32,
+    ]
+    return library
+
+
+def unavailable_reason() -> str | None:
+    """Why the native kernel cannot be used here, or None where it can."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def available_kernels() -> tuple[str, ...]:
+    """The instruction sets that this processor can run, the best last; empty without the native library."""
+    library = _library()
+    return () if isinstance(library, str) else KERNELS[: library.lion8bit_kernels()]
+
+
+@cache
+def selected_kernel() -> int:
+    """Index into `KERNELS`: the best one, or the one that the environment variable LION8BIT_ISA names.
+
+    Raises:
+        RuntimeError: the variable names a set that this processor or this build does not have.
+    """
+    available = available_kernels()
+    wanted = os.environ.get(ISA_VARIABLE)
+    if wanted is None:
+        return len(available) - 1
+    if wanted not in available:
+        raise RuntimeError(f"{ISA_VARIABLE} must be one of {available} on this machine, got {wanted!r}; unset it")
+    return available.index(wanted)
+
+
+def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> None:
+    """One Lion step in place for every parameter of the batch, on torch's number of threads.
+
+    Args:
+        batch: parameters on the CPU, checked by `make_entry`.
+        hypers: constants of the groups.
+        counter: [1] int64; the number of skipped elements is added to it.
+
+    Raises:
+        RuntimeError: the native library is not available.
+    """
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(f"the native CPU kernel is not available: {library}")
+    skipped = library.lion8bit_update(
+        batch.table, len(batch.table), hypers, selected_kernel(), max(1, torch.get_num_threads())
+    )
+    if skipped:
+        counter += skipped

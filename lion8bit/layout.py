@@ -1,0 +1,160 @@
+"""Owns how tensors and options are laid out for the kernels: the [rows, cols] view and the ctypes mirrors of `block_math.h`."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+FORMAT_VERSION = 1
+BLOCK_SIZES = (64, 128, 256)
+ZERO_CODE = -128  # the code of an exact zero
+
+DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+WEIGHT_ROUNDING: dict[str, int] = {"nearest": 0, "stochastic": 1}
+
+MAXIMIZE = 1
+COUPLED_DECAY = 2
+CAUTIOUS = 4
+
+
+class Hyper(ctypes.Structure):
+    """The options of one parameter group as the kernels take them: `struct Hyper` of `block_math.h`.
+
+    Reading a field gives the float32 value, so `reference` uses the very numbers that the kernels use.
+    """
+
+    lr: float
+    decay: float
+    coupled_decay: float
+    blend: float
+    one_minus_blend: float
+    beta: float
+    one_minus_beta: float
+    flags: int
+    block_size: int
+    weight_rounding: int
+
+    _fields_ = [
+        ("lr", ctypes.c_float),
+        ("decay", ctypes.c_float),
+        ("coupled_decay", ctypes.c_float),
+        ("blend", ctypes.c_float),
+        ("one_minus_blend", ctypes.c_float),
+        ("beta", ctypes.c_float),
+        ("one_minus_beta", ctypes.c_float),
+        ("flags", ctypes.c_uint32),
+        ("block_size", ctypes.c_int32),
+        ("weight_rounding", ctypes.c_int32),
+    ]
+
+
+def make_hyper(
+    *,
+    lr: float,
+    betas: Sequence[float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    block_size: int = 128,
+    weight_rounding: str = "nearest",
+    momentum_first: bool = False,
+    decoupled_weight_decay: bool = True,
+    initial_lr: float | None = None,
+    cautious: bool = False,
+    maximize: bool = False,
+) -> Hyper:
+    """Derives the kernels' constants from a group's options, in double precision, each rounded to float32 once.
+
+    With ``momentum_first`` the momentum takes the gradient in before the update is formed from it,
+    ``m = beta1*m + (1-beta1)*g; c = beta2*m + (1-beta2)*g``, which is Lion with blend ``beta1*beta2`` and decay
+    ``beta1``. ``initial_lr`` asks for weight decay that does not scale with the peak learning rate: the parameter is
+    multiplied by ``1 - weight_decay*lr/initial_lr`` instead of ``1 - weight_decay*lr``.
+    """
+    beta1, beta2 = (float(beta) for beta in betas)
+    blend, beta = (beta1 * beta2, beta1) if momentum_first else (beta1, beta2)
+    rate = lr if initial_lr is None else (lr / initial_lr if initial_lr else 0.0)
+    coupled = not decoupled_weight_decay and weight_decay != 0
+    return Hyper(
+        lr=lr,
+        decay=1.0 - rate * weight_decay if decoupled_weight_decay else 1.0,
+        coupled_decay=weight_decay if coupled else 0.0,
+        blend=blend,
+        one_minus_blend=1.0 - blend,
+        beta=beta,
+        one_minus_beta=1.0 - beta,
+        flags=MAXIMIZE * maximize | COUPLED_DECAY * coupled | CAUTIOUS * cautious,
+        block_size=block_size,
+        weight_rounding=WEIGHT_ROUNDING[weight_rounding],
+    )
+
+
+class Tensor(ctypes.Structure):
+    """One parameter with its gradient and state as the kernels take them: `struct Tensor` of `block_math.h`."""
+
+    param: int
+    grad: int
+    momentum: int
+    scales: int
+    rows: int
+    cols: int
+    first_block: int
+    seed: int
+    step: int
+    param_dtype: int
+    grad_dtype: int
+    hyper: int
+    reserved: int
+
+    _fields_ = [
+        ("param", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("momentum", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("first_block", ctypes.c_int64),
+        ("seed", ctypes.c_uint32),
+        ("step", ctypes.c_uint32),
+        ("param_dtype", ctypes.c_int32),
+        ("grad_dtype", ctypes.c_int32),
+        ("hyper", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    ]
+
+
+def blocks_per_row(cols: int, block_size: int) -> int:
+    """Number of blocks that a row of ``cols`` elements is cut into; the last may be short."""
+    return -(-cols // block_size)
+
+
+def rows_and_cols(shape: Sequence[int]) -> tuple[int, int]:
+    """The [rows, cols] of a dense tensor whose dimensions are listed from the slowest to the fastest in memory."""
+    numel = 1
+    for size in shape:
+        numel *= size
+    rows = shape[0] if len(shape) > 1 else 1
+    return (rows, numel // rows) if numel else (0, 0)
+
+
+def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """The dimensions from the slowest to the fastest in memory, or None where elements overlap or leave gaps.
+
+    Dimensions of size 1 keep their place: their strides mean nothing.
+    """
+    if tensor.is_contiguous():
+        return tuple(range(tensor.dim()))
+    sizes, strides = tensor.shape, tensor.stride()
+    wide = sorted((dim for dim in range(tensor.dim()) if sizes[dim] != 1), key=lambda dim: -strides[dim])
+    expected = 1
+    for dim in reversed(wide):
+        if strides[dim] != expected:
+            return None
+        expected *= sizes[dim]
+    queue = iter(wide)
+    return tuple(dim if sizes[dim] == 1 else next(queue) for dim in range(tensor.dim()))
+
+
+def as_rows(tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """The [rows, cols] view of a dense tensor, given its `memory_order`."""
+    ordered = tensor.permute(*order) if tensor.dim() > 1 else tensor
+    return ordered.view(rows_and_cols(ordered.shape))

@@ -1,0 +1,447 @@
+"""Owns the optimizer: parameter groups, options, state and checkpoints. The arithmetic is in the backends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lion8bit.backend import update_
+from lion8bit.batch import Batch, Entry, hyper_array, make_entry
+from lion8bit.layout import DTYPES, FORMAT_VERSION, ZERO_CODE, Hyper, blocks_per_row, make_hyper, memory_order, rows_and_cols
+from lion8bit.reference import check_block_size, dequantize, to_bfloat16, to_float16
+
+STATE_TENSORS = ("codes", "scales", "momentum")
+_LATER = {
+    "capturable": "reading lr from the device inside a CUDA graph is not implemented yet; leave it False",
+    "fused": "unscaling inside the kernel is not implemented yet; leave it False, GradScaler then unscales by itself",
+    "is_paged": "momentum in host memory is not implemented yet; leave it False",
+}
+
+
+class Lion8bit(torch.optim.Optimizer):
+    r"""Lion with its momentum in 8 bits: one byte of state per parameter, plus one fp32 scale per block.
+
+    For a gradient g, momentum m and decay :math:`\lambda`:
+
+    .. math::
+        c &= \beta_1 m + (1-\beta_1) g \\
+        p &\leftarrow p\,(1 - \mathrm{lr}\,\lambda) - \mathrm{lr}\,\mathrm{sign}(c) \\
+        m &\leftarrow \beta_2 m + (1-\beta_2) g
+
+    m is stored as int8 codes of its square root with a scale per block, see `lion8bit.quantize`. An element whose
+    gradient is NaN, infinite or at least 2^120 is skipped and counted; the rest of its block proceeds.
+
+    Args:
+        params: parameters, named parameters or groups of either; fp32, bf16 or fp16. Every option below may be set
+            per group.
+        lr: step length in units of the parameters, a float or a tensor of one element; at least 0. Zero is allowed,
+            because warm-up starts there and checkpoint tools step with it.
+        betas: (beta1, beta2), each in [0, 1).
+        weight_decay: the lambda above, at least 0.
+        block_size: elements per scale: 64, 128 or 256.
+        min_8bit_size: parameters with fewer elements keep fp32 momentum.
+        optim_bits: 8, or 32 for fp32 momentum.
+        weight_rounding: how the new value of a 16-bit parameter is rounded: "stochastic" (unbiased, reproducible),
+            "nearest", or "auto", which is stochastic. fp32 parameters are not rounded.
+        momentum_first: take the gradient into the momentum before the update is formed from it,
+            ``m = beta1*m + (1-beta1)*g; update = sign(beta2*m + (1-beta2)*g)``.
+        decoupled_weight_decay: False adds ``weight_decay*p`` to the gradient instead of shrinking p.
+        decouple_lr: decay by ``1 - weight_decay*lr/initial_lr``, so that a schedule scales both alike but the peak
+            learning rate does not enter.
+        cautious: skip an update whose sign is not the gradient's (Liang et al., arXiv 2411.16085, without the
+            rescaling by the share of kept updates, which would need a pass over the whole tensor).
+        maximize: ascend.
+        capturable, fused, is_paged: not implemented yet; True raises NotImplementedError.
+
+    Raises:
+        ValueError: an option out of its range.
+        TypeError: a parameter of another dtype.
+
+    Source: Chen et al., Symbolic Discovery of Optimization Algorithms, arXiv 2302.06675.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-4,
+        betas: Sequence[float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        block_size: int = 128,
+        min_8bit_size: int = 4096,
+        optim_bits: int = 8,
+        weight_rounding: str = "auto",
+        momentum_first: bool = False,
+        decoupled_weight_decay: bool = True,
+        decouple_lr: bool = False,
+        cautious: bool = False,
+        maximize: bool = False,
+        capturable: bool = False,
+        fused: bool = False,
+        is_paged: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "block_size": block_size,
+            "min_8bit_size": min_8bit_size,
+            "optim_bits": optim_bits,
+            "weight_rounding": weight_rounding,
+            "momentum_first": momentum_first,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "decouple_lr": decouple_lr,
+            "cautious": cautious,
+            "maximize": maximize,
+            "capturable": capturable,
+            "fused": fused,
+            "is_paged": is_paged,
+        }
+        _check_options(defaults)
+        self._batches: dict[torch.device, Batch] = {}
+        self._counters: dict[torch.device, Tensor] = {}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters with options of its own; see `torch.optim.Optimizer.add_param_group`."""
+        if isinstance(param_group, dict):
+            _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault("format_version", FORMAT_VERSION)
+        if group["decouple_lr"]:
+            group.setdefault("initial_lr", float(group["lr"]))
+        for i, param in enumerate(group["params"]):
+            if param.dtype not in DTYPES:
+                self.param_groups.pop()
+                raise TypeError(
+                    f"parameters must be float32, bfloat16 or float16, got {param.dtype} "
+                    f"(parameter {i} of group {len(self.param_groups)}, shape {tuple(param.shape)})"
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+            group.setdefault("format_version", FORMAT_VERSION)
+        self._batches = {}
+        self.__dict__.setdefault("_counters", {})
+
+    # ---- Stepping --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Performs one step on every parameter that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: an option, gradient or state that cannot be stepped with; the message
+                names the parameter, and no parameter has been changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params: list[Tensor] = []
+        owners: list[int] = []
+        for index, group in enumerate(self.param_groups):
+            ready = [param for param in group["params"] if param.grad is not None]
+            params += ready
+            owners += [index] * len(ready)
+        hypers = [_hyper(group) for group in self.param_groups]
+        devices = {param.device for param in params}
+        batches = []
+        for device in devices:
+            if len(devices) == 1:
+                here, owners_here = params, owners
+            else:
+                here = [param for param in params if param.device == device]
+                owners_here = [owner for param, owner in zip(params, owners, strict=True) if param.device == device]
+            batches.append(self._batch(device, here, owners_here, hypers))
+        self._run(batches, hypers)
+        return loss
+
+    @torch.no_grad()
+    def step_param(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Steps one parameter of ``group`` alone, for trainers that step while gradients arrive."""
+        if param.grad is None:
+            return
+        owner = next((i for i, candidate in enumerate(self.param_groups) if candidate is group), None)
+        if owner is None:
+            raise ValueError("group must be one of this optimizer's param_groups")
+        hypers = [_hyper(candidate) for candidate in self.param_groups]
+        self._run([self._build(param.device, [param], [owner], hypers)], hypers)
+
+    def step_parameter(self, param: Tensor, group: dict[str, Any], index: int) -> None:
+        """`step_param` with the parameter's index in its group, as some trainers call it."""
+        self.step_param(param, group)
+
+    def _run(self, batches: Sequence[Batch], hypers: Sequence[Hyper]) -> None:
+        constants = hyper_array(hypers)
+        for batch in batches:
+            batch.advance()
+            update_(batch, constants, self._counter(batch.device))
+            batch.finish()
+
+    def _batch(
+        self, device: torch.device, params: Sequence[Tensor], owners: Sequence[int], hypers: Sequence[Hyper]
+    ) -> Batch:
+        identity = self._identity(params, owners, hypers)
+        batch = self._batches.get(device)
+        if batch is None or not batch.refresh(params, identity):
+            batch = self._batches[device] = self._build(device, params, owners, hypers)
+        return batch
+
+    def _identity(self, params: Sequence[Tensor], owners: Sequence[int], hypers: Sequence[Hyper]) -> list[int]:
+        return [*map(id, params), *owners, *map(id, self.state.values()), *[hyper.block_size for hyper in hypers]]
+
+    def _build(
+        self, device: torch.device, params: Sequence[Tensor], owners: Sequence[int], hypers: Sequence[Hyper]
+    ) -> Batch:
+        numbers = {id(param): n for n, param in enumerate(p for group in self.param_groups for p in group["params"])}
+        entries: list[Entry] = []
+        for param, owner in zip(params, owners, strict=True):
+            state = self.state[param] if param in self.state else {}
+            try:
+                if hasattr(param, "device_mesh"):
+                    raise NotImplementedError("DTensor parameters are not implemented yet; use plain tensors")
+                if not state:
+                    state = _new_state(param, self.param_groups[owner])
+                assert param.grad is not None
+                entries.append(
+                    make_entry(
+                        param,
+                        param.grad,
+                        state,
+                        block_size=hypers[owner].block_size,
+                        seed=numbers.get(id(param), 0),
+                        hyper=owner,
+                    )
+                )
+            except (TypeError, ValueError, RuntimeError) as error:
+                group = self.param_groups[owner]
+                index = next((i for i, other in enumerate(group["params"]) if other is param), None)
+                where = f"(parameter {index} of group {owner}, shape {tuple(param.shape)})"
+                raise type(error)(f"{error} {where}") from error
+        for entry in entries:
+            self.state[entry.source] = entry.state
+        return Batch(device, entries, self._identity(params, owners, hypers))
+
+    def _counter(self, device: torch.device) -> Tensor:
+        if device not in self._counters:
+            self._counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        return self._counters[device]
+
+    # ---- Looking inside ----------------------------------------------------------------------------------------------
+
+    def momentum(self, param: Tensor) -> Tensor:
+        """The momentum of a parameter in fp32, whatever its storage; zeros before its first step.
+
+        Returns:
+            fp32, the shape of ``param``; a copy.
+
+        Raises:
+            ValueError: ``param`` is not one of this optimizer's.
+        """
+        group = next((g for g in self.param_groups if any(p is param for p in g["params"])), None)
+        if group is None:
+            raise ValueError(f"param must be one of this optimizer's parameters, got shape {tuple(param.shape)}")
+        state = self.state.get(param)
+        if not state:
+            return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
+        if "codes" in state:
+            return dequantize(state["codes"], state["scales"], group["block_size"])
+        momentum: Tensor = state["momentum"]
+        return momentum.clone()
+
+    def nonfinite_count(self) -> int:
+        """How many elements have been skipped for a bad gradient since construction; waits for the devices."""
+        return sum(int(counter.item()) for counter in self._counters.values())
+
+    @torch.no_grad()
+    def frozen_fraction(self) -> float:
+        """Share of the weights that an update of ±lr cannot move, because rounding brings them back; in [0, 1].
+
+        Weights rounded stochastically move in expectation, and count as frozen only where fp32 itself cannot move them.
+        """
+        frozen, total = 0, 0
+        for group in self.param_groups:
+            lr = float(group["lr"])
+            for param in group["params"]:
+                nearest = group["weight_rounding"] == "nearest"
+                for piece in param.detach().reshape(-1).split(1 << 22):
+                    value = piece.float()
+                    up, down = value + lr, value - lr
+                    if nearest and param.dtype != torch.float32:
+                        narrow = to_bfloat16 if param.dtype == torch.bfloat16 else to_float16
+                        up, down = narrow(up, None).float(), narrow(down, None).float()
+                    frozen += int(((up == value) & (down == value)).sum())
+                    total += piece.numel()
+        return frozen / total if total else 0.0
+
+    def memory_report(self) -> dict[str, float]:
+        """Bytes held for the parameters that this optimizer steps.
+
+        Returns:
+            ``parameters`` (count), ``parameter_bytes``, ``gradient_bytes``, ``state_bytes`` (all state tensors) and
+            ``state_bytes_per_parameter`` (over the parameters that have state; 0 before the first step).
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        stepped = [param for param in params if self.state.get(param)]
+        state_bytes = sum(_nbytes(self.state[param].get(name)) for param in stepped for name in STATE_TENSORS)
+        count = sum(param.numel() for param in stepped)
+        return {
+            "parameters": sum(param.numel() for param in params),
+            "parameter_bytes": sum(_nbytes(param) for param in params),
+            "gradient_bytes": sum(_nbytes(param.grad) for param in params),
+            "state_bytes": state_bytes,
+            "state_bytes_per_parameter": state_bytes / count if count else 0.0,
+        }
+
+    # ---- Checkpoints -------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned; codes, scales and momentum keep their dtypes, whatever the parameter's is.
+
+        The options of the saved groups replace the present ones, as in every torch optimizer. Tensors are copied.
+
+        Raises:
+            ValueError: the state has another format version, or does not fit the parameters; nothing has changed.
+        """
+        hidden: dict[Tensor, dict[str, Tensor]] = {}
+
+        def hide(optimizer: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            shown = dict(incoming)
+            shown["state"] = dict(incoming["state"])
+            for number, param, group in _pair(self.param_groups, incoming["param_groups"]):
+                state = incoming["state"].get(number)
+                if not state:
+                    continue
+                _check_state(state, param, group, number)
+                hidden[param] = {name: state[name] for name in STATE_TENSORS if name in state}
+                shown["state"][number] = {name: value for name, value in state.items() if name not in STATE_TENSORS}
+            return shown
+
+        def restore(optimizer: torch.optim.Optimizer) -> None:
+            for param, tensors in hidden.items():
+                for name, value in tensors.items():
+                    self.state[param][name] = value.detach().to(device=param.device, copy=True)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(hide),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _hyper(group: dict[str, Any]) -> Hyper:
+    lr = _check_lr(group["lr"])
+    return make_hyper(
+        lr=lr,
+        betas=group["betas"],
+        weight_decay=group["weight_decay"],
+        block_size=group["block_size"],
+        weight_rounding="stochastic" if group["weight_rounding"] == "auto" else group["weight_rounding"],
+        momentum_first=group["momentum_first"],
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+        initial_lr=group["initial_lr"] if group["decouple_lr"] else None,
+        cautious=group["cautious"],
+        maximize=group["maximize"],
+    )
+
+
+def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    if group["optim_bits"] == 32 or param.numel() < group["min_8bit_size"]:
+        return {"step": 0, "momentum": torch.zeros_like(param, dtype=torch.float32, requires_grad=False)}
+    codes = torch.full_like(param, ZERO_CODE, dtype=torch.int8, requires_grad=False)
+    order = memory_order(codes)
+    assert order is not None  # full_like makes dense tensors
+    rows, cols = rows_and_cols([param.shape[dim] for dim in order])
+    scales = torch.zeros(rows, blocks_per_row(cols, group["block_size"]), dtype=torch.float32, device=param.device)
+    return {"step": 0, "codes": codes, "scales": scales}
+
+
+def _nbytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+def _check_lr(lr: float | Tensor) -> float:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
+    value = float(lr)
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"Invalid learning rate: {value} (lr must be finite and at least 0)")
+    return value
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    _check_lr(options["lr"])
+    betas = options["betas"]
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
+    for name, beta in zip(("beta1", "beta2"), betas, strict=True):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid {name}: {beta} (it must be in [0, 1))")
+    if not 0.0 <= options["weight_decay"] < math.inf:
+        raise ValueError(f"Invalid weight_decay: {options['weight_decay']} (it must be finite and at least 0)")
+    check_block_size(options["block_size"])
+    if options["min_8bit_size"] < 0:
+        raise ValueError(f"min_8bit_size must be at least 0, got {options['min_8bit_size']}")
+    if options["optim_bits"] not in (8, 32):
+        raise ValueError(f"optim_bits must be 8 or 32, got {options['optim_bits']!r}")
+    rounding = options["weight_rounding"]
+    if rounding == "compensated":
+        raise NotImplementedError("weight_rounding='compensated' is not implemented yet; use 'stochastic'")
+    if rounding not in ("auto", "stochastic", "nearest"):
+        raise ValueError(f"weight_rounding must be 'auto', 'stochastic' or 'nearest', got {rounding!r}")
+    for name, message in _LATER.items():
+        if options[name]:
+            raise NotImplementedError(f"{name}=True: {message}")
+
+
+def _pair(
+    groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[str, Any]]
+) -> Iterable[tuple[int, Tensor, dict[str, Any]]]:
+    # Groups that do not match are left to torch, which refuses them before it changes anything.
+    for group, saved in zip(groups, saved_groups, strict=False):
+        for param, number in zip(group["params"], saved["params"], strict=False):
+            yield number, param, saved
+
+
+def _check_state(state: dict[str, Any], param: Tensor, group: dict[str, Any], number: int) -> None:
+    where = f"(parameter {number}, shape {tuple(param.shape)})"
+    version = group.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {version} {where}")
+    names = {name for name in STATE_TENSORS if name in state}
+    if names not in ({"codes", "scales"}, {"momentum"}) or "step" not in state:
+        raise ValueError(f"state must hold step with codes and scales, or with momentum; got {sorted(state)} {where}")
+    momentum = state["codes"] if "codes" in state else state["momentum"]
+    dtype = torch.int8 if "codes" in state else torch.float32
+    order = memory_order(momentum)
+    if momentum.dtype != dtype or momentum.shape != param.shape or order is None:
+        raise ValueError(
+            f"momentum must be a dense {dtype} tensor, got {momentum.dtype} of shape {tuple(momentum.shape)} {where}"
+        )
+    if "codes" in state:
+        rows, cols = rows_and_cols([param.shape[dim] for dim in order])
+        shape, scales = (rows, blocks_per_row(cols, group["block_size"])), state["scales"]
+        if tuple(scales.shape) != shape or scales.dtype != torch.float32:
+            raise ValueError(
+                f"scales must be float32 {shape} at block_size {group['block_size']}, "
+                f"got {scales.dtype} {tuple(scales.shape)} {where}"
+            )

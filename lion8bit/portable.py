@@ -1,0 +1,51 @@
+"""Owns the backend for devices without a kernel of their own: the reference, applied piece by piece to bound its temporaries."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import torch
+
+from lion8bit.batch import Batch
+from lion8bit.layout import Hyper, as_rows, blocks_per_row
+from lion8bit.reference import lion_step_
+
+PIECE = 1 << 18  # elements at a time: about 25 MB of temporaries (measured: benchmarks/overhead.py)
+
+
+def pieces(rows: int, cols: int, block_size: int) -> Iterator[tuple[slice, slice]]:
+    """Cuts [rows, cols] into parts of at most `PIECE` elements that hold whole blocks."""
+    wide = max(block_size, PIECE // block_size * block_size)
+    tall = max(1, PIECE // max(1, min(cols, wide)))
+    for top in range(0, rows, tall):
+        for left in range(0, cols, wide):
+            yield slice(top, min(top + tall, rows)), slice(left, min(left + wide, cols))
+
+
+def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> None:
+    """One Lion step in place for every parameter of the batch, in plain torch.
+
+    Args:
+        batch: parameters on any device that torch has, checked by `make_entry`.
+        hypers: constants of the groups.
+        counter: [1] int64 on that device; the number of skipped elements is added to it.
+    """
+    for entry, row in zip(batch.entries, batch.table, strict=True):
+        hyper = hypers[entry.hyper]
+        param, grad, momentum = (as_rows(t, entry.order) for t in (entry.param, entry.grad, entry.momentum))
+        per_row = blocks_per_row(entry.cols, hyper.block_size)
+        for vertical, horizontal in pieces(entry.rows, entry.cols, hyper.block_size):
+            first = horizontal.start // hyper.block_size
+            blocks = slice(first, first + blocks_per_row(horizontal.stop - horizontal.start, hyper.block_size))
+            counter += lion_step_(
+                param[vertical, horizontal],
+                grad[vertical, horizontal],
+                momentum[vertical, horizontal],
+                None if entry.scales is None else entry.scales[vertical, blocks],
+                hyper,
+                seed=row.seed,
+                step=row.step,
+                first_block=row.first_block + vertical.start * per_row + first,
+                row_blocks=per_row,
+            )

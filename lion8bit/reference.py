@@ -1,0 +1,424 @@
+"""Owns the specification: the momentum format and the Lion step in plain torch, which every kernel matches bit for bit.
+
+The functions carry the names they have in `csrc/block_math.h`. Each torch operation rounds once and none is fused, so the
+order of operations written here is the definition of the result. Also here: `Lion`, the fp32 optimizer to compare with,
+and the update rule that the project's original listing defines in prose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lion8bit.layout import (
+    BLOCK_SIZES,
+    CAUTIOUS,
+    COUPLED_DECAY,
+    MAXIMIZE,
+    WEIGHT_ROUNDING,
+    ZERO_CODE,
+    Hyper,
+    as_rows,
+    blocks_per_row,
+    memory_order,
+)
+
+RANGE_SQUARED = 126.5 * 126.5  # A * A; |A + dither| rounds to at most 127
+MIN_SCALE = 2.0**-100  # a block whose largest magnitude is below it is stored as zeros
+OVERFLOW = 2.0**120  # gradients of this magnitude and above are treated as infinite
+
+_STOCHASTIC = WEIGHT_ROUNDING["stochastic"]
+_MASK32 = 0xFFFFFFFF
+_Bits = TypeVar("_Bits", int, Tensor)
+
+
+def fmix32(h: _Bits) -> _Bits:
+    """MurmurHash3's 32-bit finaliser on values in [0, 2^32): Python integers or int64 tensors.
+
+    Source: Austin Appleby, MurmurHash3 (public domain), `fmix32`.
+    """
+    h = h ^ (h >> 16)
+    h = (h * 0x85EBCA6B) & _MASK32
+    h = h ^ (h >> 13)
+    h = (h * 0xC2B2AE35) & _MASK32
+    return h ^ (h >> 16)
+
+
+def square_root(x: Tensor) -> Tensor:
+    """The fp32 square root rounded to nearest, as IEEE 754 demands.
+
+    `torch.sqrt` on the CPU may be one unit off in the last place (MKL's vector library), so the root is taken in double,
+    from which rounding to single is exact. A device without float64 gets its own square root.
+    """
+    return x.sqrt() if x.device.type == "mps" else x.double().sqrt().float()
+
+
+# ---- The momentum code ---------------------------------------------------------------------------------------------
+
+
+def to_blocks(x: Tensor, block_size: int) -> Tensor:
+    """[rows, cols] -> [rows, blocks_per_row, block_size], the last block of a row padded with zeros."""
+    rows, cols = x.shape
+    blocks = blocks_per_row(cols, block_size)
+    return F.pad(x, (0, blocks * block_size - cols)).view(rows, blocks, block_size)
+
+
+def from_blocks(blocks: Tensor, cols: int) -> Tensor:
+    """[rows, blocks_per_row, block_size] -> [rows, cols], the padding dropped."""
+    return blocks.flatten(1)[:, :cols]
+
+
+def dither(scales: Tensor) -> Tensor:
+    """u in [-1/2, 1/2): a hash of the scale's own bits. fp32 -> fp32, any shape."""
+    return (fmix32(scales.view(torch.int32).long() & _MASK32) >> 8).float() * 2.0**-24 - 0.5
+
+
+def _range_squared(like: Tensor) -> Tensor:
+    # A tensor, not a Python number: torch divides by or into a number by multiplying with a reciprocal, rounding twice.
+    return torch.full_like(like, RANGE_SQUARED)
+
+
+def encode(momentum: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Quantizes rows: ``s = max|m|`` and ``code = rint(copysign(sqrt(|m| * A*A/s), m) + u)``, -128 for an exact zero.
+
+    Args:
+        momentum: [rows, cols] fp32.
+        block_size: 64, 128 or 256.
+
+    Returns:
+        codes [rows, cols] int8 and scales [rows, blocks_per_row] fp32.
+    """
+    blocks = to_blocks(momentum, block_size)
+    scales = blocks.abs().amax(-1) if blocks.numel() else blocks.new_zeros(blocks.shape[:-1])
+    scales = torch.where(scales < MIN_SCALE, torch.zeros_like(scales), scales)
+    gain = torch.where(scales == 0, torch.zeros_like(scales), _range_squared(scales) / scales)
+    scaled = blocks.abs() * gain[..., None]
+    level = torch.copysign(square_root(scaled), blocks) + dither(scales)[..., None]
+    codes = torch.where(scaled == 0, ZERO_CODE, level.round()).to(torch.int8)
+    return from_blocks(codes, momentum.shape[1]), scales
+
+
+def decode(codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
+    """The momentum that codes and scales stand for: ``t = code - u; m = t*|t| * s/(A*A)``, and 0 for the code -128.
+
+    Args:
+        codes: [rows, cols] int8.
+        scales: [rows, blocks_per_row] fp32.
+        block_size: the one that `encode` was given.
+
+    Returns:
+        [rows, cols] fp32.
+    """
+    blocks = to_blocks(codes, block_size)
+    t = blocks.float() - dither(scales)[..., None]
+    value = t * t.abs() * (scales / _range_squared(scales))[..., None]
+    return from_blocks(torch.where(blocks == ZERO_CODE, torch.zeros_like(value), value), codes.shape[1])
+
+
+# ---- 16-bit weights ------------------------------------------------------------------------------------------------
+
+
+def random_bits(
+    shape: tuple[int, int],
+    block_size: int,
+    *,
+    seed: int,
+    step: int,
+    first: int,
+    stride: int,
+    device: torch.device | None = None,
+) -> Tensor:
+    """16 uniform bits per element, a function of (seed, step, block, element) alone.
+
+    Args:
+        shape: [rows, cols].
+        seed: tells parameters apart.
+        step: the parameter's update count, from 1.
+        first: index of the first block within the whole parameter.
+        stride: blocks from one row to the next.
+
+    Returns:
+        [rows, cols] int64 in [0, 2^16).
+    """
+    rows, cols = shape
+    low = fmix32((fmix32(seed) + step) & _MASK32)
+    high = fmix32((fmix32(step ^ 0x9E3779B9) + seed) & _MASK32)
+    blocks = torch.arange(blocks_per_row(cols, block_size), device=device)
+    index = first + torch.arange(rows, device=device)[:, None] * stride + blocks
+    keys = fmix32((index & _MASK32) ^ low) ^ high
+    words = fmix32(keys[..., None] ^ torch.arange(block_size // 2, device=device))
+    return from_blocks(torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(2), cols)
+
+
+def to_bfloat16(x: Tensor, random: Tensor | None) -> Tensor:
+    """fp32 -> bf16, to nearest even, or stochastically where ``random`` holds 16 bits per element (int64)."""
+    pattern = x.view(torch.int32).long() & _MASK32
+    size = pattern & 0x7FFFFFFF
+    increment = ((pattern >> 16) & 1) + 0x7FFF if random is None else random
+    rounded = torch.where(size >= 0x7F800000, pattern, pattern + increment) >> 16
+    return _from_pattern(torch.where(size > 0x7F800000, 0x7FC0, rounded), torch.bfloat16)
+
+
+def to_float16(x: Tensor, random: Tensor | None) -> Tensor:
+    """fp32 -> fp16, to nearest even, or stochastically where ``random`` holds 16 bits per element (int64)."""
+    pattern = x.view(torch.int32).long() & _MASK32
+    size = pattern & 0x7FFFFFFF
+    units = x.abs() * 2.0**24  # in steps of the smallest subnormal
+    units = torch.where(units < 1024, units, torch.zeros_like(units))
+    if random is None:
+        normal = (size + ((size >> 13) & 1) + 0xFFF) >> 13
+        subnormal = units.round().long()
+    else:
+        normal = (size + (random >> 3)) >> 13
+        subnormal = (units + (random >> 2).float() * 2.0**-14).long()
+    normal = (normal - (112 << 10)).clamp(max=0x7C00)
+    result = torch.where(size < 113 << 23, subnormal, normal)
+    result = torch.where(size > 0x7F800000, 0x7E00, result)
+    return _from_pattern(result | ((pattern >> 16) & 0x8000), torch.float16)
+
+
+def _from_pattern(pattern: Tensor, dtype: torch.dtype) -> Tensor:
+    signed = torch.where(pattern >= 0x8000, pattern - 0x10000, pattern)
+    return signed.to(torch.int16).view(dtype)
+
+
+# ---- The Lion step -------------------------------------------------------------------------------------------------
+
+
+def lion_step_(
+    param: Tensor,
+    grad: Tensor,
+    momentum: Tensor,
+    scales: Tensor | None,
+    hyper: Hyper,
+    *,
+    seed: int = 0,
+    step: int = 1,
+    first_block: int = 0,
+    row_blocks: int | None = None,
+) -> Tensor:
+    """One Lion step in place on rows of a parameter::
+
+        g    = grad, negated with maximize, plus weight_decay*param where decay is coupled
+        c    = blend*m + (1-blend)*g
+        p   <- p*decay - lr*sign(c)
+        m   <- beta*m + (1-beta)*g
+
+    An element whose gradient is NaN, infinite or at least 2^120 in magnitude keeps its parameter and its momentum.
+
+    Args:
+        param: [rows, cols] fp32, bf16 or fp16; updated in place.
+        grad: [rows, cols] fp32, bf16 or fp16.
+        momentum: [rows, cols] int8 codes, or fp32 where ``scales`` is None; updated in place.
+        scales: [rows, blocks_per_row] fp32 or None; updated in place.
+        hyper: the group's constants.
+        seed, step, first_block: what stochastic rounding is a function of, see `random_bits`.
+        row_blocks: blocks from one row to the next in the whole parameter, where these rows are a part of it.
+
+    Returns:
+        The number of elements skipped, a 0-dim int64 tensor.
+    """
+    p, g = param.float(), grad.float()
+    m = momentum if scales is None else decode(momentum, scales, hyper.block_size)
+    if hyper.flags & MAXIMIZE:
+        g = -g
+    if hyper.flags & COUPLED_DECAY:
+        g = g + p * hyper.coupled_decay
+    finite = g.abs() < OVERFLOW  # false for NaN
+    c = m * hyper.blend + g * hyper.one_minus_blend
+    averaged = m * hyper.beta + g * hyper.one_minus_beta
+    update = torch.where(c == 0, torch.zeros_like(c), torch.copysign(torch.full_like(c, hyper.lr), c))
+    if hyper.flags & CAUTIOUS:
+        agrees = (torch.signbit(c) == torch.signbit(g)) & (g != 0)
+        update = torch.where(agrees, update, torch.zeros_like(update))
+    moved = torch.where(finite, p * hyper.decay - update, p)
+    averaged = torch.where(finite, averaged, m)
+
+    if param.dtype == torch.float32:
+        param.copy_(moved)
+    else:
+        random = None
+        if hyper.weight_rounding == _STOCHASTIC:
+            stride = blocks_per_row(param.shape[1], hyper.block_size) if row_blocks is None else row_blocks
+            shape = (param.shape[0], param.shape[1])
+            random = random_bits(
+                shape,
+                hyper.block_size,
+                seed=seed,
+                step=step,
+                first=first_block,
+                stride=stride,
+                device=param.device,
+            )
+        param.copy_((to_bfloat16 if param.dtype == torch.bfloat16 else to_float16)(moved, random))
+    if scales is None:
+        momentum.copy_(averaged)
+    else:
+        new_codes, new_scales = encode(averaged, hyper.block_size)
+        momentum.copy_(new_codes)
+        scales.copy_(new_scales)
+    return (~finite).sum()
+
+
+# ---- Public faces of the format --------------------------------------------------------------------------------------
+
+
+def quantize(momentum: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
+    """Quantizes a tensor to int8 codes with one fp32 scale per block::
+
+        s    = max |m| over the block                 (0 if below 2^-100)
+        u    = hash(s) in [-1/2, 1/2)
+        code = rint(sign(m) * sqrt(|m| * A*A/s) + u)  A = 126.5; an exact zero is -128
+
+    Blocks run along the memory order of each row, ``momentum[i]``, and never cross it; a vector is one row.
+
+    Args:
+        momentum: any dense shape, floating point; computed in fp32.
+        block_size: 64, 128 or 256 elements.
+
+    Returns:
+        codes: int8, the shape and strides of ``momentum``.
+        scales: fp32, [rows, blocks_per_row].
+
+    Raises:
+        ValueError: ``momentum`` is not dense, or has values that are not finite or reach 2^127.
+        TypeError: ``momentum`` is not of a real floating-point dtype.
+    """
+    check_block_size(block_size)
+    if not momentum.is_floating_point():
+        raise TypeError(f"momentum must be of a floating-point dtype, got {momentum.dtype}")
+    if not bool((momentum.float().abs() < 2.0**127).all()):
+        raise ValueError("momentum must be finite and below 2^127 in magnitude, got NaN, inf or larger")
+    order = memory_order(momentum)
+    if order is None:
+        raise ValueError(
+            f"momentum must be dense, got shape {tuple(momentum.shape)} with strides {momentum.stride()}; "
+            "pass momentum.contiguous()"
+        )
+    codes = torch.empty_like(momentum, dtype=torch.int8)
+    row_codes, scales = encode(as_rows(momentum.float(), order), block_size)
+    as_rows(codes, order).copy_(row_codes)
+    return codes, scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, block_size: int = 128) -> Tensor:
+    """Inverse of `quantize`, up to its rounding::
+
+        t = code - hash(s)
+        m = t*|t| * s/(A*A)          0 for the code -128
+
+    Args:
+        codes: int8, dense.
+        scales: fp32, [rows, blocks_per_row].
+        block_size: the one that the codes were made with.
+
+    Returns:
+        fp32, the shape and strides of ``codes``.
+
+    Raises:
+        ValueError: the shapes of ``codes`` and ``scales`` do not belong together at this block size.
+        TypeError: ``codes`` is not int8 or ``scales`` not fp32.
+    """
+    check_block_size(block_size)
+    if codes.dtype != torch.int8 or scales.dtype != torch.float32:
+        raise TypeError(f"codes must be int8 and scales float32, got {codes.dtype} and {scales.dtype}")
+    order = memory_order(codes)
+    if order is None:
+        raise ValueError(f"codes must be dense, got shape {tuple(codes.shape)} with strides {codes.stride()}")
+    rows = as_rows(codes, order)
+    expected = (rows.shape[0], blocks_per_row(rows.shape[1], block_size))
+    if tuple(scales.shape) != expected:
+        raise ValueError(
+            f"scales must be {expected} for codes {tuple(codes.shape)} at block_size {block_size}, "
+            f"got {tuple(scales.shape)}"
+        )
+    momentum = torch.empty_like(codes, dtype=torch.float32)
+    as_rows(momentum, order).copy_(decode(rows, scales, block_size))
+    return momentum
+
+
+def check_block_size(block_size: int) -> None:
+    """Raises ValueError unless the format has this block size."""
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
+
+
+# ---- Optimizers to compare with ----------------------------------------------------------------------------------------
+
+
+class Lion(torch.optim.Optimizer):
+    r"""Lion with fp32 momentum in plain torch: what `Lion8bit` is measured against.
+
+    .. math::
+        c &= \beta_1 m + (1-\beta_1) g \\
+        p &\leftarrow p\,(1 - \mathrm{lr}\,\lambda) - \mathrm{lr}\,\mathrm{sign}(c) \\
+        m &\leftarrow \beta_2 m + (1-\beta_2) g
+
+    Args:
+        params: parameters or groups of them.
+        lr: step length, in units of the parameters.
+        betas: (beta1, beta2).
+        weight_decay: the lambda above.
+
+    Source: Chen et al., Symbolic Discovery of Optimization Algorithms, arXiv 2302.06675, program 1.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Performs one step; ``closure`` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p, dtype=torch.float32)
+                g, m = p.grad.float(), state["momentum"]
+                c = m * beta1 + g * (1 - beta1)
+                p.copy_(p.float() * (1 - lr * group["weight_decay"]) - lr * c.sign())
+                m.copy_(m * beta2 + g * (1 - beta2))
+        return loss
+
+
+def listing_definition(
+    grads: Iterable[float], theta: float = 0.0, *, beta1: float, beta2: float, gamma: float, lr: float, eps: float
+) -> list[dict[str, float]]:
+    """The rule that the project's original listing defines in prose, kept to show that it is not Lion::
+
+        m   = beta1*m + (1-beta1)*g
+        n   = gamma*sign(g)*sqrt(|g|^2) + (1-beta2)*sign(g)
+        theta <- theta - lr * (m / (1-beta1^t)) / (sqrt(n / (1-beta2^t)) + eps)
+
+    ``n`` has the sign of ``g`` and no memory, so every negative gradient takes the root of a negative number: NaN.
+
+    Returns:
+        One record per step with ``m``, ``n``, ``m_hat``, ``n_hat`` and ``theta``.
+    """
+    m, records = 0.0, []
+    for t, g in enumerate(grads, start=1):
+        sign = (g > 0) - (g < 0)
+        m = beta1 * m + (1 - beta1) * g
+        n = gamma * sign * abs(g) + (1 - beta2) * sign
+        m_hat, n_hat = m / (1 - beta1**t), n / (1 - beta2**t)
+        root = n_hat**0.5 if n_hat >= 0 else float("nan")
+        theta = theta - lr * m_hat / (root + eps)
+        records.append({"m": m, "n": n, "m_hat": m_hat, "n_hat": n_hat, "theta": theta})
+    return records
