@@ -87,8 +87,7 @@ def bits_per_byte(model: ByteLM, windows: Tensor) -> float:
         Mean cross entropy, in bits per byte.
     """
     losses = [
-        next_token_loss(model(batch[:, :-1]), batch[:, 1:], "sum").item()
-        for batch in torch.split(windows, BATCH)
+        next_token_loss(model(batch[:, :-1]), batch[:, 1:], "sum").item() for batch in torch.split(windows, BATCH)
     ]
     return sum(losses) / windows[:, 1:].numel() / math.log(2)
 
@@ -110,9 +109,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 def main() -> None:
     """Trains, reports bits per byte, and saves the checkpoint."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3600, help="optimizer steps of 2048 bytes each")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the batches")
@@ -166,9 +163,7 @@ def main() -> None:
             smoothed = bits if smoothed is None else 0.98 * smoothed + 0.02 * bits
             progress.update(task, advance=1, description=f"{smoothed:.3f} bits/byte")
             if (step + 1) % 400 == 0:
-                console.print(
-                    f"step {step + 1}: held out {bits_per_byte(model, held_out_windows):.4f} bits/byte"
-                )
+                console.print(f"step {step + 1}: held out {bits_per_byte(model, held_out_windows):.4f} bits/byte")
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_pretrained(model, args.out)

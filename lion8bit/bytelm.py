@@ -113,9 +113,7 @@ class Block(nn.Module):
         batch, length, width = x.shape
         heads = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(
-            rotate(query, table), rotate(key, table), value, is_causal=True
-        )
+        mixed = F.scaled_dot_product_attention(rotate(query, table), rotate(key, table), value, is_causal=True)
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
         mlp: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
         return x + mlp
@@ -213,9 +211,7 @@ def save_pretrained(model: ByteLM, path: Path) -> None:
         path: file to write.
     """
     weights = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
-    torch.save(
-        {"format": CHECKPOINT_FORMAT, "config": dataclasses.asdict(model.config), "weights": weights}, path
-    )
+    torch.save({"format": CHECKPOINT_FORMAT, "config": dataclasses.asdict(model.config), "weights": weights}, path)
 
 
 def load_pretrained(path: Path = CHECKPOINT) -> ByteLM:

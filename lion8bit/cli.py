@@ -5,13 +5,14 @@ here are evaluated at once: typer could not look up names inside `build_app` fro
 """
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+
+from lion8bit import __version__
 
 if TYPE_CHECKING:
     import typer
@@ -33,18 +34,6 @@ def require_packages(names: Sequence[str]) -> None:
     if missing:
         print(f'error: {", ".join(missing)} not found; run: pip install "lion8bit[demo]"', file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
-
-
-def package_version() -> str:
-    """Finds the installed version.
-
-    Returns:
-        The version, or "(not installed)" in a source tree that was never installed.
-    """
-    try:
-        return importlib.metadata.version("lion8bit")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 @contextlib.contextmanager
@@ -105,16 +94,14 @@ def build_app() -> "typer.Typer":
 
     def show_version(wanted: bool) -> None:
         if wanted:
-            typer.echo(f"lion8bit {package_version()}")
+            typer.echo(f"lion8bit {__version__}")
             raise typer.Exit
 
     @app.callback()
     def group(
         version: Annotated[
             bool,
-            typer.Option(
-                "--version", callback=show_version, is_eager=True, help="Print the version and exit."
-            ),
+            typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit."),
         ] = False,
     ) -> None:
         pass
@@ -123,9 +110,7 @@ def build_app() -> "typer.Typer":
     def demo(
         text: Annotated[
             Path | None,
-            typer.Option(
-                help="Text to fine-tune on. Default: Python's own help topics (pydoc_data/topics.py)."
-            ),
+            typer.Option(help="Text to fine-tune on. Default: Python's own help topics (pydoc_data/topics.py)."),
         ] = None,
         model: Annotated[
             Path | None,
@@ -142,9 +127,7 @@ def build_app() -> "typer.Typer":
         steps: Annotated[int, typer.Option(min=1, help="Optimizer steps per run.")] = 120,
         batch_size: Annotated[int, typer.Option(min=1, help="Windows of text per step.")] = 4,
         eval_windows: Annotated[int, typer.Option(min=1, help="Held-out windows per evaluation.")] = 64,
-        adamw_lr: Annotated[
-            float | None, typer.Option(help="AdamW's learning rate. Default: by model.")
-        ] = None,
+        adamw_lr: Annotated[float | None, typer.Option(help="AdamW's learning rate. Default: by model.")] = None,
         lion_lr: Annotated[
             float | None, typer.Option(help="Learning rate of the three Lions. Default: by model.")
         ] = None,

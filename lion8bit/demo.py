@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 HELD_OUT_SHARE = 0.1
 WARMUP_SHARE = 0.05
 FINAL_LR_SHARE = 0.1
-EVALUATIONS = 6  # of the held-out loss during a run, besides the one before it
+EVALUATIONS = 8  # of the held-out loss during a run, besides the one before it; closer together at first
 HF_CONTEXT = 256  # tokens per window for Hugging Face models
 SMALLEST_GAP = 1e-4  # of two losses that the conclusion tells apart
 
@@ -478,7 +478,7 @@ def fine_tune(
     starts = torch.randint(len(task.train) - task.window + 1, (steps, batch_size, 1), generator=generator)
     offsets = torch.arange(task.window)
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
-    evaluate_after = {round(steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
+    evaluate_after = {math.ceil(steps * (i / EVALUATIONS) ** 1.5) for i in range(1, EVALUATIONS + 1)}
     run = Run(seed, [], [0], [task.held_out_loss(batch_size)])
     milliseconds = []
     for step in range(steps):
@@ -595,14 +595,14 @@ def run_demo(
 
 
 def describe_device(device: torch.device) -> str:
-    """A device's name for people, such as "cpu, 2 threads"."""
+    """A device's name for people, such as "CPU, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else str(device)
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else str(device)
 
 
 def describe_run(setting: dict[str, Any]) -> str:
-    """How much training a run is, such as "120 steps of 4 x 256 bytes, cpu, 2 threads, 1 seed"."""
+    """How much training a run is, such as "120 steps of 4 x 256 bytes, CPU, 2 threads, 1 seed"."""
     batch = f"{setting['batch_size']} x {setting['context']} {setting['token']}s"
     return f"{setting['steps']} steps of {batch}, {setting['device']}, {counted(setting['seeds'], 'seed')}"
 
@@ -701,10 +701,9 @@ LINES: dict[str, tuple[float, float, Any]] = {
 INK, FAINT_INK, RULE = "#222222", "#6B6B6B", "#BBBBBB"
 
 
-def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """Averages each value with up to `reach` neighbours on either side, the same number on both."""
-    reaches = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
-    return [statistics.fmean(values[i - r : i + r + 1]) for i, r in enumerate(reaches)]
+def mean_held_out(row: Row) -> list[float]:
+    """A row's held-out losses, averaged over its seeds."""
+    return [statistics.fmean(losses) for losses in zip(*(run.held_out_loss for run in row.runs), strict=True)]
 
 
 def spread_apart(positions: Sequence[float], gap: float) -> list[float]:
@@ -728,27 +727,31 @@ def spread_apart(positions: Sequence[float], gap: float) -> list[float]:
 
 
 def plot_losses(axes: Axes, results: Results) -> None:
-    """Draws held-out losses, and thinly the smoothed training losses, with labels at the curves' ends."""
+    """Draws the held-out losses, labelled at the curves' ends, and an inset that magnifies what sets Lions apart."""
     from matplotlib.ticker import MaxNLocator
 
     steps, unit = results.setting["steps"], results.setting["unit"]
     rows = [row for row in results.rows if row.runs]
     for row in rows:
-        colour = COLOURS[row.key]
-        held_out = [statistics.fmean(x) for x in zip(*(run.held_out_loss for run in row.runs), strict=True)]
-        training = [statistics.fmean(x) for x in zip(*(run.train_loss for run in row.runs), strict=True)]
         if row.key == "none":
-            axes.axhline(held_out[0], color=colour, linewidth=1.2, linestyle=(0, (1, 2)))
+            axes.axhline(row.loss_before, color=COLOURS[row.key], linewidth=1.2, linestyle=(0, (1, 2)))
             continue
         width, alpha, dashes = LINES[row.key]
-        style = {"color": colour, "alpha": alpha, "linestyle": dashes, "solid_capstyle": "round"}
-        axes.plot(row.runs[0].held_out_steps, held_out, linewidth=width, zorder=12 - width, **style)
-        axes.plot(smooth(training, max(1, steps // 12)), color=colour, linewidth=0.9, alpha=0.55)
+        axes.plot(
+            row.runs[0].held_out_steps,
+            mean_held_out(row),
+            color=COLOURS[row.key],
+            linewidth=width,
+            alpha=alpha,
+            linestyle=dashes,
+            solid_capstyle="round",
+            zorder=12 - width,
+        )
     low, high = axes.get_ylim()
     places = spread_apart([row.loss_after for row in rows], 0.066 * (high - low))
     for row, place in zip(rows, places, strict=True):
         heights = [(y - low) / (high - low) for y in (row.loss_after, place, place)]
-        style = {"color": COLOURS[row.key], "transform": axes.transAxes}
+        style: dict[str, Any] = {"color": COLOURS[row.key], "transform": axes.transAxes}
         axes.plot([1.012, 1.03, 1.05], heights, linewidth=1, clip_on=False, **style)
         weight = "bold" if row.key == "lion8bit" else "normal"
         label = f"{LABELS[row.key]}  {row.loss_after:.3f}"
@@ -758,9 +761,27 @@ def plot_losses(axes: Axes, results: Results) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axes.set_xlabel("optimizer step", color=FAINT_INK)
     axes.set_title(f"Held-out loss, {unit}", loc="left", fontsize=12, color=INK)
-    axes.set_title("thin: training loss, smoothed", loc="right", fontsize=9.5, color=FAINT_INK)
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
+    plot_gaps(axes.inset_axes((0.5, 0.47, 0.47, 0.37)), results)
+
+
+def plot_gaps(axes: Axes, results: Results) -> None:
+    """Draws how far the 8-bit Lions' held-out losses are from fp32 Lion's, in thousandths."""
+    by_key = {row.key: row for row in results.rows if row.runs}
+    base = mean_held_out(by_key["lion"])
+    axes.axhline(0, color=COLOURS["lion"], linewidth=5, alpha=0.35)
+    largest = 0.0
+    for key in ("bitsandbytes", "lion8bit"):
+        if key in by_key:
+            gaps = [1e3 * (loss - b) for loss, b in zip(mean_held_out(by_key[key]), base, strict=True)]
+            axes.plot(by_key[key].runs[0].held_out_steps, gaps, color=COLOURS[key], linewidth=1.6)
+            largest = max(largest, *map(abs, gaps))
+    axes.set_xlim(0, results.setting["steps"])
+    axes.set_ylim(-1.25 * max(1.0, largest), 1.25 * max(1.0, largest))
+    axes.set_xticks([])
+    title = axes.set_title("8-bit minus fp32 Lion, thousandths", loc="left", fontsize=9.5, color=FAINT_INK)
+    title.set_backgroundcolor("white")
 
 
 def plot_memory(axes: Axes, results: Results) -> None:
@@ -795,7 +816,7 @@ def plot(results: Results, path: Path) -> None:
     figure.subplots_adjust(left=0.045, right=0.985, top=0.81, bottom=0.215, wspace=0.62)
     plot_losses(left, results)
     plot_memory(right, results)
-    for axes in (left, right):
+    for axes in (left, right, *left.child_axes):
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(RULE)
         axes.tick_params(colors=FAINT_INK, labelsize=9.5)

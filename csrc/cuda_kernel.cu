@@ -1,0 +1,221 @@
+// Owns the CUDA kernel: how threads walk the blocks of many tensors in one launch; the arithmetic is block_math.h's.
+//
+// lion8bit/cuda.py compiles it with NVRTC, one module per combination of the LION8BIT_* macros at the end, and packs the
+// Launch. Each thread holds 8 consecutive elements in registers, block_size / 8 neighbouring threads hold a block, and the
+// largest new momentum of a block travels between them by shuffles, so that each byte is read once and written once.
+#include "block_math.h"
+
+namespace lion8bit {
+
+constexpr int32_t kThreads = 256;  // of a CUDA block
+constexpr int32_t kPerLane = 8;    // consecutive elements of a thread
+constexpr uint32_t kFullWarp = 0xffffffffu;
+
+// All that one launch works on, passed by value: no table on the device, no copy, and a CUDA graph keeps it.
+template <int32_t tensor_capacity, int32_t hyper_capacity> struct Launch {
+    unsigned long long* nonfinite;        // [1], counts elements skipped for a bad gradient
+    int32_t count;                        // tensors in use, at least 1
+    int32_t passes;                       // a CUDA block steps passes * kThreads * kPerLane elements
+    int32_t first_tile[tensor_capacity];  // index of the first CUDA block of each tensor, ascending from 0
+    Tensor tensors[tensor_capacity];      // none of them empty
+    Hyper hypers[hyper_capacity];         // indexed by Tensor::hyper
+};
+
+// ---- Eight consecutive elements of a thread, as they lie in memory --------------------------------------------------
+
+template <int32_t bytes> struct PatternOf;
+template <> struct PatternOf<1> {
+    using type = unsigned char;
+};
+template <> struct PatternOf<2> {
+    using type = uint16_t;
+};
+template <> struct PatternOf<4> {
+    using type = uint32_t;
+};
+template <int32_t dtype> using ElementOf = typename PatternOf<dtype == kFloat32 ? 4 : 2>::type;
+
+template <class T> struct Octet {
+    static constexpr int32_t kPerWord = 4 / sizeof(T);
+    uint32_t words[kPerLane / kPerWord];
+
+    LION8BIT_FN uint32_t get(int32_t i) const { return words[i / kPerWord] >> (i % kPerWord * 8 * sizeof(T)); }
+    LION8BIT_FN void put(int32_t i, uint32_t pattern) {  // once per element, from all zero
+        words[i / kPerWord] |= pattern << (i % kPerWord * 8 * sizeof(T));
+    }
+
+    // `whole`: all 8 elements exist and `from` is aligned to their size (to 16 bytes where they are larger).
+    LION8BIT_FN void load(const T* from, bool whole, int32_t count, uint32_t padding) {
+        if (whole) {
+            if constexpr (sizeof(T) == 1) {
+                const uint2 a = *reinterpret_cast<const uint2*>(from);
+                words[0] = a.x, words[1] = a.y;
+            } else {
+#pragma unroll
+                for (int32_t w = 0; w < kPerLane / kPerWord; w += 4) {
+                    const uint4 a = reinterpret_cast<const uint4*>(from)[w / 4];
+                    words[w] = a.x, words[w + 1] = a.y, words[w + 2] = a.z, words[w + 3] = a.w;
+                }
+            }
+        } else {
+            *this = {};
+#pragma unroll
+            for (int32_t i = 0; i < kPerLane; ++i) put(i, i < count ? from[i] : padding);
+        }
+    }
+    LION8BIT_FN void store(T* to, bool whole, int32_t count) const {
+        if (whole) {
+            if constexpr (sizeof(T) == 1) {
+                *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
+            } else {
+#pragma unroll
+                for (int32_t w = 0; w < kPerLane / kPerWord; w += 4) {
+                    reinterpret_cast<uint4*>(to)[w / 4] = {words[w], words[w + 1], words[w + 2], words[w + 3]};
+                }
+            }
+        } else {
+#pragma unroll
+            for (int32_t i = 0; i < kPerLane; ++i) {
+                if (i < count) to[i] = static_cast<T>(get(i));
+            }
+        }
+    }
+};
+
+template <int32_t dtype> LION8BIT_FN float to_float(uint32_t pattern) {
+    if constexpr (dtype == kFloat32) return bit_cast<float>(pattern);
+    if constexpr (dtype == kBfloat16) return from_bfloat16<float>(pattern & 0xffffu);
+    if constexpr (dtype == kFloat16) return from_float16<float>(pattern & 0xffffu);
+}
+template <int32_t dtype, int32_t rounding> LION8BIT_FN uint32_t from_float(float x, uint32_t random) {
+    if constexpr (dtype == kFloat32) return bit_cast<uint32_t>(x);
+    if constexpr (dtype == kBfloat16) return to_bfloat16<rounding>(x, random);
+    if constexpr (dtype == kFloat16) return to_float16<rounding>(x, random);
+}
+
+LION8BIT_FN bool aligned(const void* pointer, uint64_t bytes) {
+    return reinterpret_cast<uint64_t>(pointer) % bytes == 0;
+}
+
+// ---- The kernel -----------------------------------------------------------------------------------------------------
+
+// The share of one CUDA block. The template arguments are what all tensors of a launch have in common.
+template <int32_t param_dtype, int32_t grad_dtype, bool quantized, int32_t block_size, int32_t rounding, bool general,
+          class Launch>
+LION8BIT_FN void update_tile(const Launch& launch) {
+    using Param = ElementOf<param_dtype>;
+    using Grad = ElementOf<grad_dtype>;
+    using Momentum = typename PatternOf<quantized ? 1 : 4>::type;
+    constexpr int32_t kLanes = block_size / kPerLane;
+    constexpr int32_t kBlocksPerPass = kThreads / kLanes;
+
+    const int32_t tile = static_cast<int32_t>(blockIdx.x);
+    int32_t index = 0;  // the last tensor whose first tile is not beyond this one
+    for (int32_t end = launch.count; end - index > 1;) {
+        const int32_t middle = (index + end) / 2;
+        (launch.first_tile[middle] <= tile ? index : end) = middle;
+    }
+    const Tensor& tensor = launch.tensors[index];
+    const Hyper hyper = launch.hypers[tensor.hyper];
+    auto* const param = static_cast<Param*>(tensor.param);
+    const auto* const grad = static_cast<const Grad*>(tensor.grad);
+    auto* const momentum = static_cast<Momentum*>(tensor.momentum);
+    float* const scales = tensor.scales;
+    const int64_t cols = tensor.cols;
+    const int64_t row_blocks = blocks_per_row(cols, block_size);
+    const int64_t blocks = tensor.rows * row_blocks;
+    const bool flat = tensor.rows == 1 || cols % block_size == 0;  // block b starts at element b * block_size
+    const int64_t run = flat ? tensor.rows * cols : cols;          // elements from one short block to the next
+    const bool vector = (tensor.rows == 1 || cols % kPerLane == 0) && aligned(param, 16) && aligned(grad, 16) &&
+                        aligned(momentum, quantized ? 8 : 16);
+    const RandomKey key = random_key(tensor.seed, tensor.step);
+
+    const int32_t lane = static_cast<int32_t>(threadIdx.x) % kLanes;
+    int64_t first_of_pass = static_cast<int64_t>(tile - launch.first_tile[index]) * launch.passes * kBlocksPerPass;
+    int32_t nonfinite = 0;
+    for (int32_t pass = 0; pass < launch.passes && first_of_pass < blocks; ++pass, first_of_pass += kBlocksPerPass) {
+        // Threads without elements go along: every lane of a warp takes part in the shuffles.
+        const int64_t block = first_of_pass + static_cast<int32_t>(threadIdx.x) / kLanes;
+        int64_t in_run = block * block_size, offset = in_run;
+        if (!flat) {
+            const int64_t row = (block >> 31) == 0 && (row_blocks >> 31) == 0
+                                    ? static_cast<uint32_t>(block) / static_cast<uint32_t>(row_blocks)
+                                    : block / row_blocks;
+            in_run = (block - row * row_blocks) * block_size;
+            offset = row * cols + in_run;
+        }
+        offset += lane * kPerLane;
+        const int64_t left = block < blocks ? run - in_run - lane * kPerLane : 0;
+        const int32_t count = left >= kPerLane ? kPerLane : left > 0 ? static_cast<int32_t>(left) : 0;
+        const bool whole = vector && count == kPerLane;
+
+        Octet<Param> params;
+        Octet<Grad> grads;
+        Octet<Momentum> momenta;
+        momenta.load(momentum + offset, whole, count, quantized ? uint32_t(kZeroCode & 0xff) : 0);
+        params.load(param + offset, whole, count, 0);
+        grads.load(grad + offset, whole, count, 0);
+        Codec codec = {};
+        if constexpr (quantized) codec = decoder(block < blocks ? scales[block] : 0.0f);
+        uint32_t word_key = 0, word = 0;
+        if constexpr (rounding == kStochastic) word_key = block_key(key, tensor.first_block + block);
+
+        float next[kPerLane];
+        int32_t largest = 0;
+        Octet<Param> moved = {};
+#pragma unroll
+        for (int32_t i = 0; i < kPerLane; ++i) {
+            float p = to_float<param_dtype>(params.get(i)), m;
+            if constexpr (quantized) {
+                m = decode(static_cast<float>(static_cast<int8_t>(momenta.get(i))), codec);
+            } else {
+                m = bit_cast<float>(momenta.get(i));
+            }
+            nonfinite += !lion_step<general>(hyper, p, to_float<grad_dtype>(grads.get(i)), m);
+            if constexpr (rounding == kStochastic) {
+                word = i % 2 ? word >> 16 : random_word(word_key, static_cast<uint32_t>((lane * kPerLane + i) / 2));
+            }
+            moved.put(i, from_float<param_dtype, rounding>(p, word & 0xffffu));
+            next[i] = m;
+            largest = max(largest, bits(magnitude(m)));
+        }
+        moved.store(param + offset, whole, count);
+
+        Octet<Momentum> stored = {};
+        if constexpr (quantized) {
+#pragma unroll
+            for (int32_t distance = kLanes / 2; distance > 0; distance /= 2) {
+                largest = max(largest, __shfl_xor_sync(kFullWarp, largest, distance));
+            }
+            const float scale = stored_scale(bit_cast<float>(largest));
+            codec = encoder(scale);
+#pragma unroll
+            for (int32_t i = 0; i < kPerLane; ++i) {
+                stored.put(i, static_cast<uint32_t>(encode(next[i], codec)) & 0xffu);
+            }
+            if (lane == 0 && block < blocks) scales[block] = scale;
+        } else {
+#pragma unroll
+            for (int32_t i = 0; i < kPerLane; ++i) stored.put(i, bit_cast<uint32_t>(next[i]));
+        }
+        stored.store(momentum + offset, whole, count);
+    }
+
+    if (__any_sync(kFullWarp, nonfinite != 0)) {
+#pragma unroll
+        for (int32_t distance = 16; distance > 0; distance /= 2) {
+            nonfinite += __shfl_xor_sync(kFullWarp, nonfinite, distance);
+        }
+        if (threadIdx.x % 32 == 0) atomicAdd(launch.nonfinite, static_cast<unsigned long long>(nonfinite));
+    }
+}
+
+}  // namespace lion8bit
+
+#if defined(LION8BIT_PARAM_DTYPE)
+extern "C" __global__ void __launch_bounds__(lion8bit::kThreads)
+    lion8bit_update(const __grid_constant__ lion8bit::Launch<LION8BIT_TENSORS, LION8BIT_HYPERS> launch) {
+    lion8bit::update_tile<LION8BIT_PARAM_DTYPE, LION8BIT_GRAD_DTYPE, LION8BIT_QUANTIZED, LION8BIT_BLOCK_SIZE,
+                          LION8BIT_WEIGHT_ROUNDING, LION8BIT_GENERAL>(launch);
+}
+#endif

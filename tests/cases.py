@@ -1,0 +1,110 @@
+"""Owns the cases that several test files share: sizes around block and vector widths, options, gradients, exact comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lion8bit import reference
+from lion8bit.layout import DTYPES, Hyper, Tensor, make_hyper
+
+PARAM_DTYPES = tuple(DTYPES)
+
+# [rows, cols] around block (64, 128, 256) and vector (4, 8, 16) widths; rows shorter than a block; ragged rows.
+SHAPES = (
+    (0, 0),
+    (1, 1),
+    (3, 7),
+    (1, 63),
+    (2, 64),
+    (1, 65),
+    (2, 127),
+    (3, 128),
+    (2, 129),
+    (1, 255),
+    (2, 256),
+    (2, 257),
+    (1, 128 * 40 + 37),
+    (40, 24),
+    (7, 1000),
+)
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "decay": {"weight_decay": 0.1},
+    "maximize": {"maximize": True, "weight_decay": 0.1},
+    "cautious": {"cautious": True},
+    "listing": {"momentum_first": True, "decoupled_weight_decay": False, "weight_decay": 0.1},
+    "everything": {"maximize": True, "cautious": True, "decoupled_weight_decay": False, "weight_decay": 0.3},
+}
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Fails unless both tensors have equal bits, naming the first differing element and both values."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
+    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    differs = actual.contiguous().view(width) != expected.contiguous().view(width)
+    differs &= ~(actual.isnan() & expected.isnan())  # the bits of a NaN are the hardware's choice
+    if differs.any():
+        where = tuple(differs.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(differs.sum())} of {differs.numel()} differ, first at {where}: "
+            f"{actual[where].item()!r} != {expected[where].item()!r}"
+        )
+
+
+def make_gradient(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator, bad: bool) -> torch.Tensor:
+    """Normal values over many magnitudes with some exact zeros and, if `bad`, some NaN, infinite and huge elements."""
+    grad = torch.randn(shape, generator=generator)
+    grad *= 10.0 ** torch.randint(-6, 3, (max(1, shape[0]), 1), generator=generator)[: shape[0]]
+    grad[torch.rand(shape, generator=generator) < 0.05] = 0.0
+    if bad:
+        values = torch.tensor([float("nan"), float("inf"), -float("inf"), 2.0**120, -(2.0**127), 2.0**119])
+        mask = torch.rand(shape, generator=generator) < 0.03
+        grad[mask] = values[torch.randint(len(values), (int(mask.sum()),), generator=generator)]
+    return grad.to(dtype)
+
+
+class RowsState:
+    """A [rows, cols] parameter with its state, steppable by the reference, or by a kernel through `descriptor`."""
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, block_size: int, quantized: bool, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.param = (torch.randn(shape, generator=generator) * 0.02).to(dtype)
+        self.scales: torch.Tensor | None = None
+        if quantized:
+            codes, self.scales = reference.encode(torch.zeros(shape), block_size)
+            self.momentum = codes.contiguous()
+        else:
+            self.momentum = torch.zeros(shape)
+        self.seed = seed
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        named = {"param": self.param, "momentum": self.momentum}
+        return named if self.scales is None else {**named, "scales": self.scales}
+
+    def reference_step(self, grad: torch.Tensor, hyper: Hyper, step: int) -> int:
+        skipped = reference.lion_step_(
+            self.param, grad, self.momentum, self.scales, hyper, seed=self.seed, step=step
+        )
+        return int(skipped)
+
+    def descriptor(self, grad: torch.Tensor, step: int, hyper: int = 0) -> Tensor:
+        return Tensor(
+            param=self.param.data_ptr(),
+            grad=grad.data_ptr(),
+            momentum=self.momentum.data_ptr(),
+            scales=0 if self.scales is None else self.scales.data_ptr(),
+            rows=self.param.shape[0],
+            cols=self.param.shape[1],
+            seed=self.seed,
+            step=step,
+            param_dtype=DTYPES[self.param.dtype],
+            grad_dtype=DTYPES[grad.dtype],
+            hyper=hyper,
+        )
+
+
+def hyper_for(option: str, block_size: int, weight_rounding: str = "nearest", lr: float = 1e-3) -> Hyper:
+    return make_hyper(lr=lr, block_size=block_size, weight_rounding=weight_rounding, **OPTIONS[option])

@@ -1,0 +1,133 @@
+// Owns the library that tests/test_cuda.py calls: csrc/cuda_kernel.cu on the emulator, its combinations chosen at run time.
+#include "emulator.h"
+
+#include "../../csrc/cuda_kernel.cu"
+
+namespace {
+
+using emulator::Error;
+using lion8bit::kBfloat16;
+using lion8bit::kFloat16;
+using lion8bit::kFloat32;
+
+using Small = lion8bit::Launch<40, 16>;   // SMALL of lion8bit/cuda.py
+using Large = lion8bit::Launch<372, 32>;  // LARGE
+
+// The arguments of `emulate`.
+struct Call {
+    int32_t param_dtype, grad_dtype, quantized, block_size, weight_rounding, general, order;
+    int64_t first, last;
+    const void* launch;
+};
+
+template <class Body> Error run(int64_t first, int64_t last, int32_t threads, int32_t order, const Body& body) {
+    static emulator::Block block;  // keeps its stacks
+    emulator::running = &block;
+    return block.launch(first, last, threads, order, body);
+}
+
+template <class Launch, int32_t param, int32_t grad, bool quantized, int32_t block_size, int32_t rounding, bool general>
+Error with_all(const Call& call) {
+    const auto& launch = *static_cast<const Launch*>(call.launch);
+    return run(call.first, call.last, lion8bit::kThreads, call.order, [&launch] {
+        lion8bit::update_tile<param, grad, quantized, block_size, rounding, general>(launch);
+    });
+}
+
+template <int32_t param, int32_t grad, bool quantized, int32_t block_size, int32_t rounding>
+Error with_rounding(const Call& call) {
+    return call.general ? with_all<Small, param, grad, quantized, block_size, rounding, true>(call)
+                        : with_all<Small, param, grad, quantized, block_size, rounding, false>(call);
+}
+
+template <int32_t param, int32_t grad, bool quantized, int32_t block_size> Error with_block_size(const Call& call) {
+    if constexpr (param != kFloat32) {
+        if (call.weight_rounding == lion8bit::kStochastic) {
+            return with_rounding<param, grad, quantized, block_size, lion8bit::kStochastic>(call);
+        }
+    }
+    return with_rounding<param, grad, quantized, block_size, lion8bit::kNearest>(call);
+}
+
+template <int32_t param, int32_t grad, bool quantized> Error with_momentum(const Call& call) {
+    switch (call.block_size) {
+#if !defined(EMULATE_FEW)
+        case 64: return with_block_size<param, grad, quantized, 64>(call);
+        case 256: return with_block_size<param, grad, quantized, 256>(call);
+#endif
+        case 128: return with_block_size<param, grad, quantized, 128>(call);
+        default: return emulator::kUnknown;
+    }
+}
+
+template <int32_t param, int32_t grad> Error with_grad(const Call& call) {
+    return call.quantized ? with_momentum<param, grad, true>(call) : with_momentum<param, grad, false>(call);
+}
+
+template <int32_t param> Error with_param(const Call& call) {
+    switch (call.grad_dtype) {
+        case kFloat32: return with_grad<param, kFloat32>(call);
+        case kBfloat16: return with_grad<param, kBfloat16>(call);
+#if !defined(EMULATE_FEW)
+        case kFloat16: return with_grad<param, kFloat16>(call);
+#endif
+        default: return emulator::kUnknown;
+    }
+}
+
+}  // namespace
+
+// Runs the CUDA blocks [first, last) of one launch of the small capacity and returns an emulator::Error.
+extern "C" int32_t emulate(int32_t param_dtype, int32_t grad_dtype, int32_t quantized, int32_t block_size,
+                           int32_t weight_rounding, int32_t general, int32_t order, int64_t first, int64_t last,
+                           const void* launch) {
+    const Call call = {param_dtype, grad_dtype, quantized, block_size, weight_rounding,
+                       general,     order,      first,     last,       launch};
+    switch (param_dtype) {
+        case kFloat32: return with_param<kFloat32>(call);
+        case kBfloat16: return with_param<kBfloat16>(call);
+#if !defined(EMULATE_FEW)
+        case kFloat16: return with_param<kFloat16>(call);
+#endif
+        default: return emulator::kUnknown;
+    }
+}
+
+// Runs a launch of the large capacity, of the one combination that is built for it.
+extern "C" int32_t emulate_large(int64_t last, const void* launch) {
+    const Call call = {kBfloat16, kBfloat16, 1, 128, lion8bit::kNearest, 0, 0, 0, last, launch};
+    return with_all<Large, kBfloat16, kBfloat16, true, 128, lion8bit::kNearest, false>(call);
+}
+
+extern "C" int64_t launch_bytes(int32_t large) { return large ? sizeof(Large) : sizeof(Small); }
+
+// Kernels that are sound (0) or have a known fault: they show what the emulator reports.
+extern "C" int32_t emulate_example(int32_t which, int32_t order) {
+    int32_t shared[64] = {}, wrong = 0;
+    const Error error = run(0, 2, 64, order, [&] {
+        const int32_t thread = static_cast<int32_t>(threadIdx.x), lane = thread % 32;
+        const uint32_t all = 0xffffffffu;
+        if (which == 0) {
+            int32_t sum = thread;
+            for (int32_t distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(all, sum, distance);
+            shared[thread] = sum;
+            __syncthreads();
+            wrong += sum + shared[63 - thread] != 31 * 32 + 32 * 32;
+            const uint32_t half = lane < 16 ? 0xffffu : 0xffff0000u;
+            wrong += __shfl_sync(half, thread, lane & 16) != thread / 16 * 16;
+            wrong += __ballot_sync(all, lane == 3) != 8u;
+            wrong += __any_sync(all, lane == 40);
+            __syncwarp();
+            __syncthreads();
+        } else if (which == 1) {  // half a warp is missing from a shuffle that names all of it
+            if (lane < 16) __shfl_xor_sync(all, thread, 1);
+        } else if (which == 2) {  // the halves of a warp wait at different operations
+            lane < 16 ? __shfl_xor_sync(all, thread, 1) : __any_sync(all, thread);
+        } else if (which == 3) {  // the upper lanes are not in their own mask
+            __shfl_xor_sync(0xffffu, thread, 1);
+        } else if (thread != 5) {  // one thread does not reach the barrier
+            __syncthreads();
+        }
+    });
+    return error == emulator::kOk && wrong ? -1 : error;
+}

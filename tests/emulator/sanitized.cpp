@@ -1,0 +1,78 @@
+// Owns a program that runs the emulated kernel over buffers of exactly the right size, to be built with the sanitizers.
+//
+// Without an argument it must end well. With "cols", "scales" or "unaligned" it hands the kernel a table that is wrong in that
+// way, and the sanitizers must stop it: that shows that they watch the kernel's own accesses.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "emulated_kernel.cpp"
+
+namespace {
+
+// A heap buffer that ends with its last element, `shift` bytes beyond an aligned address.
+struct Buffer {
+    Buffer(size_t bytes, size_t shift) : base(static_cast<char*>(std::malloc(bytes + shift))), data(base + shift) {
+        std::memset(base, 0, bytes + shift);
+    }
+    ~Buffer() { std::free(base); }
+    Buffer(const Buffer&) = delete;
+    char *base, *data;
+};
+
+struct Case {
+    int64_t rows, cols;
+    int32_t param_dtype, grad_dtype, quantized, rounding, general;
+    bool shifted;  // pointers aligned to one element only
+};
+
+int32_t run_case(const Case& c, const std::string& fault) {
+    constexpr int32_t kBlock = 128;
+    const int64_t count = c.rows * c.cols, blocks = c.rows * lion8bit::blocks_per_row(c.cols, kBlock);
+    const size_t param_bytes = c.param_dtype == kFloat32 ? 4 : 2, grad_bytes = c.grad_dtype == kFloat32 ? 4 : 2;
+    const size_t momentum_bytes = c.quantized ? 1 : 4;
+    const size_t short_by = fault == "scales" ? 1 : 0;
+    Buffer param(count * param_bytes, c.shifted ? param_bytes : 0), grad(count * grad_bytes, c.shifted ? grad_bytes : 0);
+    Buffer momentum(count * momentum_bytes, c.shifted ? momentum_bytes : 0), scales((blocks - short_by) * 4, 0);
+    auto launch = std::make_unique<Small>();
+    std::memset(static_cast<void*>(launch.get()), 0, sizeof(Small));
+    unsigned long long nonfinite = 0;
+    launch->nonfinite = &nonfinite;
+    launch->count = 1;
+    launch->passes = 1;
+    lion8bit::Tensor& tensor = launch->tensors[0];
+    tensor.param = param.data;
+    tensor.grad = fault == "unaligned" ? grad.data + 1 : grad.data;
+    tensor.momentum = momentum.data;
+    tensor.scales = c.quantized ? reinterpret_cast<float*>(scales.data) : nullptr;
+    tensor.rows = c.rows;
+    tensor.cols = fault == "cols" ? c.cols + 1 : c.cols;
+    tensor.seed = 7;
+    tensor.step = 1;
+    tensor.param_dtype = c.param_dtype;
+    tensor.grad_dtype = c.grad_dtype;
+    launch->hypers[0] = {1e-3f, 1.0f, 0.0f, 0.9f, 0.1f, 0.99f, 0.01f, c.general ? 7u : 0u, kBlock, c.rounding};
+    const int64_t tiles = (blocks * kBlock + 2047) / 2048;
+    return emulate(c.param_dtype, c.grad_dtype, c.quantized, kBlock, c.rounding, c.general, 2, 0, tiles, launch.get());
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const std::string fault = argc > 1 ? argv[1] : "";
+    const int64_t shapes[][2] = {{1, 1}, {1, 127}, {1, 128}, {1, 129}, {3, 8}, {5, 17}, {2, 256}, {3, 200}, {1, 5000}};
+    for (const auto& shape : shapes) {
+        for (int32_t bits = 0; bits < 64; ++bits) {
+            const Case c = {shape[0], shape[1], bits & 1, bits >> 1 & 1, bits >> 2 & 1, bits >> 3 & 1, bits >> 4 & 1,
+                            (bits >> 5 & 1) != 0};
+            if (const int32_t error = run_case(c, fault)) {
+                std::printf("error %d\n", error);
+                return 1;
+            }
+        }
+    }
+    std::printf("sound\n");
+    return 0;
+}

@@ -1,0 +1,155 @@
+"""The native CPU kernel equals the reference bit for bit, on every instruction set of this machine."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import OPTIONS, PARAM_DTYPES, SHAPES, RowsState, assert_same, hyper_for, make_gradient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lion8bit import cpu
+from lion8bit.batch import hyper_array
+from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Hyper, Tensor
+
+KERNELS = cpu.available_kernels()
+
+
+def test_library_was_built() -> None:
+    assert cpu.unavailable_reason() is None
+    assert KERNELS[0] == "baseline"
+
+
+def native_update(rows: list[Tensor], hypers: list[Hyper], kernel: str, threads: int) -> int:
+    library = cpu._library()
+    assert isinstance(library, ctypes.CDLL)
+    table = (Tensor * len(rows))(*rows)
+    return int(
+        library.lion8bit_update(table, len(table), hyper_array(hypers), cpu.KERNELS.index(kernel), threads)
+    )
+
+
+def check(shape: tuple[int, int], param_dtype: torch.dtype, grad_dtype: torch.dtype, block_size: int, *,
+          option: str, rounding: str, quantized: bool, kernel: str, threads: int = 1, steps: int = 3, seed: int = 0,
+          lr: float = 1e-3, bad: bool = True) -> None:  # fmt: skip
+    hyper = hyper_for(option, block_size, rounding, lr)
+    ours = RowsState(shape, param_dtype, block_size, quantized, seed)
+    expected = RowsState(shape, param_dtype, block_size, quantized, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(1, steps + 1):
+        grad = make_gradient(shape, grad_dtype, generator, bad)
+        skipped = native_update([ours.descriptor(grad, step)], [hyper], kernel, threads)
+        assert skipped == expected.reference_step(grad, hyper, step)
+        for name, tensor in ours.tensors().items():
+            assert_same(tensor, expected.tensors()[name], f"{name} after step {step}")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("quantized", [True, False], ids=["int8", "fp32"])
+@pytest.mark.parametrize("param_dtype", PARAM_DTYPES, ids=str)
+@pytest.mark.parametrize("grad_dtype", PARAM_DTYPES, ids=str)
+def test_kernel_equals_reference(
+    kernel: str, quantized: bool, param_dtype: torch.dtype, grad_dtype: torch.dtype
+) -> None:
+    roundings = ["nearest"] if param_dtype == torch.float32 else list(WEIGHT_ROUNDING)
+    cases = itertools.product(SHAPES, BLOCK_SIZES if quantized else [128], roundings)
+    options = itertools.cycle(OPTIONS)  # every option meets every shape over the parametrised runs
+    for seed, (shape, block_size, rounding) in enumerate(cases):
+        check(
+            shape,
+            param_dtype,
+            grad_dtype,
+            block_size,
+            option=next(options),
+            rounding=rounding,
+            quantized=quantized,
+            kernel=kernel,
+            seed=seed,
+            steps=2,
+        )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_equal_reference(kernel: str, option: str) -> None:
+    for param_dtype, rounding in [(torch.float32, "nearest"), (torch.bfloat16, "stochastic")]:
+        check((5, 300), param_dtype, param_dtype, 128, option=option, rounding=rounding, quantized=True,
+              kernel=kernel, steps=6)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 9),
+    cols=st.integers(0, 700),
+    param_dtype=st.sampled_from(PARAM_DTYPES),
+    grad_dtype=st.sampled_from(PARAM_DTYPES),
+    block_size=st.sampled_from(BLOCK_SIZES),
+    option=st.sampled_from(list(OPTIONS)),
+    rounding=st.sampled_from(list(WEIGHT_ROUNDING)),
+    quantized=st.booleans(),
+    kernel=st.sampled_from(KERNELS),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31 - 1),
+    lr=st.sampled_from([0.0, 1e-8, 1e-4, 1.0, 1e30]),
+)
+def test_any_case_equals_reference(rows: int, cols: int, **case) -> None:
+    shape = (rows, cols) if rows and cols else (0, 0)
+    check(shape, case.pop("param_dtype"), case.pop("grad_dtype"), case.pop("block_size"), **case)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_many_tensors_over_threads(kernel: str) -> None:
+    """One call for tensors of all kinds and two groups, the work split inside tensors, equals one reference step each."""
+    hypers = [hyper_for("plain", 64), hyper_for("everything", 256, "stochastic")]
+    generator = torch.Generator().manual_seed(3)
+    ours, expected, grads, groups = [], [], [], []
+    for seed, (shape, dtype) in enumerate(itertools.product([(1, 1), (0, 0), (300, 130), (1, 70000)], PARAM_DTYPES)):
+        group = seed % 2
+        for states in (ours, expected):
+            states.append(RowsState(shape, dtype, hypers[group].block_size, seed % 3 > 0, seed))
+        grads.append(make_gradient(shape, dtype, generator, bad=True))
+        groups.append(group)
+    for threads in (1, 2, 5):
+        step = threads
+        rows = [s.descriptor(g, step, group) for s, g, group in zip(ours, grads, groups, strict=True)]
+        skipped = native_update(rows, hypers, kernel, threads)
+        assert skipped > 0
+        assert skipped == sum(
+            s.reference_step(g, hypers[group], step) for s, g, group in zip(expected, grads, groups, strict=True)
+        )
+        for one, other in zip(ours, expected, strict=True):
+            for name, tensor in one.tensors().items():
+                assert_same(tensor, other.tensors()[name], name)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_shard_is_the_part_of_the_whole(kernel: str) -> None:
+    """Stepping rows [3:] with their first block's index gives what stepping the whole gives there."""
+    hyper, shape = hyper_for("decay", 64, "stochastic", lr=1e-4), (8, 200)
+    whole = RowsState(shape, torch.bfloat16, 64, True, 5)
+    shard = RowsState(shape, torch.bfloat16, 64, True, 5)
+    assert shard.scales is not None
+    shard.param, shard.momentum, shard.scales = shard.param[3:], shard.momentum[3:], shard.scales[3:]
+    grad = make_gradient(shape, torch.bfloat16, torch.Generator().manual_seed(1), bad=False)
+    native_update([whole.descriptor(grad, 1)], [hyper], kernel, 1)
+    row = shard.descriptor(grad[3:], 1)
+    row.first_block = 3 * 4
+    native_update([row], [hyper], kernel, 1)
+    assert_same(shard.param, whole.param[3:], "param")
+    assert_same(shard.momentum, whole.momentum[3:], "codes")
+
+
+def test_environment_variable_selects_the_kernel() -> None:
+    script = "from lion8bit import cpu; print(cpu.KERNELS[cpu.selected_kernel()])"
+    for kernel in KERNELS:
+        result = subprocess.run([sys.executable, "-c", script], env={"LION8BIT_ISA": kernel, "PATH": ""},
+                                capture_output=True, text=True, check=True)  # fmt: skip
+        assert result.stdout.strip() == kernel
+    wrong = subprocess.run([sys.executable, "-c", script], env={"LION8BIT_ISA": "mmx", "PATH": ""},
+                           capture_output=True, text=True)  # fmt: skip
+    assert "LION8BIT_ISA must be one of" in wrong.stderr

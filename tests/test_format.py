@@ -1,0 +1,249 @@
+"""The momentum format: an oracle in NumPy written from its definition, its error bound, and its edge cases."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from cases import assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import lion8bit
+from lion8bit import reference
+from lion8bit.layout import BLOCK_SIZES, memory_order
+
+
+def oracle_hash(scale: np.float32) -> np.float32:
+    """u in [-1/2, 1/2) from the bits of a scale, in arbitrary-precision integers."""
+    h = int(np.float32(scale).view(np.uint32))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        h = (h ^ (h >> shift)) * factor % 2**32
+    return np.float32((h >> 8) / 2**24 - 0.5)
+
+
+def oracle_quantize(row: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """codes and scales of one row, element by element, from the definition."""
+    codes, scales = [], []
+    for start in range(0, len(row), block_size):
+        block = row[start : start + block_size]
+        scale = np.float32(np.abs(block).max())
+        if scale < np.float32(2.0**-100):
+            scale = np.float32(0)
+        u = oracle_hash(scale)
+        gain = np.float32(16002.25) / scale if scale else np.float32(0)
+        for m in block:
+            scaled = np.float32(np.abs(m) * gain)
+            level = np.float32(np.copysign(np.sqrt(scaled), m) + u)
+            codes.append(-128 if scaled == 0 else int(np.rint(level)))
+        scales.append(scale)
+    return np.array(codes, dtype=np.int8), np.array(scales, dtype=np.float32)
+
+
+def oracle_dequantize(codes: np.ndarray, scales: np.ndarray, block_size: int) -> np.ndarray:
+    values = []
+    for index, code in enumerate(codes):
+        scale = scales[index // block_size]
+        t = np.float32(np.float32(code) - oracle_hash(scale))
+        value = np.float32(np.float32(t * np.abs(t)) * (scale / np.float32(16002.25)))
+        values.append(np.float32(0) if code == -128 else value)
+    return np.array(values, dtype=np.float32)
+
+
+MOMENTA = hnp.arrays(
+    np.float32,
+    st.integers(1, 300),
+    elements=st.one_of(
+        st.floats(-(2.0**100), 2.0**100, width=32),
+        st.floats(-1, 1, width=32),
+        st.sampled_from([0.0, -0.0, 2.0**-149, -(2.0**-149), 2.0**-126, 2.0**-100, 2.0**-101, 2.0**126]),
+    ),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(row=MOMENTA, block_size=st.sampled_from(BLOCK_SIZES))
+def test_reference_equals_the_oracle(row: np.ndarray, block_size: int) -> None:
+    codes, scales = lion8bit.quantize(torch.from_numpy(row), block_size)
+    expected_codes, expected_scales = oracle_quantize(row, block_size)
+    assert_same(codes, torch.from_numpy(expected_codes), "codes")
+    assert_same(scales[0], torch.from_numpy(expected_scales), "scales")
+    decoded = lion8bit.dequantize(codes, scales, block_size)
+    assert_same(decoded, torch.from_numpy(oracle_dequantize(expected_codes, expected_scales, block_size)), "momentum")
+
+
+# The largest error of one element, in units of its block's scale. In the square-root domain the code is within half a
+# step, so with r = sqrt(|m|/s) and h = 1/(2A) the decoded value is within (r+h)^2 - r^2 = 2rh + h^2 of m, s times that.
+# fp32 rounds five times on the way, each by 2^-24 relative to at most (1 + h)^2: 16 units of 2^-24 cover them.
+HALF_STEP = 0.5 / 126.5
+ROUNDING = 16 * 2.0**-24
+
+
+def error_bound(momentum: torch.Tensor, scales: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Per element, in double: [rows, cols]."""
+    wide = scales.double().repeat_interleave(block_size, dim=1)[:, : momentum.shape[1]]
+    root = torch.where(wide > 0, momentum.double().abs() / wide, torch.zeros_like(wide)).sqrt()
+    return wide * (2 * root * HALF_STEP + HALF_STEP**2 + ROUNDING) + reference.MIN_SCALE * (wide == 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(row=MOMENTA, block_size=st.sampled_from(BLOCK_SIZES))
+def test_error_is_within_the_bound(row: np.ndarray, block_size: int) -> None:
+    momentum = torch.from_numpy(row)[None]
+    codes, scales = reference.encode(momentum, block_size)
+    error = (reference.decode(codes, scales, block_size).double() - momentum.double()).abs()
+    assert bool((error <= error_bound(momentum, scales, block_size)).all())
+
+
+def test_error_bound_is_tight() -> None:
+    """Some element comes within 2 % of the bound, so that the test above could fail."""
+    momentum = torch.randn(2000, 128, generator=torch.Generator().manual_seed(0))
+    codes, scales = reference.encode(momentum, 128)
+    error = (reference.decode(codes, scales, 128).double() - momentum.double()).abs()
+    assert float((error / error_bound(momentum, scales, 128)).max()) > 0.98
+
+
+def test_error_is_unbiased() -> None:
+    """Over blocks with independent scales the mean error is zero within 5 standard errors, at every magnitude."""
+    generator = torch.Generator().manual_seed(0)
+    for fraction in (0.003, 0.05, 0.4, 0.9):
+        momentum = torch.full((40000, 64), fraction)
+        momentum[:, 0] = 1.0
+        momentum *= torch.rand(40000, 1, generator=generator) + 0.5
+        codes, scales = reference.encode(momentum, 64)
+        error = ((reference.decode(codes, scales, 64) - momentum) / scales)[:, 1].double()
+        # In the root domain the error is uniform; squaring adds its variance, s/(12 A^2), which is far below a step.
+        expected = HALF_STEP**2 / 3 if fraction > HALF_STEP**2 else 0.0
+        assert abs(float(error.mean()) - expected) < 5 * float(error.std()) / math.sqrt(len(error))
+
+
+def test_zero_is_exact_and_tiny_blocks_vanish() -> None:
+    momentum = torch.tensor([[0.0, -0.0, 1.0, -1.0], [2.0**-101, -(2.0**-102), 0.0, 1e-45]])
+    codes, scales = reference.encode(momentum, 64)
+    decoded = reference.decode(codes, scales, 64)
+    assert codes[0, :2].tolist() == [-128, -128] and codes[1].tolist() == [-128] * 4
+    assert decoded[0, :2].tolist() == [0.0, 0.0] and decoded[1].tolist() == [0.0] * 4
+    assert scales[1].item() == 0.0
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_any_magnitude_survives(block_size: int) -> None:
+    """The relative error does not depend on the magnitude, from 2^-100 to 2^126."""
+    momentum = torch.randn(1, 512, generator=torch.Generator().manual_seed(1))
+    for exponent in (-99, -60, -20, 0, 60, 120):
+        scaled = momentum * 2.0**exponent
+        decoded = reference.decode(*reference.encode(scaled, block_size), block_size).double()
+        assert float((decoded - scaled.double()).norm() / scaled.double().norm()) < 0.01
+
+
+def test_a_used_row_does_not_touch_its_neighbours() -> None:
+    momentum = torch.zeros(5, 40)
+    momentum[2] = torch.randn(40)
+    codes, scales = lion8bit.quantize(momentum, 64)
+    assert scales.count_nonzero() == 1
+    assert bool((codes[[0, 1, 3, 4]] == -128).all())
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(300),
+        torch.randn(()),
+        torch.randn(4, 1, 130),
+        torch.randn(16, 8, 3, 3).to(memory_format=torch.channels_last),
+        torch.randn(50, 70).t(),
+        torch.randn(3, 200).bfloat16(),
+        torch.randn(0, 5),
+    ],
+    ids=lambda t: f"{tuple(t.shape)}-{t.dtype}",
+)
+def test_quantize_keeps_shape_and_memory_order(tensor: torch.Tensor) -> None:
+    codes, scales = lion8bit.quantize(tensor, 64)
+    decoded = lion8bit.dequantize(codes, scales, 64)
+    assert codes.shape == tensor.shape and codes.stride() == tensor.stride()
+    order = memory_order(tensor)
+    assert order is not None
+    expected_rows = (tensor.shape[order[0]] if tensor.dim() > 1 else 1) if tensor.numel() else 0
+    assert scales.shape[0] == expected_rows
+    largest = float(tensor.float().abs().amax()) if tensor.numel() else 0.0
+    assert torch.allclose(decoded, tensor.float(), rtol=0, atol=1.01 * largest * (2 * HALF_STEP + HALF_STEP**2))
+
+
+def test_quantize_refuses() -> None:
+    with pytest.raises(ValueError, match="block_size must be one of"):
+        lion8bit.quantize(torch.ones(4), 100)
+    with pytest.raises(ValueError, match="finite"):
+        lion8bit.quantize(torch.tensor([1.0, float("nan")]))
+    with pytest.raises(TypeError, match="floating-point"):
+        lion8bit.quantize(torch.ones(4, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"pass momentum.contiguous\(\)"):
+        lion8bit.quantize(torch.randn(4, 10)[:, ::2])
+    codes, scales = lion8bit.quantize(torch.randn(2, 300), 128)
+    with pytest.raises(ValueError, match="scales must be"):
+        lion8bit.dequantize(codes, scales, 64)
+    with pytest.raises(TypeError, match="int8"):
+        lion8bit.dequantize(codes.float(), scales, 128)
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=st.floats(width=32, allow_nan=True), random=st.one_of(st.none(), st.integers(0, 65535)))
+def test_16_bit_rounding(value: float, random: int | None) -> None:
+    """Nearest is torch's own conversion; stochastic gives one of the two neighbours, and leaves exact values alone."""
+    x = torch.tensor([value], dtype=torch.float32)
+    bits = None if random is None else torch.tensor([random])
+    for dtype, convert in ((torch.bfloat16, reference.to_bfloat16), (torch.float16, reference.to_float16)):
+        rounded, nearest = convert(x, bits), x.to(dtype)
+        if math.isnan(value):
+            assert bool(rounded.isnan())
+        elif random is None or math.isinf(value):
+            assert_same(rounded, nearest, str(dtype))
+        else:
+            exact = nearest.float().item()
+            if exact == value:
+                assert_same(rounded, nearest, f"exact {dtype}")
+            elif math.isfinite(exact):
+                step = torch.nextafter(nearest, torch.tensor(math.copysign(math.inf, value - exact), dtype=dtype))
+                assert rounded.item() in (nearest.item(), step.item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_stays_put(dtype: torch.dtype) -> None:
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    values = values[values.isfinite()]
+    convert = reference.to_bfloat16 if dtype == torch.bfloat16 else reference.to_float16
+    for random in (0, 1, 0x7FFF, 0x8000, 0xFFFF):
+        assert_same(convert(values, torch.full(values.shape, random)).float(), values, f"random {random}")
+
+
+@pytest.mark.parametrize("value", [0.1, -3.3e-5, 2.0e-6, 1.5e-8, 1.0001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_is_unbiased(value: float, dtype: torch.dtype) -> None:
+    """The mean over all 2^16 random numbers is the value, up to the 2^-14 of a step that the random bits resolve."""
+    x = torch.full((1 << 16,), value)
+    convert = reference.to_bfloat16 if dtype == torch.bfloat16 else reference.to_float16
+    rounded = convert(x, torch.arange(1 << 16)).double()
+    step = float(rounded.max() - rounded.min())
+    assert abs(float(rounded.mean()) - float(x[0])) <= max(step, 2.0**-24 if dtype == torch.float16 else 0) * 2.0**-13
+
+
+def test_random_bits_are_uniform_and_independent() -> None:
+    """Mean, variance and correlations of the 16-bit numbers across elements, blocks, steps and parameters.
+
+    Each statistic is normal to high accuracy with n = 2^18; 5 sigma on 9 of them fails by chance once in 190,000.
+    """
+    n, block = 1 << 18, 128
+
+    def draw(seed: int, step: int) -> torch.Tensor:
+        bits = reference.random_bits((64, n // 64), block, seed=seed, step=step, first=0, stride=n // 64 // block)
+        return (bits.double().flatten() - 32767.5) / 65536
+
+    base, sigma = draw(7, 1), math.sqrt(1 / 12)
+    assert abs(float(base.mean())) < 5 * sigma / math.sqrt(n)
+    assert abs(float(base.square().mean()) - 1 / 12) < 5 * math.sqrt(1 / 180 / n)
+    others = [draw(7, 2), draw(8, 1), draw(0, 1), draw(7, 0xFFFFFFFF)]
+    pairs = [(base, other) for other in others] + [(base[:-k], base[k:]) for k in (1, 2, block)]
+    for one, other in pairs:
+        assert abs(float((one * other).mean())) < 5 / 12 / math.sqrt(len(one))
