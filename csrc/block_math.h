@@ -1,8 +1,9 @@
-// Owns the momentum format and the arithmetic of one element, for every backend; loops, memory and dispatch live in the kernels.
+// Owns the momentum format and the arithmetic of one element, for every backend; loops, memory and dispatch live in the
+// kernels.
 //
-// Functions are templates over the lane type F: `float` in the CUDA kernel, a SIMD vector of floats in the CPU kernel. Each
-// operation rounds once, in the order written, without fused multiply-add (-ffp-contract=off, --fmad=false), so that every
-// backend gives the bits of lion8bit/reference.py, which is the specification.
+// Functions are templates over the lane type F: `float` in the CUDA kernel, a SIMD vector of floats in the CPU kernel.
+// Each operation rounds once, in the order written, without fused multiply-add (-ffp-contract=off, --fmad=false), so
+// that every backend gives the bits of lion8bit/reference.py, which is the specification.
 #pragma once
 
 #if defined(__CUDACC_RTC__)  // NVRTC brings no standard headers
@@ -28,20 +29,22 @@ using std::memcpy;
 
 namespace lion8bit {
 
-// ---- The state format, version 1 --------------------------------------------------------------------------------------------
+// ---- The state format, version 1
+// --------------------------------------------------------------------------------------------
 //
-// A parameter is [rows, cols]: rows = shape[0] (1 for a vector), in memory order. A row is cut into ceil(cols / block_size)
-// blocks, the last may be short; a block never crosses a row.
+// A parameter is [rows, cols]: rows = shape[0] (1 for a vector), in memory order. A row is cut into ceil(cols /
+// block_size) blocks, the last may be short; a block never crosses a row.
 //
 //   codes   [rows, cols]            int8   -127..127, or kZeroCode for an exact zero
 //   scales  [rows, blocks_per_row]  fp32   s = max |m| over the block; 0 where that is below kMinScale
 
 constexpr int32_t kFormatVersion = 1;
-constexpr int32_t kMaxBlockSize = 256;       // block sizes are 64, 128 and 256
-constexpr int32_t kZeroCode = -128;          // the code of an exact zero
-constexpr float kRangeSquared = 16002.25f;   // A * A, A = 126.5: |A + dither| rounds to at most 127
-constexpr float kMinScale = 0x1p-100f;       // below it a block is all zero
-constexpr int32_t kOverflowBits = (120 + 127) << 23;  // gradients of 2^120 and above are treated as infinite: no overflow later
+constexpr int32_t kMaxBlockSize = 256;      // block sizes are 64, 128 and 256
+constexpr int32_t kZeroCode = -128;         // the code of an exact zero
+constexpr float kRangeSquared = 16002.25f;  // A * A, A = 126.5: |A + dither| rounds to at most 127
+constexpr float kMinScale = 0x1p-100f;      // below it a block is all zero
+constexpr int32_t kOverflowBits = (120 + 127)
+                                  << 23;  // gradients of 2^120 and above are treated as infinite: no overflow later
 
 static_assert(126.5f * 126.5f == kRangeSquared, "A * A must be exact");
 
@@ -51,25 +54,25 @@ enum Flag : uint32_t { kMaximize = 1, kCoupledDecay = 2, kCautious = 4 };
 
 // The options of one parameter group. Differences and products are formed in double and rounded to float once.
 struct Hyper {
-    float lr;               // length of a step
-    float decay;            // factor on the parameter: 1 - lr * weight_decay, or 1 where decay is coupled
-    float coupled_decay;    // times the parameter, added to the gradient (kCoupledDecay)
-    float blend;            // update = sign(blend * m + one_minus_blend * g)
+    float lr;             // length of a step
+    float decay;          // factor on the parameter: 1 - lr * weight_decay, or 1 where decay is coupled
+    float coupled_decay;  // times the parameter, added to the gradient (kCoupledDecay)
+    float blend;          // update = sign(blend * m + one_minus_blend * g)
     float one_minus_blend;
-    float beta;             // m <- beta * m + one_minus_beta * g
+    float beta;  // m <- beta * m + one_minus_beta * g
     float one_minus_beta;
-    uint32_t flags;         // Flag bits
-    int32_t block_size;     // 64, 128 or 256
+    uint32_t flags;           // Flag bits
+    int32_t block_size;       // 64, 128 or 256
     int32_t weight_rounding;  // WeightRounding; parameters of 16 bits only
 };
 static_assert(sizeof(Hyper) == 40, "mirrored by lion8bit/layout.py");
 
 // One parameter with its gradient and state.
 struct Tensor {
-    void* param;          // [rows, cols] of param_dtype, updated in place
-    const void* grad;     // [rows, cols] of grad_dtype
-    void* momentum;       // [rows, cols] int8 codes, or fp32 values where scales is null; updated in place
-    float* scales;        // [rows, blocks_per_row] fp32, updated in place
+    void* param;       // [rows, cols] of param_dtype, updated in place
+    const void* grad;  // [rows, cols] of grad_dtype
+    void* momentum;    // [rows, cols] int8 codes, or fp32 values where scales is null; updated in place
+    float* scales;     // [rows, blocks_per_row] fp32, updated in place
     int64_t rows;
     int64_t cols;
     int64_t first_block;  // index of the first block here within the whole parameter, of which this may be a shard
@@ -84,7 +87,8 @@ static_assert(sizeof(Tensor) == 80, "mirrored by lion8bit/layout.py");
 
 LION8BIT_FN int64_t blocks_per_row(int64_t cols, int32_t block_size) { return (cols + block_size - 1) / block_size; }
 
-// ---- Lanes: what differs between a float and a vector of floats ---------------------------------------------------------------
+// ---- Lanes: what differs between a float and a vector of floats
+// ---------------------------------------------------------------
 
 template <class F> struct LanesOf;  // what F needs besides operators; the SIMD specialisation stands in the CPU kernel
 template <> struct LanesOf<float> {
@@ -124,7 +128,8 @@ template <class U> LION8BIT_FN U fmix32(U h) {
     return h;
 }
 
-// ---- The momentum code --------------------------------------------------------------------------------------------------------
+// ---- The momentum code
+// --------------------------------------------------------------------------------------------------------
 
 // What encoding and decoding need of a block, all of it derived from its scale.
 struct Codec {
@@ -137,16 +142,16 @@ LION8BIT_FN float dither(float scale) {
     return static_cast<float>(static_cast<int32_t>(fmix32(static_cast<uint32_t>(bits(scale))) >> 8)) * 0x1p-24f - 0.5f;
 }
 LION8BIT_FN float stored_scale(float absmax) { return absmax < kMinScale ? 0.0f : absmax; }
-LION8BIT_FN Codec encoder(float scale) {
-    return {dither(scale), scale == 0.0f ? 0.0f : kRangeSquared / scale, 0.0f};
-}
+LION8BIT_FN Codec encoder(float scale) { return {dither(scale), scale == 0.0f ? 0.0f : kRangeSquared / scale, 0.0f}; }
 LION8BIT_FN Codec decoder(float scale) { return {dither(scale), 0.0f, scale / kRangeSquared}; }
 
-// code = rint(copysign(sqrt(|m| * A*A/s), m) + u); an exact zero has a code of its own. The low byte of the result is the code.
+// code = rint(copysign(sqrt(|m| * A*A/s), m) + u); an exact zero has a code of its own. The low byte of the result is
+// the code.
 template <class F> LION8BIT_FN Int<F> encode(F momentum, const Codec& codec) {
     const F scaled = magnitude(momentum) * codec.encode_gain;
     const F level = copy_sign(LanesOf<F>::square_root(scaled), momentum) + codec.dither;
-    const Int<F> rounded = bits(level + 12582912.0f);  // 1.5 * 2^23: to nearest even, the integer in the low mantissa bits
+    const Int<F> rounded =
+        bits(level + 12582912.0f);  // 1.5 * 2^23: to nearest even, the integer in the low mantissa bits
     return scaled == 0.0f ? Int<F>{} + kZeroCode : rounded;
 }
 
@@ -157,7 +162,8 @@ template <class F> LION8BIT_FN F decode(F code, const Codec& codec) {
     return code == static_cast<float>(kZeroCode) ? F{} : value;
 }
 
-// ---- The Lion step --------------------------------------------------------------------------------------------------------------
+// ---- The Lion step
+// --------------------------------------------------------------------------------------------------------------
 
 // Updates one element in place and returns whether its gradient was finite; a bad gradient leaves the element as it is.
 // General is false where no flag is set: the same arithmetic without the tests.
@@ -184,8 +190,9 @@ template <bool General, class F> LION8BIT_FN auto lion_step(const Hyper& hyper, 
     return finite;
 }
 
-// ---- 16-bit numbers -------------------------------------------------------------------------------------------------------------
-// A 16-bit pattern travels in the low half of a 32-bit lane.
+// ---- 16-bit numbers
+// ------------------------------------------------------------------------------------------------------------- A
+// 16-bit pattern travels in the low half of a 32-bit lane.
 
 template <class F> LION8BIT_FN F from_bfloat16(Uint<F> pattern) { return bit_cast<F>(pattern << 16); }
 
@@ -195,7 +202,8 @@ template <class F> LION8BIT_FN F from_float16(Uint<F> pattern) {
     return bit_cast<F>(bit_cast<Uint<F>>(scaled) | special | ((pattern & 0x8000u) << 16));
 }
 
-// `random` is 16 uniform bits: the value is rounded away from zero with the probability that makes the rounding unbiased.
+// `random` is 16 uniform bits: the value is rounded away from zero with the probability that makes the rounding
+// unbiased.
 template <int32_t rounding, class F> LION8BIT_FN Uint<F> to_bfloat16(F x, Uint<F> random) {
     const Uint<F> pattern = bit_cast<Uint<F>>(x);
     const Uint<F> size = pattern & 0x7fffffffu;
@@ -212,7 +220,8 @@ template <int32_t rounding, class F> LION8BIT_FN Uint<F> to_float16(F x, Uint<F>
     Uint<F> normal, subnormal;
     if constexpr (rounding == kStochastic) {
         normal = (size + (random >> 3)) >> 13;
-        const F threshold = bit_cast<F>((random >> 2) + 0x4b000000u) - 0x1p23f;  // 14 bits: a whole number of units stays put
+        const F threshold =
+            bit_cast<F>((random >> 2) + 0x4b000000u) - 0x1p23f;  // 14 bits: a whole number of units stays put
         subnormal = bit_cast<Uint<F>>(LanesOf<F>::truncate(units < 1024.0f ? units + threshold * 0x1p-14f : F{}));
     } else {
         normal = (size + ((size >> 13) & 1u) + 0xfffu) >> 13;
@@ -225,8 +234,9 @@ template <int32_t rounding, class F> LION8BIT_FN Uint<F> to_float16(F x, Uint<F>
     return result | ((pattern >> 16) & 0x8000u);
 }
 
-// ---- Random bits for stochastic rounding ------------------------------------------------------------------------------------------
-// A function of (parameter, its update count, block, element) alone: it needs no state, and shards agree with the whole.
+// ---- Random bits for stochastic rounding
+// ------------------------------------------------------------------------------------------ A function of (parameter,
+// its update count, block, element) alone: it needs no state, and shards agree with the whole.
 
 struct RandomKey {
     uint32_t low, high;

@@ -1,4 +1,5 @@
-// Owns the C interface that lion8bit/cpu.py calls: the choice of instruction set and the split of the work over threads.
+// Owns the C interface that lion8bit/cpu.py calls: the choice of instruction set and the split of the work over
+// threads.
 #include <omp.h>
 
 #include "cpu_kernel.h"

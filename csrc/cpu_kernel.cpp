@@ -1,7 +1,7 @@
 // Owns the CPU loops over blocks, vectorised for one instruction set; built once per set, with LION8BIT_ISA naming it.
 //
-// A block goes through two loops: one dequantizes, steps and finds the largest new momentum, which waits in a buffer of the
-// first-level cache; the other requantizes it.
+// A block goes through two loops: one dequantizes, steps and finds the largest new momentum, which waits in a buffer of
+// the first-level cache; the other requantizes it.
 #include "cpu_kernel.h"
 
 #include <cstring>
@@ -58,7 +58,8 @@ template <class T> LION8BIT_FN void store(T* to, Vector<T> vector, int count) {
     std::memcpy(to, &vector, count * sizeof(T));
 }
 
-// Conversions between lanes of 8, 16 and 32 bits; narrowing keeps the low bits. Compilers turn the plain form into scalar code.
+// Conversions between lanes of 8, 16 and 32 bits; narrowing keeps the low bits. Compilers turn the plain form into
+// scalar code.
 LION8BIT_FN Floats to_floats(Vector<int8_t> codes) {
 #if defined(__AVX512F__)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bit_cast<__m128i>(codes)));
@@ -94,7 +95,8 @@ LION8BIT_FN Vector<uint16_t> narrow(Uint<Floats> patterns) {  // each below 2^16
     return bit_cast<Vector<uint16_t>>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(patterns)));
 #elif defined(__AVX2__)
     const __m256i wide = bit_cast<__m256i>(patterns);
-    return bit_cast<Vector<uint16_t>>(_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+    return bit_cast<Vector<uint16_t>>(
+        _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
 #else
     return __builtin_convertvector(patterns, Vector<uint16_t>);
 #endif
@@ -104,7 +106,9 @@ LION8BIT_FN Vector<uint16_t> narrow(Uint<Floats> patterns) {  // each below 2^16
 struct Float32 {
     using Element = float;
     static LION8BIT_FN Floats read(const float* from, int count) { return load(from, count); }
-    template <int32_t> static LION8BIT_FN void write(float* to, Floats x, Uint<Floats>, int count) { store(to, x, count); }
+    template <int32_t> static LION8BIT_FN void write(float* to, Floats x, Uint<Floats>, int count) {
+        store(to, x, count);
+    }
 };
 struct Bfloat16 {
     using Element = uint16_t;
@@ -127,7 +131,8 @@ struct Float16 {
 
 #define LION8BIT_INLINE __attribute__((always_inline))
 
-// Calls body(position, lanes) for each vector of a block; `lanes` is a compile-time constant for all but a short last one.
+// Calls body(position, lanes) for each vector of a block; `lanes` is a compile-time constant for all but a short last
+// one.
 template <class Body> LION8BIT_FN void for_each_vector(int length, const Body& body) {
     int at = 0;
     for (; at + kLanes <= length; at += kLanes) body(at, kLanes);
@@ -135,8 +140,8 @@ template <class Body> LION8BIT_FN void for_each_vector(int length, const Body& b
 }
 
 template <class Param, class Grad, bool quantized, bool general, int32_t rounding>
-int64_t update_block(const Hyper& hyper, typename Param::Element* param, const typename Grad::Element* grad, void* momentum,
-                     float* scale, const uint16_t* random, int length) {
+int64_t update_block(const Hyper& hyper, typename Param::Element* param, const typename Grad::Element* grad,
+                     void* momentum, float* scale, const uint16_t* random, int length) {
     alignas(64) float next[kMaxBlockSize];
     auto* const codes = static_cast<int8_t*>(momentum);
     auto* const values = static_cast<float*>(momentum);

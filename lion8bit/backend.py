@@ -36,12 +36,7 @@ def select(device_type: str) -> tuple[str, Update]:
     """The backend for a type of device: its name ("cpu", "cuda" or "portable") and its `update_`.
 
     Warns `SlowBackendWarning` where the fast one is missing.
-
-    Raises:
-        RuntimeError: the device holds no data ("meta").
     """
-    if device_type == "meta":
-        raise RuntimeError("parameters must hold data, got device 'meta'; call module.to_empty(device=...) first")
     reason: str | None = None
     if device_type == "cpu":
         reason = cpu.unavailable_reason()

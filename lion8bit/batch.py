@@ -86,6 +86,8 @@ def _check_param(param: torch.Tensor) -> None:
         raise TypeError(f"parameters must be dense float32, bfloat16 or float16, got {param.dtype} {param.layout}")
     if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise ValueError("parameters must not share memory between elements, got an expanded tensor; pass its .clone()")
+    if param.is_meta:
+        raise RuntimeError("parameters must hold data, got device 'meta'; call module.to_empty(device=...) first")
     if param.numel() and not param.data_ptr():
         raise RuntimeError(f"parameters must have memory, got a tensor without storage on {param.device}")
 
@@ -120,7 +122,7 @@ class Batch:
         self.states = [entry.state for entry in self.entries]
         self.table = (Tensor * len(self.entries))()
         self.cuda_cache: dict[Any, Any] = {}
-        self._columns = np.frombuffer(self.table, dtype=np.dtype(Tensor)) if self.entries else None
+        self._columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Tensor)) if self.entries else None
         for row, entry in zip(self.table, self.entries, strict=True):
             row.param = entry.param.data_ptr()
             row.grad = entry.grad.data_ptr()
@@ -165,13 +167,18 @@ class Batch:
         torch.autograd.graph.increment_version([entry.source for entry in self.entries])
 
     def _fingerprint_of(self, grads: Sequence[torch.Tensor]) -> list[Any]:
+        # State is compared by identity and by address: code outside may put other tensors there or move these.
         entries = self.entries
+        momenta = [state.get("codes", state.get("momentum")) for state in self.states]
+        scales = [state.get("scales") for state in self.states]
         return [
             [entry.param.data_ptr() for entry in entries],
             [entry.param.numel() for entry in entries],
             [entry.param.dtype for entry in entries],
-            [(state.get("codes", state.get("momentum"))).data_ptr() for state in self.states],
-            [None if (scales := state.get("scales")) is None else scales.data_ptr() for state in self.states],
+            [*map(id, momenta)],
+            [*map(id, scales)],
+            [None if tensor is None else tensor.data_ptr() for tensor in momenta],
+            [None if tensor is None else tensor.data_ptr() for tensor in scales],
             [grad.dtype for grad in grads],
             [grad.numel() for grad in grads],
             [grad.is_contiguous() or grad.stride() for grad in grads],

@@ -124,9 +124,9 @@ def build_app() -> "typer.Typer":
             typer.Option(help="torch device, such as cpu or cuda:1. Default: a GPU if there is one."),
         ] = None,
         seeds: Annotated[int, typer.Option(min=1, help="Batch orders to repeat every run with.")] = 1,
-        steps: Annotated[int, typer.Option(min=1, help="Optimizer steps per run.")] = 120,
+        steps: Annotated[int, typer.Option(min=1, help="Optimizer steps per run.")] = 80,
         batch_size: Annotated[int, typer.Option(min=1, help="Windows of text per step.")] = 4,
-        eval_windows: Annotated[int, typer.Option(min=1, help="Held-out windows per evaluation.")] = 64,
+        eval_windows: Annotated[int, typer.Option(min=1, help="Held-out windows per evaluation.")] = 48,
         adamw_lr: Annotated[float | None, typer.Option(help="AdamW's learning rate. Default: by model.")] = None,
         lion_lr: Annotated[
             float | None, typer.Option(help="Learning rate of the three Lions. Default: by model.")

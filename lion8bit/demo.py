@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 HELD_OUT_SHARE = 0.1
 WARMUP_SHARE = 0.05
 FINAL_LR_SHARE = 0.1
-EVALUATIONS = 8  # of the held-out loss during a run, besides the one before it; closer together at first
+EVALUATIONS = 6  # of the held-out loss during a run, besides the one before it; closer together at first
 HF_CONTEXT = 256  # tokens per window for Hugging Face models
 SMALLEST_GAP = 1e-4  # of two losses that the conclusion tells apart
 
@@ -509,9 +509,9 @@ def run_demo(
     model: Path | None = None,
     device: str | None = None,
     seeds: int = 1,
-    steps: int = 120,
+    steps: int = 80,
     batch_size: int = 4,
-    eval_windows: int = 64,
+    eval_windows: int = 48,
     adamw_lr: float | None = None,
     lion_lr: float | None = None,
     on_progress: Callable[[str, int, str], None] = lambda key, done, note: None,

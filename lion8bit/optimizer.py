@@ -11,7 +11,16 @@ from torch import Tensor
 
 from lion8bit.backend import update_
 from lion8bit.batch import Batch, Entry, hyper_array, make_entry
-from lion8bit.layout import DTYPES, FORMAT_VERSION, ZERO_CODE, Hyper, blocks_per_row, make_hyper, memory_order, rows_and_cols
+from lion8bit.layout import (
+    DTYPES,
+    FORMAT_VERSION,
+    ZERO_CODE,
+    Hyper,
+    blocks_per_row,
+    make_hyper,
+    memory_order,
+    rows_and_cols,
+)
 from lion8bit.reference import check_block_size, dequantize, to_bfloat16, to_float16
 
 STATE_TENSORS = ("codes", "scales", "momentum")
@@ -135,7 +144,7 @@ class Lion8bit(torch.optim.Optimizer):
     # ---- Stepping --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step on every parameter that has a gradient.
 
         Args:

@@ -264,7 +264,7 @@ def lion_step_(
     return (~finite).sum()
 
 
-# ---- Public faces of the format --------------------------------------------------------------------------------------
+# ---- Public faces of the format -------------------------------------------------------------------------------------
 
 
 def quantize(momentum: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
@@ -347,7 +347,7 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
 
 
-# ---- Optimizers to compare with ----------------------------------------------------------------------------------------
+# ---- Optimizers to compare with -------------------------------------------------------------------------------------
 
 
 class Lion(torch.optim.Optimizer):
@@ -377,7 +377,7 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one step; ``closure`` re-evaluates the model and returns the loss."""
         loss = None
         if closure is not None:

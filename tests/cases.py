@@ -85,9 +85,7 @@ class RowsState:
         return named if self.scales is None else {**named, "scales": self.scales}
 
     def reference_step(self, grad: torch.Tensor, hyper: Hyper, step: int) -> int:
-        skipped = reference.lion_step_(
-            self.param, grad, self.momentum, self.scales, hyper, seed=self.seed, step=step
-        )
+        skipped = reference.lion_step_(self.param, grad, self.momentum, self.scales, hyper, seed=self.seed, step=step)
         return int(skipped)
 
     def descriptor(self, grad: torch.Tensor, step: int, hyper: int = 0) -> Tensor:

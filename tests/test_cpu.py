@@ -29,9 +29,7 @@ def native_update(rows: list[Tensor], hypers: list[Hyper], kernel: str, threads:
     library = cpu._library()
     assert isinstance(library, ctypes.CDLL)
     table = (Tensor * len(rows))(*rows)
-    return int(
-        library.lion8bit_update(table, len(table), hyper_array(hypers), cpu.KERNELS.index(kernel), threads)
-    )
+    return int(library.lion8bit_update(table, len(table), hyper_array(hypers), cpu.KERNELS.index(kernel), threads))
 
 
 def check(shape: tuple[int, int], param_dtype: torch.dtype, grad_dtype: torch.dtype, block_size: int, *,

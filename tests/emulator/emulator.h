@@ -115,16 +115,19 @@ class Block {
 
     static void reset(Thread& thread) {
         if (thread.stack.empty()) thread.stack.resize(kStackBytes);
-        thread.started = thread.finished = false;
+        if (!thread.finished) thread.started = false;  // new, or left where an error ended its launch
+        thread.finished = false;
         thread.waits_at = Operation::kNone;
     }
 
     static void entry() {
         Block& block = *active();
-        block.run_(block.body_);
         Thread& self = block.threads_[block.current_];
-        self.finished = true;
-        block.leave(self);
+        for (;;) {  // once for each CUDA block
+            block.run_(block.body_);
+            self.finished = true;
+            block.leave(self);
+        }
     }
 
 #if defined(__SANITIZE_ADDRESS__)  // which knows of swapcontext, but not of jumps between stacks

@@ -1,0 +1,522 @@
+"""The CUDA kernel equals the reference bit for bit: compiled without a GPU, run on an emulator, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import itertools
+import mmap
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import OPTIONS, PARAM_DTYPES, SHAPES, RowsState, assert_same, hyper_for, make_gradient
+
+from lion8bit import cuda, reference
+from lion8bit.batch import hyper_array
+from lion8bit.layout import BLOCK_SIZES, DTYPES, WEIGHT_ROUNDING, Hyper, Tensor
+
+EMULATOR = Path(__file__).parent / "emulator"
+SOURCES = [*sorted(EMULATOR.iterdir()), *(Path(__file__).parents[1] / "csrc" / name for name in cuda.SOURCES)]
+COMPILER = shutil.which("g++")
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
+SANITIZE = ["-g1", "-DEMULATE_FEW", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
+needs_nvrtc = pytest.mark.skipif(
+    importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None,
+    reason="compiling needs cuda-bindings and nvidia-cuda-nvrtc",
+)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+ERRORS = {1: "lanes diverged at a warp-wide operation", 2: "lane outside of its own mask", 3: "barrier", 4: "no kernel"}
+
+
+# ---- Batches and runners -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """What `cuda.step_` needs of the optimizer's batches."""
+
+    device: torch.device
+    table: Any
+    cuda_cache: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Emulated:
+    """Runs launches on the emulator; keeps the number of tensors and CUDA blocks of each."""
+
+    library: ctypes.CDLL
+    order: int = 0  # in which threads go on: 0 ascending, 1 descending, else shuffled
+    large: bool = False
+    first: int | None = None  # where to begin: the whole grid where None
+    log: list[tuple[cuda.Kernel, int, int]] = field(default_factory=list)
+
+    def capacity(self, tensors: int) -> cuda.Capacity:
+        return cuda.LARGE if self.large else cuda.SMALL
+
+    def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure) -> None:
+        self.log.append((kernel, launch.count, grid))  # type: ignore[attr-defined]
+        assert ctypes.sizeof(launch) == self.library.launch_bytes(int(self.large))
+        if self.large:
+            error = self.library.emulate_large(ctypes.c_int64(grid), ctypes.byref(launch))
+        else:
+            error = self.library.emulate(
+                *map(int, kernel[:6]), self.order, ctypes.c_int64(self.first or 0), ctypes.c_int64(grid), ctypes.byref(launch)
+            )  # fmt: skip
+        if error:
+            raise RuntimeError(f"the emulator reports: {ERRORS.get(error, error)}")
+
+
+def build(cache: Path, source: str, flags: Sequence[str], suffix: str) -> Path:
+    """The compiled source, kept from run to run while the sources and flags are the same."""
+    digest = hashlib.sha256(repr(flags).encode())
+    for path in SOURCES:
+        digest.update(path.read_bytes())
+    target = cache / f"{source}-{digest.hexdigest()[:16]}{suffix}"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}")
+        command = [str(COMPILER), *flags, str(EMULATOR / source), "-o", str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        partial.rename(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    cache = request.config.cache.mkdir("emulator")
+    return ctypes.CDLL(str(build(cache, "emulated_kernel.cpp", [*FLAGS, "-shared", "-fPIC"], ".so")))
+
+
+def shifted(tensor: torch.Tensor, elements: int) -> torch.Tensor:
+    """A copy whose memory begins that many elements beyond an aligned address."""
+    storage = torch.empty(tensor.numel() + elements, dtype=tensor.dtype, device=tensor.device)
+    return storage[elements:].view(tensor.shape).copy_(tensor)
+
+
+class Pair:
+    """One parameter twice: for the kernel, on its device, and for the reference."""
+
+    def __init__(
+        self, shape: tuple[int, int], param_dtype: torch.dtype, grad_dtype: torch.dtype, block_size: int, *,
+        quantized: bool = True, hyper: int = 0, seed: int = 0, shifts: tuple[int, int, int] = (0, 0, 0),
+        device: str = "cpu", bad: bool = True,
+    ) -> None:  # fmt: skip
+        self.expected = RowsState(shape, param_dtype, block_size, quantized, seed)
+        self.actual = RowsState(shape, param_dtype, block_size, quantized, seed)
+        self.actual.param = shifted(self.actual.param.to(device), shifts[0])
+        self.actual.momentum = shifted(self.actual.momentum.to(device), shifts[1])
+        if self.actual.scales is not None:
+            self.actual.scales = self.actual.scales.to(device)
+        self.grad_dtype, self.grad_shift, self.hyper, self.bad = grad_dtype, shifts[2], hyper, bad
+        self.generator = torch.Generator().manual_seed(seed + 1)
+        self.device, self.steps, self.skipped = device, 0, 0
+        self.next_grad()
+
+    def next_grad(self) -> None:
+        grad = make_gradient(tuple(self.expected.param.shape), self.grad_dtype, self.generator, self.bad)  # type: ignore[arg-type]
+        self.expected_grad, self.grad = grad, shifted(grad.to(self.device), self.grad_shift)
+
+    def row(self) -> Tensor:
+        return self.actual.descriptor(self.grad, self.steps, self.hyper)
+
+
+def run_steps(
+    pairs: Sequence[Pair], hypers: Sequence[Hyper], step_: Callable[[Batch, Any, torch.Tensor], None], steps: int = 3
+) -> None:
+    """Steps all pairs both ways through one batch and compares every bit of them and the counts of skipped elements."""
+    device = torch.device(pairs[0].device)
+    counter = torch.zeros(1, dtype=torch.int64, device=device)
+    batch = Batch(device, (Tensor * len(pairs))())
+    for _ in range(steps):
+        for i, pair in enumerate(pairs):
+            pair.next_grad()
+            pair.steps += 1
+            batch.table[i] = pair.row()
+            pair.skipped += pair.expected.reference_step(pair.expected_grad, hypers[pair.hyper], pair.steps)
+        step_(batch, hyper_array(hypers), counter)
+    for i, pair in enumerate(pairs):
+        for name, tensor in pair.actual.tensors().items():
+            what = f"tensor {i} {tuple(pair.actual.param.shape)} {name} after {steps} steps"
+            assert_same(tensor.cpu(), pair.expected.tensors()[name], what)
+    assert int(counter) == sum(pair.skipped for pair in pairs)
+
+
+def on(runner: cuda.Runner) -> Callable[[Batch, Any, torch.Tensor], None]:
+    return lambda batch, hypers, counter: cuda.step_(batch, hypers, counter, runner)
+
+
+ALIGNED, BY_ONE = (0, 0, 0), (1, 1, 1)
+SHIFTS = (ALIGNED, BY_ONE, (1, 0, 0), (0, 1, 0), (0, 0, 1), (8, 8, 8))
+LONG_SHAPES = (*SHAPES, (1, 2048), (1, 6007), (5, 2 * 256 + 24), (300, 12), (33, 136))
+
+
+def many_pairs(param_dtype: torch.dtype, grad_dtype: torch.dtype, block_size: int, device: str = "cpu") -> list[Pair]:
+    """Every shape, quantized and not, with pointers aligned in every way, for two hypers."""
+    shifts = itertools.cycle(SHIFTS)
+    return [
+        Pair(shape, param_dtype, grad_dtype, block_size, quantized=quantized, hyper=i % 2, seed=17 * i,
+             shifts=next(shifts), device=device)
+        for i, (shape, quantized) in enumerate(itertools.product(LONG_SHAPES, (True, True, False)))
+    ]  # fmt: skip
+
+
+def roundings(param_dtype: torch.dtype) -> tuple[str, ...]:
+    return ("nearest",) if param_dtype == torch.float32 else ("nearest", "stochastic")
+
+
+COMBINATIONS = [
+    (param, grad, rounding)
+    for param, grad in itertools.product(PARAM_DTYPES, PARAM_DTYPES)
+    for rounding in roundings(param)
+]
+
+
+# ---- Compiling, without a GPU --------------------------------------------------------------------------------------
+
+
+def kernels(*, every_option: bool) -> Iterator[cuda.Kernel]:
+    for param, grad, rounding in COMBINATIONS:
+        for quantized in (True, False):
+            if every_option or param == grad or {param, grad} == {torch.bfloat16, torch.float32}:
+                code = WEIGHT_ROUNDING[rounding]
+                yield cuda.Kernel(DTYPES[param], DTYPES[grad], quantized, 128, code, not quantized, cuda.SMALL)
+
+
+@needs_nvrtc
+def test_nvrtc_compiles_every_dtype_and_rounding() -> None:
+    for kernel in kernels(every_option=True):
+        assert cuda.compile_kernel(kernel, "sm_90").startswith(b"\x7fELF")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "compute_80"])
+def test_nvrtc_compiles_for_every_architecture(arch: str) -> None:
+    if int(arch.partition("_")[2]) not in cuda.toolchain()[1]:
+        pytest.skip(f"this NVRTC does not know {arch}")
+    for param, grad, rounding in [(0, 0, 0), (1, 1, 0), (1, 0, 1), (2, 2, 1)]:
+        for block_size, general, capacity in [(64, True, cuda.SMALL), (256, False, cuda.LARGE)]:
+            kernel = cuda.Kernel(param, grad, True, block_size, rounding, general, capacity)
+            assert cuda.compile_kernel(kernel, arch)[:4] == (b"\x7fELF" if arch.startswith("sm") else b"//\n/")
+
+
+@needs_nvrtc
+def test_architecture_is_the_gpu_or_the_newest_older_one() -> None:
+    newest = cuda.toolchain()[1][-1]
+    assert cuda.architecture(90) == "sm_90"
+    assert cuda.architecture(newest) == f"sm_{newest}"
+    assert cuda.architecture(newest + 1) == f"compute_{newest}"
+    with pytest.raises(RuntimeError, match=r"compute capability must be .* got 3\.5"):
+        cuda.architecture(35)
+
+
+@needs_nvrtc
+def test_compile_error_shows_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {"cuda_kernel.cu": b'#include "block_math.h"\nnonsense;', "block_math.h": b""}
+    monkeypatch.setattr(cuda, "sources", lambda: broken)
+    with pytest.raises(RuntimeError, match=r"(?s)compiling cuda_kernel.cu .*nonsense"):
+        cuda.compile_kernel(cuda.Kernel(0, 0, True, 128, 0, False, cuda.SMALL), "sm_90")
+
+
+@needs_nvrtc
+def test_images_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cuda.CACHE_VARIABLE, str(tmp_path / "deep" / "cache"))
+    kernel = cuda.Kernel(0, 0, False, 128, 0, False, cuda.SMALL)
+    compiled = cuda.image(kernel, "sm_90")
+    (stored,) = (tmp_path / "deep" / "cache").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "compile_kernel", lambda *_: pytest.fail("compiled again"))
+        assert cuda.image(kernel, "sm_90") == compiled
+    stored.write_bytes(stored.read_bytes()[:-1])  # cut short by a full disk, say
+    monkeypatch.setattr(cuda, "compile_kernel", lambda *_: b"anew")
+    assert cuda.image(kernel, "sm_90") == b"anew"
+    assert cuda.image(kernel._replace(general=True), "sm_90") == b"anew"
+    assert len(list((tmp_path / "deep" / "cache").iterdir())) == 2
+
+
+@needs_nvrtc
+def test_unusable_cache_is_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    monkeypatch.setenv(cuda.CACHE_VARIABLE, str(blocked))
+    monkeypatch.setattr(cuda, "compile_kernel", lambda *_: b"image")
+    assert cuda.image(cuda.Kernel(0, 0, True, 128, 0, False, cuda.SMALL), "sm_90") == b"image"
+
+
+def test_launches_fit_the_parameter_limits() -> None:
+    assert ctypes.sizeof(cuda.launch_type(cuda.SMALL)) <= 4096
+    assert ctypes.sizeof(cuda.launch_type(cuda.LARGE)) <= 32764
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_says_why_it_is_unavailable() -> None:
+    reason = cuda.unavailable_reason()
+    assert reason is not None
+    assert "\n" not in reason
+
+
+# ---- On the emulator -----------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("order", [0, 1, 7])
+def test_emulator_reports_faults(library: ctypes.CDLL, order: int) -> None:
+    assert [library.emulate_example(which, order) for which in range(5)] == [0, 1, 1, 2, 3]
+
+
+@needs_compiler
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize(("param_dtype", "grad_dtype", "rounding"), COMBINATIONS)
+def test_equals_reference(
+    library: ctypes.CDLL, param_dtype: torch.dtype, grad_dtype: torch.dtype, rounding: str, block_size: int
+) -> None:
+    hypers = [hyper_for("plain", block_size, rounding), hyper_for("everything", block_size, rounding)]
+    run_steps(many_pairs(param_dtype, grad_dtype, block_size), hypers, on(Emulated(library)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_equals_reference(library: ctypes.CDLL, option: str) -> None:
+    for param_dtype, rounding in [(torch.float32, "nearest"), (torch.bfloat16, "stochastic")]:
+        pairs = [Pair((3, 1000), param_dtype, torch.float32, 128, quantized=quantized) for quantized in (True, False)]
+        run_steps(pairs, [hyper_for(option, 128, rounding)], on(Emulated(library)), steps=6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_order_of_threads_changes_nothing(library: ctypes.CDLL, order: int) -> None:
+    hypers = [hyper_for("plain", 128, "stochastic"), hyper_for("everything", 128, "nearest")]
+    run_steps(many_pairs(torch.bfloat16, torch.bfloat16, 128), hypers, on(Emulated(library, order)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("grid_to_keep", [1, 3])
+def test_long_tiles_equal_reference(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, grid_to_keep: int) -> None:
+    monkeypatch.setattr(cuda, "GRID_TO_KEEP", grid_to_keep)
+    shapes = ((1, 2048 * 8 + 5), (1, 2048 * 17), (700, 130), (1, 1), (64, 256), (9, 4099))
+    pairs = [Pair(shape, torch.bfloat16, torch.bfloat16, 128, seed=i) for i, shape in enumerate(shapes)]
+    emulated = Emulated(library)
+    run_steps(pairs, [hyper_for("decay", 128, "stochastic")], on(emulated), steps=2)
+    assert len(emulated.log) == 2
+
+
+@needs_compiler
+def test_one_call_takes_every_kind_of_tensor(library: ctypes.CDLL) -> None:
+    hypers = [
+        hyper_for(option, block_size, rounding)
+        for option, block_size, rounding in itertools.product(("plain", "cautious"), BLOCK_SIZES, WEIGHT_ROUNDING)
+    ]
+    pairs = [
+        Pair((2, 300), param, grad, hypers[i % len(hypers)].block_size, quantized=i % 5 > 0, hyper=i % len(hypers), seed=i)
+        for i, (param, grad) in enumerate(itertools.islice(itertools.cycle(itertools.product(PARAM_DTYPES, PARAM_DTYPES)), 60))
+    ]  # fmt: skip
+    run_steps(pairs, hypers, on(Emulated(library)))
+
+
+@needs_compiler
+def test_more_tensors_than_one_launch_holds(library: ctypes.CDLL) -> None:
+    emulated = Emulated(library)
+    pairs = [Pair((1, 1 + i % 300), torch.bfloat16, torch.bfloat16, 128, seed=i) for i in range(101)]
+    pairs.insert(50, Pair((0, 0), torch.bfloat16, torch.bfloat16, 128))
+    run_steps(pairs, [hyper_for("plain", 128)], on(emulated), steps=1)
+    assert [count for _, count, _ in emulated.log] == [40, 40, 21]
+    large = Emulated(library, large=True)
+    pairs = [Pair((1, 1 + i % 300), torch.bfloat16, torch.bfloat16, 128, seed=i) for i in range(400)]
+    run_steps(pairs, [hyper_for("decay", 128)], on(large), steps=1)
+    assert [count for _, count, _ in large.log] == [372, 28]
+
+
+@needs_compiler
+def test_more_groups_than_one_launch_holds(library: ctypes.CDLL) -> None:
+    emulated = Emulated(library)
+    hypers = [hyper_for("decay", 128, lr=1e-3 * (1 + i)) for i in range(37)]
+    pairs = [Pair((1, 150), torch.float32, torch.float32, 128, hyper=i, seed=i) for i in range(37)]
+    run_steps(pairs, hypers, on(emulated), steps=2)
+    assert [count for _, count, _ in emulated.log] == [16, 16, 5] * 2
+
+
+@needs_compiler
+def test_a_cached_batch_takes_new_options(library: ctypes.CDLL) -> None:
+    emulated = Emulated(library)
+    pair = Pair((2, 500), torch.bfloat16, torch.bfloat16, 128)
+    batch = Batch(torch.device("cpu"), (Tensor * 1)())
+    counter = torch.zeros(1, dtype=torch.int64)
+    hypers = [
+        hyper_for("plain", 128, lr=1e-2),
+        hyper_for("plain", 128, lr=3e-3),
+        hyper_for("cautious", 128),
+        hyper_for("plain", 128, "stochastic"),
+    ]
+    for hyper in hypers:
+        pair.next_grad()
+        pair.steps += 1
+        batch.table[0] = pair.row()
+        pair.expected.reference_step(pair.expected_grad, hyper, pair.steps)
+        cuda.step_(batch, hyper_array([hyper]), counter, emulated)
+        for name, tensor in pair.actual.tensors().items():
+            assert_same(tensor, pair.expected.tensors()[name], name)
+    assert len({kernel for kernel, _, _ in emulated.log}) == 3
+
+
+@needs_compiler
+def test_an_empty_batch_launches_nothing(library: ctypes.CDLL) -> None:
+    emulated = Emulated(library)
+    batch = Batch(torch.device("cpu"), (Tensor * 0)())
+    cuda.step_(batch, hyper_array([]), torch.zeros(1, dtype=torch.int64), emulated)
+    run_steps([Pair((0, 0), torch.bfloat16, torch.bfloat16, 128)], [hyper_for("plain", 128)], on(emulated))
+    assert emulated.log == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("cols", [2**31 + 2**12 + 5, 1000])
+def test_tensors_beyond_32_bits(library: ctypes.CDLL, cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Memory that is reserved, not used: only the last CUDA blocks of the grid run.
+    monkeypatch.setattr(cuda, "MOST_PASSES", 1)
+    rows = 1 if cols > 2**31 else 2**32 // cols + 3
+    total, per_row = rows * cols, -(-cols // 128)
+    blocks = rows * per_row
+
+    def reserve(bytes_: int) -> torch.Tensor:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        return torch.frombuffer(mmap.mmap(-1, bytes_, flags=flags), dtype=torch.uint8)
+
+    param, grad = (reserve(total * 2).view(torch.bfloat16) for _ in range(2))
+    codes, scales = reserve(total).view(torch.int8), reserve(blocks * 4).view(torch.float32)
+    tensor = Tensor(
+        param=param.data_ptr(), grad=grad.data_ptr(), momentum=codes.data_ptr(), scales=scales.data_ptr(), rows=rows,
+        cols=cols, first_block=2**33 + 9, seed=3, step=5, param_dtype=1, grad_dtype=1,
+    )  # fmt: skip
+    batch, hyper = Batch(torch.device("cpu"), (Tensor * 1)(tensor)), hyper_for("decay", 128, "stochastic")
+    grid = -(-blocks // 16)
+    first_block = (grid - 2) * 16  # the first that runs
+    first_row, in_row = divmod(first_block, per_row)
+    if rows == 1:
+        shape, start, first_scale = (1, cols - in_row * 128), in_row * 128, first_block
+    else:  # compare whole rows from the next one on
+        shape, start, first_scale = (rows - first_row - 1, cols), (first_row + 1) * cols, (first_row + 1) * per_row
+    tail = slice(start, total)
+    grad[tail] = torch.randn(shape[0] * shape[1])
+    param[tail] = torch.randn(shape[0] * shape[1])
+    codes[tail] = -128
+    expected = param[tail].view(shape).clone()
+    codes_, scales_ = reference.encode(torch.zeros(shape), 128)
+    reference.lion_step_(
+        expected, grad[tail].view(shape), codes_, scales_, hyper, seed=3, step=5, first_block=2**33 + 9 + first_scale
+    )
+    cuda.step_(batch, hyper_array([hyper]), torch.zeros(1, dtype=torch.int64), Emulated(library, first=grid - 2))
+    assert_same(param[tail].view(shape), expected, "param")
+    assert_same(codes[tail].view(shape), codes_.contiguous(), "codes")
+    assert_same(scales[first_scale:].view(scales_.shape), scales_, "scales")
+
+
+@pytest.fixture(scope="session")
+def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    probe = tmp_path_factory.mktemp("probe")
+    (probe / "empty.cpp").write_text("int main() { return 0; }")
+    flags = ["-fsanitize=address,undefined", str(probe / "empty.cpp"), "-o", str(probe / "empty")]
+    if subprocess.run([str(COMPILER), *flags], capture_output=True).returncode:
+        pytest.skip("this g++ has no sanitizers")
+    return build(request.config.cache.mkdir("emulator"), "sanitized.cpp", [*FLAGS, *SANITIZE], "")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("fault", "report"),
+    [
+        ("", None),
+        ("cols", "heap-buffer-overflow"),
+        ("scales", "heap-buffer-overflow"),
+        ("unaligned", "misaligned address"),
+    ],
+)
+def test_stays_within_its_buffers(sanitized: Path, fault: str, report: str | None) -> None:
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([sanitized, *filter(None, [fault])], capture_output=True, text=True, env=environment)
+    if report is None:
+        assert (done.returncode, done.stdout) == (0, "sound\n"), done.stderr[-2000:]
+    else:
+        assert done.returncode != 0
+        assert report in done.stderr
+
+
+# ---- On a GPU ------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+def test_gpu_is_used() -> None:
+    assert cuda.unavailable_reason() is None
+
+
+@needs_gpu
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize(("param_dtype", "grad_dtype", "rounding"), COMBINATIONS)
+def test_gpu_equals_reference(
+    param_dtype: torch.dtype, grad_dtype: torch.dtype, rounding: str, block_size: int
+) -> None:
+    hypers = [hyper_for("plain", block_size, rounding), hyper_for("everything", block_size, rounding)]
+    run_steps(many_pairs(param_dtype, grad_dtype, block_size, "cuda"), hypers, cuda.update_)
+
+
+@needs_gpu
+def test_gpu_takes_many_tensors_and_large_ones() -> None:
+    pairs = [Pair((1, 1 + i % 700), torch.bfloat16, torch.bfloat16, 128, seed=i, device="cuda") for i in range(800)]
+    pairs += [Pair((2048, 4100), torch.bfloat16, torch.bfloat16, 128, device="cuda")]
+    pairs += [Pair((1, 20_000_003), torch.bfloat16, torch.bfloat16, 128, device="cuda")]
+    run_steps(pairs, [hyper_for("decay", 128, "stochastic")], cuda.update_, steps=2)
+
+
+@needs_gpu
+def test_gpu_launches_on_the_current_stream() -> None:
+    pair = Pair((64, 4096), torch.bfloat16, torch.bfloat16, 128, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)  # a launch on any other stream would read the gradient too early
+        run_steps([pair], [hyper_for("plain", 128)], cuda.update_)
+
+
+@needs_gpu
+def test_gpu_step_is_captured_in_a_graph() -> None:
+    pair = Pair((64, 4096), torch.bfloat16, torch.bfloat16, 128, device="cuda")
+    hyper = hyper_for("decay", 128)
+    counter = torch.zeros(1, dtype=torch.int64, device="cuda")
+    batch = Batch(torch.device("cuda"), (Tensor * 1)(pair.row()))
+    cuda.prepare(batch, hyper_array([hyper]))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cuda.update_(batch, hyper_array([hyper]), counter)
+    for _ in range(3):
+        pair.expected.reference_step(pair.expected_grad, hyper, pair.steps)
+        graph.replay()
+    torch.cuda.synchronize()
+    for name, tensor in pair.actual.tensors().items():
+        assert_same(tensor.cpu(), pair.expected.tensors()[name], name)
+
+
+@needs_gpu
+def test_gpu_refuses_to_compile_during_capture() -> None:
+    pair = Pair((4, 4096), torch.bfloat16, torch.float16, 256, device="cuda")
+    hypers = hyper_array([hyper_for("everything", 256)])
+    batch = Batch(torch.device("cuda"), (Tensor * 1)(pair.row()))
+    gpu = cuda.device_of(batch)
+    gpu._functions.clear()
+    counter = torch.zeros(1, dtype=torch.int64, device="cuda")
+    with pytest.raises(RuntimeError, match="before CUDA graph capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        cuda.update_(batch, hypers, counter)
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpu_steps_a_device_that_is_not_current() -> None:
+    pair = Pair((4, 4096), torch.bfloat16, torch.bfloat16, 128, device="cuda:1")
+    run_steps([pair], [hyper_for("plain", 128)], cuda.update_)
+    assert torch.cuda.current_device() == 0

@@ -1,0 +1,112 @@
+"""How far Lion8bit can go from fp32 Lion: theorems on momentum, signs and parameters, checked over 1,000 steps.
+
+Both optimizers see the same gradients and are never resynchronised. With q_t the quantization error of one element in step
+t, e_t the difference between its stored and its fp32 momentum, and c_t the value whose sign fp32 Lion takes:
+
+    momentum    e_t = beta2*e_{t-1} + q_t, hence |e_t| <= E_t := beta2*E_{t-1} + bound(q_t)
+    sign        differs only if |c_t| <= beta1*E_{t-1}: the two values differ by beta1*e_{t-1}
+    parameter   |p8_T - p32_T| <= 2*lr*(number of steps with |c_t| <= beta1*E_{t-1})   without weight decay;
+                decay multiplies both by the same factor below 1, and so only brings them closer
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_format import error_bound
+
+from lion8bit import Lion, Lion8bit
+
+STEPS = 1000
+BETA1, BETA2 = 0.9, 0.99
+
+# fp32 rounds a handful of times in each step of either optimizer, by 2^-24 relative to the largest magnitude present;
+# the momentum forgets with a time constant of 1/(1-BETA2) = 100 steps. 8 roundings a step, 100 steps.
+MOMENTUM_SLACK = 8 * 100 * 2.0**-24
+# The parameters are sums of up to 1,000 steps, each rounded once in both optimizers.
+PARAMETER_SLACK = 2 * STEPS * 2.0**-24
+
+
+def gradient_streams() -> dict[str, torch.Tensor]:
+    """[STEPS, rows, cols]: noise around a mean, a mean that reverses, magnitudes that shrink, and rare rows."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (16, 200)
+    noise = torch.randn(STEPS, *shape, generator=generator)
+    mean = torch.randn(shape, generator=generator)
+    time = torch.arange(STEPS)[:, None, None]
+    rare = (torch.rand(STEPS, shape[0], 1, generator=generator) < 0.02).float()
+    spread = torch.exp(1.5 * torch.randn(shape, generator=generator))
+    return {
+        "noise around a mean": (0.1 * mean + noise) * 1e-3,
+        "reversal without noise": torch.where(time < STEPS // 2, mean, -mean) * 1e-2,
+        "shrinking": (mean + noise) * 10.0 ** (-6 * time / STEPS),
+        "rare rows": noise * rare,
+        "wide spread": noise * spread * 1e-4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "weight_decay", "block_size"),
+    [
+        ("noise around a mean", 0.0, 128),
+        ("noise around a mean", 0.1, 256),
+        ("reversal without noise", 0.0, 256),
+        ("shrinking", 0.1, 64),
+        ("rare rows", 0.0, 64),
+        ("wide spread", 0.1, 128),
+    ],
+)
+def test_drift_is_bounded(name: str, weight_decay: float, block_size: int) -> None:
+    stream = gradient_streams()[name]
+    lr = 1e-3
+    ours = torch.zeros(stream.shape[1:], requires_grad=True)
+    theirs = torch.zeros(stream.shape[1:], requires_grad=True)
+    quantized = Lion8bit([ours], lr, (BETA1, BETA2), weight_decay, block_size=block_size, min_8bit_size=0)
+    exact = Lion([theirs], lr, (BETA1, BETA2), weight_decay)
+    allowed = torch.zeros_like(ours, dtype=torch.float64)  # E_t
+    doubtful = torch.zeros_like(allowed)  # steps in which the sign may differ
+    wrong = torch.zeros_like(allowed)
+    largest = torch.zeros(())
+    momentum, exact_momentum = torch.zeros_like(ours), torch.zeros_like(ours)
+    for grad in stream:
+        largest = torch.maximum(largest, grad.abs().max())
+        slack = MOMENTUM_SLACK * float(largest)
+        c8 = momentum.double() * BETA1 + grad.double() * (1 - BETA1)
+        c32 = exact_momentum.double() * BETA1 + grad.double() * (1 - BETA1)
+        may_differ = c32.abs() <= BETA1 * allowed + slack
+        differs = c8.sign() != c32.sign()
+        assert not bool((differs & ~may_differ).any())
+        doubtful += may_differ
+        wrong += differs
+
+        before = momentum.double() * BETA2 + grad.double() * (1 - BETA2)  # what this step quantizes, unrounded
+        ours.grad, theirs.grad = grad, grad
+        quantized.step()
+        exact.step()
+        momentum, exact_momentum = quantized.momentum(ours), exact.state[theirs]["momentum"].clone()
+        scales = quantized.state[ours]["scales"]
+        quantization = (momentum.double() - before).abs()
+        per_step = error_bound(before.float(), scales, block_size) + slack
+        assert bool((quantization <= per_step).all())
+        allowed = BETA2 * allowed + per_step
+        assert bool(((momentum.double() - exact_momentum.double()).abs() <= allowed).all())
+
+        drift = (ours - theirs).detach().double().abs()
+        assert bool((drift <= 2 * lr * doubtful + PARAMETER_SLACK * lr * STEPS).all())
+        assert bool((drift <= 2 * lr * wrong + PARAMETER_SLACK * lr * STEPS).all())
+    assert quantized.nonfinite_count() == 0
+    # The bounds are about the worst case; what is lived through is far inside them.
+    assert float(wrong.mean()) / STEPS < 0.06
+
+
+def test_momentum_does_not_freeze() -> None:
+    """After the mean gradient reverses without any noise, the sign follows as it does in fp32: the dither keeps it moving."""
+    mean = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    param = torch.zeros(64, 128, requires_grad=True)
+    optimizer = Lion8bit([param], lr=1e-3)
+    for sign in (1, -1):
+        for _ in range(500):
+            param.grad = sign * mean
+            optimizer.step()
+    momentum = optimizer.momentum(param)
+    assert float((momentum.sign() == -mean.sign()).double().mean()) > 0.99

@@ -1,0 +1,736 @@
+"""Lion8bit as a torch optimizer: options, groups, layouts, bad gradients, errors that change nothing, exact checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_same
+from torch import nn
+
+import lion8bit
+from lion8bit import Lion, Lion8, Lion8bit, backend, cpu, portable, reference
+from lion8bit.layout import DTYPES, as_rows, make_hyper, memory_order
+
+LAYOUTS = {
+    "vector": lambda: torch.randn(5000),
+    "matrix": lambda: torch.randn(70, 90),
+    "ragged rows": lambda: torch.randn(50, 131),
+    "scalar": lambda: torch.randn(()),
+    "empty": lambda: torch.randn(0, 7),
+    "one row": lambda: torch.randn(1, 6000),
+    "channels last": lambda: torch.randn(32, 16, 3, 3).to(memory_format=torch.channels_last),
+    "transposed": lambda: torch.randn(80, 70).t(),
+    "strided": lambda: torch.randn(80, 140)[:, ::2],
+    "misaligned": lambda: torch.randn(6001)[1:],
+}
+
+
+def leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def gradient_like(param: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    return torch.randn(param.shape, generator=generator).to(param.dtype)
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    tensors = [param.detach().clone() for group in optimizer.param_groups for param in group["params"]]
+    for state in optimizer.state.values():
+        tensors += [
+            value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value) for value in state.values()
+        ]
+    return tensors
+
+
+def assert_same_all(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    assert len(one) == len(other)
+    for index, (a, b) in enumerate(zip(one, other, strict=True)):
+        assert_same(a, b, f"tensor {index}")
+
+
+# ---- The step -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grad_layout", ["same", "contiguous", "transposed"])
+def test_every_layout_steps_as_the_reference(layout: str, dtype: torch.dtype, grad_layout: str) -> None:
+    torch.manual_seed(0)
+    base = LAYOUTS[layout]().to(dtype)
+    if layout in ("strided", "misaligned"):  # a dtype conversion would have made it dense
+        wide = torch.randn(80, 140).to(dtype)
+        base = wide[:, ::2] if layout == "strided" else wide.view(-1)[1:6001]
+    param = leaf(base)
+    optimizer = Lion8bit([param], lr=1e-3, weight_decay=0.1)
+    expected = base.clone(memory_format=torch.preserve_format)
+    order = memory_order(expected)
+    assert order is not None
+    rows = as_rows(expected, order)
+    quantized = base.numel() >= 4096
+    momentum, scales = reference.encode(torch.zeros(rows.shape), 128) if quantized else (torch.zeros(rows.shape), None)
+    hyper = make_hyper(lr=1e-3, weight_decay=0.1, weight_rounding="stochastic")
+    for step in range(1, 4):
+        grad = torch.empty_like(base).copy_(gradient_like(base))
+        if grad_layout == "contiguous":
+            grad = grad.contiguous()
+        elif grad_layout == "transposed" and grad.dim() == 2:
+            grad = grad.t().contiguous().t()
+        param.grad = grad
+        optimizer.step()
+        in_order = torch.empty_like(expected).copy_(grad)
+        reference.lion_step_(rows, as_rows(in_order, order), momentum, scales, hyper, seed=0, step=step)
+        assert_same(param.detach(), expected, f"parameter after step {step}")
+    assert param.stride() == base.stride() and param.data_ptr() == base.data_ptr()
+
+
+def test_fp32_state_equals_fp32_lion() -> None:
+    """optim_bits=32 is the reference optimizer, bit for bit, also below min_8bit_size."""
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(100, 60), nn.Linear(100, 60)
+    theirs.load_state_dict(ours.state_dict())
+    one = Lion8bit(ours.parameters(), lr=3e-3, weight_decay=0.2, betas=(0.95, 0.98), optim_bits=32)
+    other = Lion(theirs.parameters(), lr=3e-3, weight_decay=0.2, betas=(0.95, 0.98))
+    for _ in range(20):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = gradient_like(a)
+            b.grad = a.grad.clone()
+        one.step()
+        other.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_same(a.detach(), b.detach(), "parameter")
+        assert_same(one.momentum(a), other.state[b]["momentum"], "momentum")
+
+
+def test_portable_backend_equals_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same model stepped by both backends, in pieces small enough that parameters are cut both ways."""
+    monkeypatch.setattr(portable, "PIECE", 512)
+    torch.manual_seed(0)
+    shapes = [(5000,), (70, 90), (3, 2000), (16, 300), (8, 8), (0,)]
+    for dtype in DTYPES:
+        models = [[leaf(torch.randn(shape).to(dtype)) for shape in shapes] for _ in range(2)]
+        for a, b in zip(*models, strict=True):
+            b.data.copy_(a.data)
+        optimizers = [Lion8bit(params, lr=1e-3, weight_decay=0.1, block_size=64) for params in models]
+        for _ in range(3):
+            for a, b in zip(*models, strict=True):
+                a.grad = gradient_like(a)
+                a.grad.view(-1)[:1] = float("nan")
+                b.grad = a.grad.clone()
+            optimizers[0].step()
+            with monkeypatch.context() as patch:
+                patch.setattr("lion8bit.optimizer.update_", portable.update_)
+                optimizers[1].step()
+        assert_same_all(*(snapshot(optimizer) for optimizer in optimizers))
+        assert optimizers[0].nonfinite_count() == optimizers[1].nonfinite_count() == 3 * 5
+
+
+def test_fallback_warns_once_and_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "the wheel was built without a C++ compiler")
+    backend.select.cache_clear()
+    try:
+        param = leaf(torch.randn(5000))
+        param.grad = torch.ones_like(param)
+        optimizer = Lion8bit([param])
+        with pytest.warns(lion8bit.SlowBackendWarning, match="without a C\\+\\+ compiler"):
+            optimizer.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step()
+    finally:
+        backend.select.cache_clear()
+
+
+def test_groups_have_their_own_options() -> None:
+    torch.manual_seed(0)
+    params = [leaf(torch.randn(64, 128)) for _ in range(4)]
+    options: list[dict[str, Any]] = [
+        {"lr": 1e-2, "block_size": 64},
+        {"optim_bits": 32, "weight_decay": 0.5},
+        {"min_8bit_size": 10**6, "betas": [0.5, 0.9]},
+        {"maximize": True},
+    ]
+    copies = [leaf(param.detach().clone()) for param in params]
+    together = Lion8bit([{"params": [p], **o} for p, o in zip(params, options, strict=True)], lr=1e-3)
+    apart = [Lion8bit([p], **{"lr": 1e-3, **o}) for p, o in zip(copies, options, strict=True)]
+    for _ in range(3):
+        for a, b in zip(params, copies, strict=True):
+            a.grad = gradient_like(a)
+            b.grad = a.grad.clone()
+        together.step()
+        for optimizer in apart:
+            optimizer.step()
+    for a, b in zip(params, copies, strict=True):
+        assert_same(a.detach(), b.detach(), "parameter")
+    kinds = [sorted(together.state[param]) for param in params]
+    assert kinds == [
+        ["codes", "scales", "step"],
+        ["momentum", "step"],
+        ["momentum", "step"],
+        ["codes", "scales", "step"],
+    ]
+    assert together.state[params[0]]["scales"].shape == (64, 2)
+
+
+def test_frozen_and_gradientless_parameters_are_untouched() -> None:
+    model = nn.Sequential(nn.Linear(80, 80), nn.Linear(80, 80), nn.Linear(80, 80))
+    model[1].requires_grad_(False)
+    before = [param.detach().clone() for param in model.parameters()]
+    optimizer = Lion8bit(model.parameters(), lr=1e-2, weight_decay=0.1)
+    model[0](torch.randn(4, 80)).sum().backward()
+    optimizer.step()
+    after = list(model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before[2:], after[2:], strict=True))
+    assert not torch.equal(before[0], after[0])
+    assert set(optimizer.state) == {after[0], after[1]}
+
+
+def test_gradients_that_come_and_go() -> None:
+    """Parameters join and leave from step to step; each has its own update count."""
+    params = [leaf(torch.randn(5000).bfloat16()) for _ in range(3)]
+    copies = [leaf(param.detach().clone()) for param in params]
+    together, apart = Lion8bit(params, lr=1e-3), [Lion8bit([param], lr=1e-3) for param in copies]
+    apart[0].param_groups[0]["params"] = [copies[0]]
+    for present in ([0, 1, 2], [0], [0, 2], [1], [], [0, 1, 2]):
+        together.zero_grad()
+        for index in present:
+            params[index].grad = gradient_like(params[index])
+        together.step()
+    assert [together.state[param]["step"] for param in params] == [4, 3, 3]
+
+
+def test_zero_gradient_and_zero_lr_change_nothing() -> None:
+    """Checkpoint tools create the state by a step with zero gradients and lr 0: every bit must stay."""
+    for dtype in DTYPES:
+        param = leaf(torch.randn(70, 90).to(dtype))
+        param.data[0, :3] = torch.tensor([0.0, -0.0, 1e-7])
+        before = param.detach().clone()
+        optimizer = Lion8bit([param], lr=0.0, weight_decay=0.1)
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        assert_same(param.detach(), before, str(dtype))
+        assert not optimizer.momentum(param).any()
+
+
+def test_weight_decay_moves_16_bit_weights_without_gradient() -> None:
+    """Decay far below half a unit in the last place acts in expectation: within 5 standard errors of lr*weight_decay."""
+    param = leaf(torch.full((400, 1000), 1.0).bfloat16())
+    optimizer = Lion8bit([param], lr=1e-4, weight_decay=0.1)
+    param.grad = torch.zeros_like(param)
+    steps = 200
+    for _ in range(steps):
+        optimizer.step()
+    expected = (1 - 1e-5) ** steps
+    standard_error = float(param.detach().double().std()) / param.numel() ** 0.5
+    assert abs(float(param.detach().double().mean()) - expected) < 5 * standard_error
+    assert float((param != 1).double().mean()) > 0.1
+
+
+def test_nearest_freezes_where_stochastic_moves() -> None:
+    moved = {}
+    for rounding in ("nearest", "stochastic"):
+        param = leaf(torch.full((5000,), 1.0).bfloat16())
+        optimizer = Lion8bit([param], lr=1e-4, weight_rounding=rounding)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        moved[rounding] = float((param != 1).double().mean())
+        assert optimizer.frozen_fraction() == (1.0 if rounding == "nearest" else 0.0)
+    assert moved["nearest"] == 0.0
+    assert 0.01 < moved["stochastic"] < 0.05  # 1e-4 of a spacing of 2^-8 below 1: 2.6 %
+
+
+def test_tensor_lr_and_scheduler() -> None:
+    param, other = leaf(torch.randn(5000)), leaf(torch.zeros(5000))
+    other.data.copy_(param.data)
+    by_tensor, by_float = Lion8bit([param], lr=torch.tensor([1e-2])), Lion8bit([other], lr=1e-2)
+    schedules = [torch.optim.lr_scheduler.LinearLR(o, 0.0 + 1e-9, 1.0, 4) for o in (by_tensor, by_float)]
+    for _ in range(5):
+        param.grad = gradient_like(param)
+        other.grad = param.grad.clone()
+        for optimizer, schedule in zip((by_tensor, by_float), schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+    assert torch.allclose(param, other, rtol=1e-6)
+    with pytest.raises(ValueError, match="one element"):
+        Lion8bit([param], lr=torch.tensor([1e-2, 1e-3]))
+
+
+def test_decouple_lr() -> None:
+    """At the initial lr the decay is weight_decay itself; a schedule that halves lr halves the decay."""
+    param = leaf(torch.full((5000,), 2.0))
+    optimizer = Lion8bit([param], lr=1e-3, weight_decay=0.1, decouple_lr=True)
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert torch.allclose(param, torch.full_like(param, 2.0 * 0.9))
+    optimizer.param_groups[0]["lr"] = 5e-4
+    optimizer.step()
+    assert torch.allclose(param, torch.full_like(param, 2.0 * 0.9 * 0.95))
+
+
+def test_cautious_keeps_only_updates_along_the_gradient() -> None:
+    param = leaf(torch.zeros(5000))
+    optimizer = Lion8bit([param], lr=1.0, cautious=True, betas=(0.9, 0.99))
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert bool((param == -1).all())
+    param.grad = torch.full_like(param, -1e-4)
+    param.grad[:10] = 0.0  # the momentum alone would still move these
+    optimizer.step()
+    assert bool((param == -1).all())
+
+
+def test_closure_runs_once_with_gradients_enabled() -> None:
+    model = nn.Linear(70, 70)
+    optimizer = Lion8bit(model.parameters(), lr=1e-3)
+    calls = []
+
+    def closure() -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 70)).square().mean()
+        loss.backward()
+        return loss
+
+    before = model.weight.detach().clone()
+    loss = optimizer.step(closure)
+    assert calls == [True] and loss.item() > 0
+    assert not torch.equal(before, model.weight)
+
+
+def test_step_param_equals_step() -> None:
+    params = [leaf(torch.randn(5000).bfloat16()) for _ in range(3)]
+    copies = [leaf(param.detach().clone()) for param in params]
+    one, other = Lion8bit(params, lr=1e-3), Lion8bit(copies, lr=1e-3)
+    for _ in range(3):
+        for a, b in zip(params, copies, strict=True):
+            a.grad = gradient_like(a)
+            b.grad = a.grad.clone()
+        one.step()
+        for index, param in enumerate(copies):
+            other.step_parameter(param, other.param_groups[0], index)
+    assert_same_all(snapshot(one), snapshot(other))
+    with pytest.raises(ValueError, match="param_groups"):
+        other.step_param(copies[0], {})
+
+
+def test_autograd_notices_the_step() -> None:
+    weight = leaf(torch.randn(80, 80))
+    loss = (weight @ weight).sum()
+    weight.grad = torch.ones_like(weight)
+    Lion8bit([weight]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_memory_moving_under_the_optimizer() -> None:
+    """Parameters and state that are replaced between steps are found again, wherever they went."""
+    param = leaf(torch.randn(64, 100))
+    other = leaf(param.detach().clone())
+    one, two = Lion8bit([param], lr=1e-2), Lion8bit([other], lr=1e-2)
+    for turn in range(6):
+        grad = torch.randn(64, 100)
+        param.grad, other.grad = grad, grad.clone()
+        if turn == 1:
+            param.data = param.data.clone()
+        if turn == 2:
+            one.state[param] = {key: copy.deepcopy(value) for key, value in one.state[param].items()}
+        if turn == 3:
+            for key, value in one.state[param].items():
+                if isinstance(value, torch.Tensor):
+                    one.state[param][key] = value.clone()
+        if turn == 4:
+            param.data = param.data.t().contiguous().t()  # the momentum keeps its order in memory
+        one.step()
+        two.step()
+        assert_same(param.detach(), other.detach(), f"turn {turn}")
+
+
+def test_nothing_is_allocated_after_the_first_step() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    model = nn.Sequential(*[nn.Linear(90, 90) for _ in range(4)]).bfloat16()
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer = Lion8bit(model.parameters())
+    optimizer.step()
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        optimizer.step()
+    assert [name for name in seen if not name.startswith("profiler.")] == []
+
+
+# ---- Bad gradients --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("optim_bits", [8, 32])
+def test_bad_elements_are_skipped_and_counted(dtype: torch.dtype, optim_bits: int) -> None:
+    torch.manual_seed(0)
+    clean = leaf(torch.randn(40, 128).to(dtype))
+    dirty = leaf(clean.detach().clone())
+    optimizers = [Lion8bit([p], lr=1e-2, optim_bits=optim_bits) for p in (clean, dirty)]
+    bad = torch.zeros(40, 128, dtype=torch.bool)
+    for step in range(4):
+        clean.grad = gradient_like(clean)
+        dirty.grad = clean.grad.clone()
+        if step == 2:
+            bad[::7, 5] = True
+            kept, momentum = dirty.detach()[bad].clone(), optimizers[1].momentum(dirty)[bad]
+            for number, where in enumerate(bad.nonzero().tolist()):
+                dirty.grad[tuple(where)] = (float("nan"), float("inf"), -float("inf"))[number % 3]
+        for optimizer in optimizers:
+            optimizer.step()
+        if step == 2:
+            assert_same(dirty.detach()[bad], kept, "skipped parameters")
+            error = (optimizers[1].momentum(dirty)[bad] - momentum).abs()
+            assert float(error.max()) < 0.02 * float(momentum.abs().max())
+            # All other parameters of the same blocks move as if nothing had happened.
+            assert_same(dirty.detach()[~bad], clean.detach()[~bad], "their neighbours")
+    assert optimizers[0].nonfinite_count() == 0
+    assert optimizers[1].nonfinite_count() == int(bad.sum())
+    assert bool(optimizers[1].momentum(dirty).isfinite().all())
+
+
+def test_all_bad_keeps_everything_finite() -> None:
+    param = leaf(torch.randn(5000))
+    before = param.detach().clone()
+    optimizer = Lion8bit([param], weight_decay=0.5, lr=0.1)
+    for _ in range(3):
+        param.grad = torch.full_like(param, float("nan"))
+        optimizer.step()
+    assert_same(param.detach(), before, "parameter")
+    assert optimizer.nonfinite_count() == 15000
+
+
+# ---- Errors change nothing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ({"lr": float("nan")}, "Invalid learning rate"),
+        ({"lr": float("inf")}, "Invalid learning rate"),
+        ({"betas": (1.0, 0.9)}, "Invalid beta1"),
+        ({"betas": (0.9, -0.1)}, "Invalid beta2"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"weight_decay": -0.1}, "Invalid weight_decay"),
+        ({"block_size": 100}, "block_size must be one of"),
+        ({"min_8bit_size": -1}, "min_8bit_size"),
+        ({"optim_bits": 4}, "optim_bits must be 8 or 32"),
+        ({"weight_rounding": "up"}, "weight_rounding must be"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    param = leaf(torch.randn(5))
+    with pytest.raises(ValueError, match=message):
+        Lion8bit([param], **options)
+    with pytest.raises(ValueError, match=message):
+        Lion8bit([{"params": [param], **options}])
+
+
+@pytest.mark.parametrize(
+    "options", [{"capturable": True}, {"fused": True}, {"is_paged": True}, {"weight_rounding": "compensated"}]
+)
+def test_options_of_the_future_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(NotImplementedError, match="not implemented yet; "):
+        Lion8bit([leaf(torch.randn(5))], **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_other_parameter_dtypes_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=r"parameters must be float32, bfloat16 or float16.*parameter 1 of group 0"):
+        Lion8bit([leaf(torch.randn(5)), leaf(torch.randn(5, dtype=dtype))])
+
+
+def sparse(param: torch.Tensor) -> torch.Tensor:
+    return param.detach().to_sparse()
+
+
+def lost(param: torch.Tensor) -> torch.Tensor:
+    grad = torch.ones_like(param)
+    grad.untyped_storage().resize_(0)
+    return grad
+
+
+@pytest.mark.parametrize(
+    ("grad", "error", "message"), [(sparse, RuntimeError, "sparse gradients"), (lost, RuntimeError, "must have memory")]
+)
+def test_a_bad_gradient_changes_nothing(grad, error: type[Exception], message: str) -> None:
+    params = [leaf(torch.randn(70, 70)) for _ in range(3)]
+    optimizer = Lion8bit(params)
+    for warm in (False, True):
+        for param in params:
+            param.grad = gradient_like(param)
+        if warm:
+            optimizer.step()
+        before = snapshot(optimizer)
+        params[2].grad = grad(params[2])
+        with pytest.raises(error, match=rf"{message}.*parameter 2 of group 0, shape \(70, 70\)"):
+            optimizer.step()
+        assert_same_all(snapshot(optimizer), before)
+
+
+def test_a_complex_gradient_is_refused() -> None:
+    param = leaf(torch.randn(10))
+    with pytest.raises(TypeError, match="gradients must be float32, bfloat16 or float16, got torch.complex64"):
+        reference_entry = lion8bit.batch.make_entry
+        reference_entry(param, torch.randn(10, dtype=torch.complex64), {}, block_size=128, seed=0, hyper=0)
+
+
+def test_expanded_and_meta_parameters_are_refused() -> None:
+    param = leaf(torch.randn(1, 5000).expand(3, 5000))
+    param.grad = torch.randn(3, 5000)
+    with pytest.raises(ValueError, match="must not share memory"):
+        Lion8bit([param]).step()
+    param = leaf(torch.randn(5000, device="meta"))
+    param.grad = torch.empty(5000, device="meta")
+    with pytest.raises(RuntimeError, match="to_empty"):
+        Lion8bit([param]).step()
+
+
+@pytest.mark.parametrize("damage", ["shape", "dtype", "scales", "strides", "missing"])
+def test_damaged_state_is_refused(damage: str) -> None:
+    param = leaf(torch.randn(70, 200))
+    optimizer = Lion8bit([param])
+    param.grad = gradient_like(param)
+    optimizer.step()
+    state, before = optimizer.state[param], param.detach().clone()
+    if damage == "shape":
+        state["codes"] = state["codes"][:, :100].contiguous()
+    elif damage == "dtype":
+        state["codes"] = state["codes"].bfloat16()
+    elif damage == "scales":
+        state["scales"] = state["scales"][:1]
+    elif damage == "strides":
+        state["scales"] = state["scales"].t().contiguous().t()
+    else:
+        del state["codes"]
+    with pytest.raises(RuntimeError, match="must"):
+        optimizer.step()
+    assert_same(param.detach(), before, "parameter")
+
+
+def test_a_changed_block_size_is_refused() -> None:
+    param = leaf(torch.randn(70, 200))
+    optimizer = Lion8bit([param])
+    param.grad = gradient_like(param)
+    optimizer.step()
+    optimizer.param_groups[0]["block_size"] = 64
+    with pytest.raises(RuntimeError, match=r"scales must be contiguous float32 \(70, 4\)"):
+        optimizer.step()
+
+
+def test_a_scheduler_gone_wrong_changes_nothing() -> None:
+    param = leaf(torch.randn(5000))
+    optimizer = Lion8bit([param])
+    param.grad = gradient_like(param)
+    optimizer.param_groups[0]["lr"] = -1e-3
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+# ---- State ----------------------------------------------------------------------------------------------------------
+
+
+def small_model(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(60, 80), nn.Linear(80, 90), nn.Conv2d(8, 70, 3), nn.LayerNorm(90))
+    model[2].to(memory_format=torch.channels_last)
+    return model.to(dtype)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for param in model.parameters():
+            param.grad = gradient_like(param, generator)
+        optimizer.step()
+
+
+def through_torch_save(value: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_resume_is_exact(dtype: torch.dtype) -> None:
+    model = small_model(dtype)
+    optimizer = Lion8bit(model.parameters(), lr=1e-3, weight_decay=0.1, min_8bit_size=1000)
+    train(model, optimizer, 3, seed=1)
+    saved = through_torch_save({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+    resumed_model = small_model(dtype)
+    resumed_model.load_state_dict(saved["model"])
+    resumed = Lion8bit(resumed_model.parameters(), lr=7.0, block_size=64)
+    resumed.load_state_dict(saved["optimizer"])
+    assert_same_all(snapshot(optimizer), snapshot(resumed))
+    dtypes = {name: value.dtype for s in resumed.state.values() for name, value in s.items() if name != "step"}
+    assert dtypes == {"codes": torch.int8, "scales": torch.float32, "momentum": torch.float32}
+    train(model, optimizer, 3, seed=2)
+    train(resumed_model, resumed, 3, seed=2)
+    assert_same_all(snapshot(optimizer), snapshot(resumed))
+
+
+def test_loading_copies_and_leaves_its_argument_alone() -> None:
+    model = small_model(torch.float32)
+    optimizer = Lion8bit(model.parameters())
+    train(model, optimizer, 1, seed=1)
+    saved = optimizer.state_dict()
+    pristine = copy.deepcopy(saved)
+    twin_model = copy.deepcopy(model)
+    twin = Lion8bit(twin_model.parameters())
+    twin.load_state_dict(saved)
+    train(twin_model, twin, 2, seed=2)
+    for number, state in pristine["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(saved["state"][number][name]), torch.as_tensor(value))
+
+
+def test_hooks_and_names_survive_loading() -> None:
+    model = nn.Linear(80, 80)
+    optimizer = Lion8bit(model.named_parameters())
+    train(model, optimizer, 1, seed=1)
+    calls = []
+    other = Lion8bit(model.named_parameters())
+    other.register_load_state_dict_pre_hook(lambda opt, sd: calls.append(sorted(sd["state"][0])))
+    other.register_load_state_dict_post_hook(lambda opt: calls.append(sorted(opt.state[model.weight])))
+    other.load_state_dict(state_dict=optimizer.state_dict())
+    assert calls == [["codes", "scales", "step"], ["codes", "scales", "step"]]
+    assert other.param_groups[0]["param_names"] == ["weight", "bias"]
+    assert not other._optimizer_load_state_dict_pre_hooks or len(other._optimizer_load_state_dict_pre_hooks) == 1
+
+
+def test_empty_state_round_trips() -> None:
+    model = small_model(torch.bfloat16)
+    optimizer = Lion8bit(model.parameters(), lr=1e-3)
+    optimizer.load_state_dict(through_torch_save(optimizer.state_dict()))
+    train(model, optimizer, 1, seed=1)
+    assert optimizer.state
+
+
+def break_version(saved: dict[str, Any]) -> None:
+    saved["param_groups"][0]["format_version"] = 99
+
+
+def break_block_size(saved: dict[str, Any]) -> None:
+    saved["param_groups"][0]["block_size"] = 64
+
+
+def break_names(saved: dict[str, Any]) -> None:
+    saved["state"][1] = {"exp_avg": torch.zeros(90, 80)}
+
+
+def break_codes(saved: dict[str, Any]) -> None:
+    saved["state"][1]["codes"] = saved["state"][1]["codes"].float()
+
+
+def break_shape(saved: dict[str, Any]) -> None:
+    saved["state"][1]["codes"] = saved["state"][1]["codes"][:5]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_version, "format_version 1, got 99"),
+        (break_block_size, r"scales must be float32 \(60, 2\) at block_size 64"),
+        (break_names, r"got \['exp_avg'\]"),
+        (break_codes, "dense torch.int8"),
+        (break_shape, "dense torch.int8"),
+    ],
+)
+def test_incompatible_state_says_what_differs(damage, message: str) -> None:
+    model = small_model(torch.float32)
+    optimizer = Lion8bit(model.parameters())
+    train(model, optimizer, 1, seed=1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    damage(saved)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert_same_all(snapshot(optimizer), before)
+    assert optimizer.param_groups[0]["block_size"] == 128
+    train(model, optimizer, 1, seed=2)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_deepcopy_and_pickle(clone) -> None:
+    model = small_model(torch.bfloat16)
+    optimizer = Lion8bit(model.parameters(), lr=1e-3)
+    train(model, optimizer, 2, seed=1)
+    twin_model, twin = clone((model, optimizer))
+    train(model, optimizer, 2, seed=2)
+    train(twin_model, twin, 2, seed=2)
+    assert_same_all(snapshot(optimizer), snapshot(twin))
+    assert twin.nonfinite_count() == 0
+
+
+def test_defaults_rebuild_the_optimizer() -> None:
+    params = [leaf(torch.randn(5))]
+    optimizer = Lion8bit(params, lr=3e-4, betas=[0.8, 0.9], cautious=True, block_size=64)
+    assert Lion8bit(params, **optimizer.defaults).defaults == optimizer.defaults
+    assert Lion8 is Lion8bit
+    assert "block_size: 64" in repr(optimizer)
+
+
+def test_older_pickles_get_newer_options() -> None:
+    optimizer = Lion8bit([leaf(torch.randn(5000))])
+    state = optimizer.__getstate__()
+    for group in state["param_groups"]:
+        del group["cautious"], group["format_version"]
+    fresh = Lion8bit.__new__(Lion8bit)
+    fresh.__setstate__(state)
+    assert fresh.param_groups[0]["cautious"] is False and fresh.param_groups[0]["format_version"] == 1
+
+
+# ---- Looking inside -------------------------------------------------------------------------------------------------
+
+
+def test_momentum_is_readable_in_fp32() -> None:
+    param, small = leaf(torch.randn(64, 100).bfloat16()), leaf(torch.randn(10))
+    optimizer = Lion8bit([param, small], betas=(0.9, 0.5))
+    assert not optimizer.momentum(param).any()
+    for p in (param, small):
+        p.grad = gradient_like(p)
+    optimizer.step()
+    assert torch.equal(optimizer.momentum(small), small.grad * 0.5)
+    assert torch.allclose(optimizer.momentum(param), param.grad.float() * 0.5, atol=0.03)
+    assert optimizer.momentum(param).dtype == torch.float32
+    with pytest.raises(ValueError, match="one of this optimizer's"):
+        optimizer.momentum(torch.randn(3))
+
+
+def test_memory_report_counts_bytes() -> None:
+    params = [leaf(torch.randn(64, 256).bfloat16()), leaf(torch.randn(100))]
+    optimizer = Lion8bit(params)
+    for param in params:
+        param.grad = gradient_like(param)
+    optimizer.step()
+    report = optimizer.memory_report()
+    assert report["parameters"] == 64 * 256 + 100
+    assert report["parameter_bytes"] == report["gradient_bytes"] == 64 * 256 * 2 + 400
+    assert report["state_bytes"] == 64 * 256 + 64 * 2 * 4 + 400
+    del params[1].grad
+    assert Lion8bit([params[0]]).memory_report()["state_bytes_per_parameter"] == 0.0
+
+
+def test_state_costs_1_032_bytes_per_parameter() -> None:
+    param = leaf(torch.randn(1024, 1024))
+    optimizer = Lion8bit([param])
+    param.grad = gradient_like(param)
+    optimizer.step()
+    assert optimizer.memory_report()["state_bytes_per_parameter"] == 1 + 4 / 128
