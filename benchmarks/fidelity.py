@@ -16,7 +16,7 @@ from common import available, console, describe, environment, parser, plot_optio
 from rich.table import Table
 from torch import Tensor
 
-from lion8bit import reference
+from lion8bit import Lion8bit, reference
 from lion8bit.bytelm import ByteLM, ByteLMConfig, encode, next_token_loss
 from lion8bit.layout import BLOCK_SIZES, ZERO_CODE, as_rows, memory_order
 
@@ -53,7 +53,8 @@ examples:
 """
 
 MEASURED_SIZE = 4096  # elements; smaller tensors are not quantized by any library
-MEASURE_EVERY = 5  # steps
+PIECE_ROWS = 256
+MEASURE_EVERY = 10  # steps
 STILL_STEPS = 100
 CRITERIA = ("momentum_error", "sign_differs", "drift")
 
@@ -61,74 +62,87 @@ CRITERIA = ("momentum_error", "sign_differs", "drift")
 # ---- Formats ---------------------------------------------------------------------------------------------------------
 
 
-class Format(ABC):
-    """A way to store momentum. Codes are ordered: a larger level decodes to a larger value."""
+class Store(ABC):
+    """One format's momentum of one [rows, cols] tensor, from zero. Its codes are ordered as the values they stand for."""
 
-    role: str  # "control", "ours", "peer" or "ablation"
-    label: str
+    codes: Tensor
+    scales: Tensor | None = None
     levels = (-127, 127)
 
-    @abstractmethod
+    def __init__(self, shape: torch.Size, betas: tuple[float, float]) -> None:
+        self.betas = betas
+        self.codes, self.scales = self.encode(torch.zeros(shape))
+
     def encode(self, momentum: Tensor) -> tuple[Tensor, Tensor | None]:
         """[rows, cols] fp32 -> codes of the same shape and scales."""
+        raise NotImplementedError
 
     @abstractmethod
-    def decode(self, codes: Tensor, scales: Tensor | None) -> Tensor:
-        """Codes and scales -> [rows, cols] fp32."""
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes under the present scales -> [rows, cols] fp32."""
 
-    def level(self, codes: Tensor) -> Tensor:
-        """The codes as ordered integers, int16."""
-        return codes.short()
+    def step(self, grad: Tensor) -> Tensor:
+        """One Lion step on the stored momentum; returns the sign of the update."""
+        momentum = self.decode(self.codes)
+        sign = blend(momentum, grad, self.betas[0]).sign_()
+        self.codes, self.scales = self.encode(blend(momentum, grad, self.betas[1]))
+        return sign
 
-    def spacing(self, codes: Tensor, scales: Tensor | None) -> Tensor:
+    def spacing(self) -> Tensor:
         """Mean distance from the stored values to those of the neighbouring codes."""
-        level = self.level(codes)
+        level = self.codes.short()
         below, above = (level - 1).clamp(min=self.levels[0]), (level + 1).clamp(max=self.levels[1])
-        return (self.decode(above, scales) - self.decode(below, scales)) / (above - below)
+        return (self.decode(above) - self.decode(below)) / (above - below)
 
 
-class Float32(Format):
+class Float32(Store):
     """fp32, the control: it must read exactly 0 everywhere."""
 
-    role, label = "control", "fp32"
-
     def encode(self, momentum: Tensor) -> tuple[Tensor, None]:
-        return momentum.clone(), None
+        return momentum, None
 
-    def decode(self, codes: Tensor, scales: Tensor | None) -> Tensor:
+    def decode(self, codes: Tensor) -> Tensor:
         return codes
 
-    def spacing(self, codes: Tensor, scales: Tensor | None) -> Tensor:
-        return torch.zeros_like(codes)
+    def spacing(self) -> Tensor:
+        return torch.zeros_like(self.codes)
 
 
-class SquareRoot(Format):
-    """The format of this library, by its specification; the kernels are bit-identical to it."""
+class Ours(Store):
+    """This library's optimizer itself. Its parameter starts each step at 0 and moves by lr = 1: minus the sign."""
 
-    role = "ours"
-
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, shape: torch.Size, betas: tuple[float, float], block_size: int) -> None:
+        self.param = torch.nn.Parameter(torch.zeros(shape))
+        self.optimizer = Lion8bit([self.param], lr=1.0, betas=betas, block_size=block_size, min_8bit_size=0)
         self.block_size = block_size
-        self.label = f"lion8bit, block {block_size}"
+        self.codes = torch.full(shape, ZERO_CODE, dtype=torch.int8)
 
-    def encode(self, momentum: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.encode(momentum, self.block_size)
+    def decode(self, codes: Tensor) -> Tensor:
+        assert self.scales is not None
+        return reference.decode(codes, self.scales, self.block_size)
 
-    def decode(self, codes: Tensor, scales: Tensor | None) -> Tensor:
-        assert scales is not None
-        return reference.decode(codes, scales, self.block_size)
+    def step(self, grad: Tensor) -> Tensor:
+        self.param.detach().zero_()
+        self.param.grad = grad
+        self.optimizer.step()
+        state = self.optimizer.state[self.param]
+        self.codes, self.scales = state["codes"].clone(), state["scales"]  # the next step writes into the codes
+        return -self.param.detach()
 
-    def level(self, codes: Tensor) -> Tensor:
-        return torch.where(codes == ZERO_CODE, 0, codes.short())
+    def spacing(self) -> Tensor:
+        level = torch.where(self.codes == ZERO_CODE, 0, self.codes.short())
+        below, above = (level - 1).clamp(min=self.levels[0]), (level + 1).clamp(max=self.levels[1])
+        return (self.decode(above) - self.decode(below)) / (above - below)
 
 
-class FlatBlocks(Format):
+class FlatBlocks(Store):
     """A format of one map and one absolute maximum per block, with blocks running on from row to row."""
 
-    def __init__(self, label: str, role: str, block_size: int, scale_dtype: torch.dtype) -> None:
-        self.label, self.role = label, role
-        self.block_size = block_size
-        self.scale_dtype = scale_dtype
+    def __init__(
+        self, shape: torch.Size, betas: tuple[float, float], block_size: int, scale_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.block_size, self.scale_dtype = block_size, scale_dtype
+        super().__init__(shape, betas)
 
     @abstractmethod
     def compress(self, x: Tensor) -> Tensor:
@@ -142,14 +156,14 @@ class FlatBlocks(Format):
         blocks = reference.to_blocks(momentum.reshape(1, -1), self.block_size)
         scales = blocks.abs().amax(-1, keepdim=True).to(self.scale_dtype)
         stored = scales.float()
-        x = torch.where(stored > 0, blocks / stored, torch.zeros_like(blocks)).clamp(-1, 1)
-        codes = self.compress(x).round().to(torch.int8)
+        inverse = torch.where(stored > 0, 1 / stored, torch.zeros_like(stored))
+        codes = self.compress((blocks * inverse).clamp_(-1, 1)).round_().to(torch.int8)
         return reference.from_blocks(codes, momentum.numel()).reshape(momentum.shape), scales
 
-    def decode(self, codes: Tensor, scales: Tensor | None) -> Tensor:
-        assert scales is not None
+    def decode(self, codes: Tensor) -> Tensor:
+        assert self.scales is not None
         blocks = reference.to_blocks(codes.reshape(1, -1), self.block_size)
-        values = self.expand(blocks.float()) * scales.float()
+        values = self.expand(blocks.float()).mul_(self.scales.float())
         return reference.from_blocks(values, codes.numel()).reshape(codes.shape)
 
 
@@ -167,60 +181,68 @@ class Softsign(FlatBlocks):
     """FlashOptim's momentum: 2x/(1+|x|) of the value over the scale, from arXiv 2602.23349, algorithm 2."""
 
     def compress(self, x: Tensor) -> Tensor:
-        return 2 * x / (1 + x.abs()) * 127
+        return x * 254 / (1 + x.abs())
 
     def expand(self, level: Tensor) -> Tensor:
-        y = level / 127
-        return y / (2 - y.abs())
+        return level / (254 - level.abs())
 
 
 class NearestRoot(FlatBlocks):
-    """This library's map without its dither: what round-to-nearest costs by itself."""
+    """This library's map without its dither: what rounding to nearest costs by itself."""
 
     def compress(self, x: Tensor) -> Tensor:
-        return torch.copysign(x.abs().sqrt() * 127, x)
+        return torch.copysign(x.abs().sqrt_().mul_(127), x)
 
     def expand(self, level: Tensor) -> Tensor:
-        y = level / 127
-        return y * y.abs()
+        return level * level.abs() / 127**2
 
 
-class BitsAndBytes(Format):
+class BitsAndBytes(Store):
     """bitsandbytes' own functions with the signed dynamic map and the block size of its `Lion8bit`."""
 
-    role, label = "peer", "bitsandbytes dynamic map, block 256"
     levels = (0, 255)
-    block_size = 256
 
-    def __init__(self) -> None:
+    def __init__(self, shape: torch.Size, betas: tuple[float, float], block_size: int) -> None:
         import bitsandbytes.functional
 
         self.functional = bitsandbytes.functional
         self.map = self.functional.create_dynamic_map(signed=True)
+        self.block_size = block_size
+        super().__init__(shape, betas)
 
     def encode(self, momentum: Tensor) -> tuple[Tensor, Tensor]:
         codes, state = self.functional.quantize_blockwise(momentum, code=self.map, blocksize=self.block_size)
         return codes, state.absmax
 
-    def decode(self, codes: Tensor, scales: Tensor | None) -> Tensor:
+    def decode(self, codes: Tensor) -> Tensor:
         return self.functional.dequantize_blockwise(
-            codes.to(torch.uint8), absmax=scales, code=self.map, blocksize=self.block_size
+            codes.to(torch.uint8), absmax=self.scales, code=self.map, blocksize=self.block_size
         )
 
 
-FORMATS: dict[str, Callable[[], Format]] = {
-    "fp32": Float32,
-    **{f"lion8bit-{size}": (lambda size=size: SquareRoot(size)) for size in BLOCK_SIZES},
-    "bitsandbytes": BitsAndBytes,
-    "flashoptim": lambda: Softsign("FlashOptim softsign, block 32", "peer", 32, torch.float16),
-    "linear": lambda: Linear("linear int8, block 128", "peer", 128, torch.float32),
-    "nearest-root": lambda: NearestRoot("square root, nearest, block 128", "ablation", 128, torch.float32),
+@dataclass(frozen=True)
+class Format:
+    """One row of the table of formats."""
+
+    label: str
+    role: str  # "control", "ours", "peer" or "ablation"
+    store: type[Store]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+FORMATS: dict[str, Format] = {
+    "fp32": Format("fp32", "control", Float32),
+    **{
+        f"lion8bit-{size}": Format(f"lion8bit, block {size}", "ours", Ours, {"block_size": size})
+        for size in BLOCK_SIZES
+    },
+    "bitsandbytes": Format("bitsandbytes dynamic map, block 256", "peer", BitsAndBytes, {"block_size": 256}),
+    "flashoptim": Format(
+        "FlashOptim softsign, block 32", "peer", Softsign, {"block_size": 32, "scale_dtype": torch.float16}
+    ),
+    "linear": Format("linear int8, block 128", "peer", Linear, {"block_size": 128}),
+    "nearest-root": Format("square root, nearest, block 128", "ablation", NearestRoot, {"block_size": 128}),
 }
-
-
-def make_formats() -> dict[str, Format]:
-    """The formats whose libraries are installed."""
-    return {key: make() for key, make in FORMATS.items() if key != "bitsandbytes" or available("bitsandbytes")}
 
 
 # ---- Workloads -------------------------------------------------------------------------------------------------------
@@ -331,31 +353,28 @@ WORKLOADS: dict[str, tuple[Case, ...]] = {
 
 
 class Track:
-    """One format's momentum of one tensor, its parameter drift, and for how long its codes have stood still."""
+    """What one format has made of one piece of a tensor: its parameter drift, and for how long its codes stand still."""
 
-    def __init__(self, format_: Format, weight: Tensor) -> None:
-        self.format = format_
-        self.codes, self.scales = format_.encode(torch.zeros_like(weight))
-        self.drift = torch.zeros_like(weight)
-        self.still = torch.zeros(weight.shape, dtype=torch.int16)
-        self.anchor = torch.zeros_like(weight)  # the fp32 momentum when the code last moved
+    def __init__(self, format_: Format, shape: torch.Size, case: Case) -> None:
+        self.store = format_.store(shape, case.betas, **format_.options)
+        self.lr = case.lr
+        self.drift = torch.zeros(shape)
+        self.still = torch.zeros(shape, dtype=torch.int16)
+        self.anchor = torch.zeros(shape)  # the fp32 momentum when the code last moved
 
-    def step(self, grad: Tensor, exact: Tensor, sign: Tensor, case: Case) -> int:
+    def step(self, grad: Tensor, exact: Tensor, sign: Tensor) -> int:
         """Takes a gradient in; ``exact`` and ``sign`` are fp32 Lion's new momentum and update. Returns wrong signs."""
-        stored = self.format.decode(self.codes, self.scales)
-        own_sign = blend(stored, grad, case.betas[0]).sign_()
-        codes, self.scales = self.format.encode(blend(stored, grad, case.betas[1]))
-        moved = codes != self.codes
+        before = self.store.codes
+        difference = sign - self.store.step(grad)
+        moved = self.store.codes != before
         self.still.add_(1).masked_fill_(moved, 0)
         torch.where(moved, exact, self.anchor, out=self.anchor)
-        self.codes = codes
-        difference = sign - own_sign
-        self.drift.add_(difference, alpha=case.lr)
+        self.drift.add_(difference, alpha=self.lr)
         return int(difference.count_nonzero())
 
     def frozen(self, exact: Tensor) -> int:
         """Elements whose code has stood still while the exact momentum has gone on by more than a code."""
-        gone = (exact - self.anchor).abs() > self.format.spacing(self.codes, self.scales)
+        gone = (exact - self.anchor).abs() > self.store.spacing()
         return int((gone & (self.still >= STILL_STEPS)).sum())
 
 
@@ -381,29 +400,34 @@ def run_case(
         ``formats``: the figures by format; ``facts``: what the stream says about itself.
     """
     stream = case.make(case, steps, quick)
-    exact = [torch.zeros_like(weight) for weight in stream.weights]
-    measured = [i for i, weight in enumerate(stream.weights) if weight.numel() >= MEASURED_SIZE]
-    tracks = {key: {i: Track(format_, stream.weights[i]) for i in measured} for key, format_ in formats.items()}
-    count = sum(stream.weights[i].numel() for i in measured)
+    weights = pieces(stream.weights)
+    exact = [torch.zeros_like(weight) for weight in weights]
+    measured = [
+        i
+        for i, weight in enumerate(weights)
+        if weight.numel() == PIECE_ROWS * weight.shape[1] or weight.numel() >= MEASURED_SIZE
+    ]
+    tracks = {key: {i: Track(f, weights[i].shape, case) for i in measured} for key, f in formats.items()}
+    count = sum(weights[i].numel() for i in measured)
     first = int(steps * case.warm_up)
     wrong = dict.fromkeys(formats, 0)
     samples: dict[str, list[dict[str, float]]] = {key: [] for key in formats}
 
     for step in range(steps):
-        for i, grad in enumerate(stream.gradients(step)):
+        for i, grad in enumerate(pieces(stream.gradients(step))):
             sign = blend(exact[i], grad, case.betas[0]).sign_()
             exact[i] = blend(exact[i], grad, case.betas[1])
-            stream.weights[i].add_(sign, alpha=-case.lr)
+            weights[i].add_(sign, alpha=-case.lr)
             for key, tensors in tracks.items():
                 if i in tensors:
-                    differing = tensors[i].step(grad, exact[i], sign, case)
+                    differing = tensors[i].step(grad, exact[i], sign)
                     wrong[key] += differing if step >= first else 0
         if step % MEASURE_EVERY == 0 or step == steps - 1:
             for key, tensors in tracks.items():
                 samples[key].append(sample(tensors, exact, step, count))
         tick()
 
-    weight_norm = sum(float(stream.weights[i].double().square().sum()) for i in measured) ** 0.5
+    weight_norm = sum(float(weights[i].double().square().sum()) for i in measured) ** 0.5
     return {
         "steps": steps,
         "measured_from": first,
@@ -423,13 +447,21 @@ def run_case(
     }
 
 
+def pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Cuts tensors into groups of rows that stay in the processor's cache while all formats take them in.
+
+    `PIECE_ROWS` rows are whole blocks of every format, so the formats do not notice.
+    """
+    return [piece for tensor in tensors for piece in tensor.split(PIECE_ROWS)]
+
+
 def sample(tensors: dict[int, Track], exact: Sequence[Tensor], step: int, count: int) -> dict[str, float]:
     """Momentum error, radial bias and frozen share of one format after one step."""
     squared_error = squared_norm = inner = 0.0
     frozen = 0
     for i, track in tensors.items():
         m = exact[i].double()
-        error = track.format.decode(track.codes, track.scales).double() - m
+        error = track.store.decode(track.store.codes).double() - m
         squared_error += float(error.square().sum())
         squared_norm += float(m.square().sum())
         inner += float((error * m).sum())
@@ -447,7 +479,9 @@ def summarise(tensors: dict[int, Track], samples: list[dict[str, float]], first:
     """One format's figures from its samples; the frozen share is None where no code could yet stand still for long."""
     after = [s for s in samples if s["step"] >= first]
     lasting = [s["frozen"] for s in after if s["step"] >= STILL_STEPS]
-    stored = sum(t.codes.nbytes + (0 if t.scales is None else t.scales.nbytes) for t in tensors.values())
+    stored = sum(
+        tensor.nbytes for t in tensors.values() for tensor in (t.store.codes, t.store.scales) if tensor is not None
+    )
     return {
         "bytes_per_parameter": stored / count,
         "momentum_error": statistics.median(s["momentum_error"] for s in after),
@@ -567,7 +601,7 @@ def main() -> None:
     out = console()
     record = environment()
     out.print(describe(record), style="dim")
-    formats = make_formats()
+    formats = {key: f for key, f in FORMATS.items() if key != "bitsandbytes" or available("bitsandbytes")}
     if "bitsandbytes" not in formats:
         out.print("bitsandbytes is not installed and left out; pip install bitsandbytes", style="yellow")
     chosen = [(workload, case) for workload in settings.workload for case in WORKLOADS[workload]]

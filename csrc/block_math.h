@@ -29,8 +29,7 @@ using std::memcpy;
 
 namespace lion8bit {
 
-// ---- The state format, version 1
-// --------------------------------------------------------------------------------------------
+// ---- The state format, version 1 -----------------------------------------------------------------------------------
 //
 // A parameter is [rows, cols]: rows = shape[0] (1 for a vector), in memory order. A row is cut into ceil(cols /
 // block_size) blocks, the last may be short; a block never crosses a row.
@@ -87,21 +86,63 @@ static_assert(sizeof(Tensor) == 80, "mirrored by lion8bit/layout.py");
 
 LION8BIT_FN int64_t blocks_per_row(int64_t cols, int32_t block_size) { return (cols + block_size - 1) / block_size; }
 
-// ---- Lanes: what differs between a float and a vector of floats
-// ---------------------------------------------------------------
+// ---- Lanes: what differs between a float and a vector of floats ----------------------------------------------------
 
 template <class F> struct LanesOf;  // what F needs besides operators; the SIMD specialisation stands in the CPU kernel
+#if defined(__CUDACC__) || defined(LION8BIT_EMULATED)
+// IEEE square root and division without their branches, for the arguments that occur here.
+#if defined(__CUDACC__)
+LION8BIT_FN float approximate_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+LION8BIT_FN float approximate_reciprocal_root(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#else  // tests/emulator has its own
+float approximate_reciprocal(float x);
+float approximate_reciprocal_root(float x);
+#endif
 template <> struct LanesOf<float> {
     using Int = int32_t;
     using Uint = uint32_t;
-#if defined(__CUDACC__)
-    static LION8BIT_FN float square_root(float x) { return __fsqrt_rn(x); }
+    // The steps that nvcc emits for __fsqrt_rn on sm_75 to sm_120 where x is neither tiny nor huge. The root of a
+    // smaller x is far below the dither's last bit, so that of 2^-100 will do.
+    static LION8BIT_FN float square_root(float x) {
+        x = fmaxf(x, 0x1p-100f);
+        const float y = approximate_reciprocal_root(x), root = x * y;
+        return __fmaf_rn(__fmaf_rn(-root, root, x), y * 0.5f, root);
+    }
     static LION8BIT_FN int32_t truncate(float x) { return __float2int_rz(x); }
+    // A*A / scale; both are divided by 4, so that the reciprocal never underflows. Exact for every significand, also
+    // where the approximation is off by 4 units in the last place: tests/emulator tries them all.
+    static LION8BIT_FN float range_over(float scale) {
+        constexpr float range = kRangeSquared * 0.25f;
+        scale = scale * 0.25f;
+        float y = approximate_reciprocal(scale);
+        y = __fmaf_rn(__fmaf_rn(-scale, y, 1.0f), y, y);
+        const float quotient = range * y;
+        return __fmaf_rn(__fmaf_rn(-scale, quotient, range), y, quotient);
+    }
+    static LION8BIT_FN float over_range(float scale) {  // scale / (A*A)
+        constexpr float reciprocal = 1.0f / kRangeSquared;
+        const float quotient = scale * reciprocal;
+        return __fmaf_rn(__fmaf_rn(-quotient, kRangeSquared, scale), reciprocal, quotient);
+    }
+};
 #else
+template <> struct LanesOf<float> {
+    using Int = int32_t;
+    using Uint = uint32_t;
     static LION8BIT_FN float square_root(float x) { return __builtin_sqrtf(x); }
     static LION8BIT_FN int32_t truncate(float x) { return static_cast<int32_t>(x); }
-#endif
+    static LION8BIT_FN float range_over(float scale) { return kRangeSquared / scale; }
+    static LION8BIT_FN float over_range(float scale) { return scale / kRangeSquared; }
 };
+#endif
 template <class F> using Int = typename LanesOf<F>::Int;
 template <class F> using Uint = typename LanesOf<F>::Uint;
 
@@ -128,8 +169,7 @@ template <class U> LION8BIT_FN U fmix32(U h) {
     return h;
 }
 
-// ---- The momentum code
-// --------------------------------------------------------------------------------------------------------
+// ---- The momentum code ---------------------------------------------------------------------------------------------
 
 // What encoding and decoding need of a block, all of it derived from its scale.
 struct Codec {
@@ -142,8 +182,10 @@ LION8BIT_FN float dither(float scale) {
     return static_cast<float>(static_cast<int32_t>(fmix32(static_cast<uint32_t>(bits(scale))) >> 8)) * 0x1p-24f - 0.5f;
 }
 LION8BIT_FN float stored_scale(float absmax) { return absmax < kMinScale ? 0.0f : absmax; }
-LION8BIT_FN Codec encoder(float scale) { return {dither(scale), scale == 0.0f ? 0.0f : kRangeSquared / scale, 0.0f}; }
-LION8BIT_FN Codec decoder(float scale) { return {dither(scale), 0.0f, scale / kRangeSquared}; }
+LION8BIT_FN Codec encoder(float scale) {
+    return {dither(scale), scale == 0.0f ? 0.0f : LanesOf<float>::range_over(scale), 0.0f};
+}
+LION8BIT_FN Codec decoder(float scale) { return {dither(scale), 0.0f, LanesOf<float>::over_range(scale)}; }
 
 // code = rint(copysign(sqrt(|m| * A*A/s), m) + u); an exact zero has a code of its own. The low byte of the result is
 // the code.
@@ -162,17 +204,18 @@ template <class F> LION8BIT_FN F decode(F code, const Codec& codec) {
     return code == static_cast<float>(kZeroCode) ? F{} : value;
 }
 
-// ---- The Lion step
-// --------------------------------------------------------------------------------------------------------------
+// ---- The Lion step -------------------------------------------------------------------------------------------------
 
-// Updates one element in place and returns whether its gradient was finite; a bad gradient leaves the element as it is.
+// Updates one element in place. Returns whether it was skipped: a bad gradient leaves the element as it is.
 // General is false where no flag is set: the same arithmetic without the tests.
-template <bool General, class F> LION8BIT_FN auto lion_step(const Hyper& hyper, F& param, F grad, F& momentum) {
+// Trusted: the caller knows that the gradient is finite.
+template <bool General, bool Trusted = false, class F>
+LION8BIT_FN auto lion_step(const Hyper& hyper, F& param, F grad, F& momentum) {
     if constexpr (General) {
         if (hyper.flags & kMaximize) grad = -grad;
         if (hyper.flags & kCoupledDecay) grad = grad + param * hyper.coupled_decay;
     }
-    const auto finite = (bits(grad) & 0x7fffffff) < kOverflowBits;
+    const auto skipped = (bits(grad) & 0x7fffffff) >= kOverflowBits;
     const F blended = momentum * hyper.blend + grad * hyper.one_minus_blend;
     const F averaged = momentum * hyper.beta + grad * hyper.one_minus_beta;
     F update = copy_sign(hyper.lr - F{}, blended);
@@ -185,14 +228,19 @@ template <bool General, class F> LION8BIT_FN auto lion_step(const Hyper& hyper, 
         }
     }
     const F moved = param * hyper.decay - update;
-    param = finite ? moved : param;
-    momentum = finite ? averaged : momentum;
-    return finite;
+    if constexpr (Trusted) {
+        param = moved;
+        momentum = averaged;
+    } else {
+        param = skipped ? param : moved;
+        momentum = skipped ? momentum : averaged;
+    }
+    return skipped;
 }
 
-// ---- 16-bit numbers
-// ------------------------------------------------------------------------------------------------------------- A
-// 16-bit pattern travels in the low half of a 32-bit lane.
+// ---- 16-bit numbers ------------------------------------------------------------------------------------------------
+//
+// A 16-bit pattern travels in the low half of a 32-bit lane.
 
 template <class F> LION8BIT_FN F from_bfloat16(Uint<F> pattern) { return bit_cast<F>(pattern << 16); }
 
@@ -204,13 +252,13 @@ template <class F> LION8BIT_FN F from_float16(Uint<F> pattern) {
 
 // `random` is 16 uniform bits: the value is rounded away from zero with the probability that makes the rounding
 // unbiased.
-template <int32_t rounding, class F> LION8BIT_FN Uint<F> to_bfloat16(F x, Uint<F> random) {
+// Number: the caller knows that x is no NaN.
+template <int32_t rounding, bool Number = false, class F> LION8BIT_FN Uint<F> to_bfloat16(F x, Uint<F> random) {
     const Uint<F> pattern = bit_cast<Uint<F>>(x);
-    const Uint<F> size = pattern & 0x7fffffffu;
     const Uint<F> increment = rounding == kStochastic ? random : ((pattern >> 16) & 1u) + 0x7fffu;
-    Uint<F> rounded = (pattern + increment) >> 16;
-    rounded = size >= 0x7f800000u ? pattern >> 16 : rounded;
-    return size > 0x7f800000u ? Uint<F>{} + 0x7fc0u : rounded;
+    const Uint<F> rounded = (pattern + increment) >> 16;  // infinity stays infinity: the increment is below 2^16
+    if constexpr (Number) return rounded;
+    return x != x ? Uint<F>{} + 0x7fc0u : rounded;
 }
 
 template <int32_t rounding, class F> LION8BIT_FN Uint<F> to_float16(F x, Uint<F> random) {
@@ -234,9 +282,10 @@ template <int32_t rounding, class F> LION8BIT_FN Uint<F> to_float16(F x, Uint<F>
     return result | ((pattern >> 16) & 0x8000u);
 }
 
-// ---- Random bits for stochastic rounding
-// ------------------------------------------------------------------------------------------ A function of (parameter,
-// its update count, block, element) alone: it needs no state, and shards agree with the whole.
+// ---- Random bits for stochastic rounding ---------------------------------------------------------------------------
+//
+// A function of (parameter, its update count, block, element) alone: it needs no state, and shards agree with the
+// whole.
 
 struct RandomKey {
     uint32_t low, high;

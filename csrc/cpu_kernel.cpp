@@ -139,48 +139,46 @@ template <class Body> LION8BIT_FN void for_each_vector(int length, const Body& b
     if (at < length) body(at, length - at);
 }
 
-template <class Param, class Grad, bool quantized, bool general, int32_t rounding>
-int64_t update_block(const Hyper& hyper, typename Param::Element* param, const typename Grad::Element* grad,
-                     void* momentum, float* scale, const uint16_t* random, int length) {
-    alignas(64) float next[kMaxBlockSize];
-    auto* const codes = static_cast<int8_t*>(momentum);
-    auto* const values = static_cast<float*>(momentum);
-    Codec codec = quantized ? decoder(*scale) : Codec{};
-    Int<Floats> largest = {};
-    Int<Floats> finite_lanes = {};  // counts down: a true lane is -1
-    for_each_vector(length, [&](int at, int count) LION8BIT_INLINE {
-        Floats m;
-        if constexpr (quantized) {
-            m = decode(to_floats(load(codes + at, count)), codec);
-        } else {
-            m = load(values + at, count);
-        }
-        Floats p = Param::read(param + at, count);
-        finite_lanes += lion_step<general>(hyper, p, Grad::read(grad + at, count), m);
-        Uint<Floats> bits16 = {};
-        if constexpr (rounding == kStochastic) bits16 = widen(load(random + at, count));
-        Param::template write<rounding>(param + at, p, bits16, count);
-        if constexpr (quantized) {
-            store(next + at, m, kLanes);
-            const Int<Floats> size = bits(magnitude(m));
-            largest = size > largest ? size : largest;
-        } else {
-            store(values + at, m, count);
-        }
+// The largest lane.
+LION8BIT_FN int32_t horizontal_max(Int<Floats> x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32(bit_cast<__m512i>(x));
+#elif defined(__AVX2__)
+    const __m256i wide = bit_cast<__m256i>(x);
+    __m128i max = _mm_max_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    max = _mm_max_epi32(max, _mm_shuffle_epi32(max, 0x4e));
+    max = _mm_max_epi32(max, _mm_shuffle_epi32(max, 0xb1));
+    return _mm_cvtsi128_si32(max);
+#else
+    int32_t max = x[0];
+    for (int lane = 1; lane < kLanes; ++lane) max = x[lane] > max ? x[lane] : max;
+    return max;
+#endif
+}
+
+// A block that has been stepped and waits to be encoded.
+struct Stepped {
+    alignas(64) float momentum[kMaxBlockSize];
+    Codec codec;
+    int8_t* codes;
+    int length = 0;
+};
+
+LION8BIT_FN void encode_block(const Stepped& block) {
+    const Codec codec = block.codec;
+    for_each_vector(block.length, [&](int at, int count) LION8BIT_INLINE {
+        store(block.codes + at, to_codes(encode(load(block.momentum + at, kLanes), codec)), count);
     });
-    if constexpr (quantized) {
-        int32_t absmax = 0;
-        for (int lane = 0; lane < kLanes; ++lane) absmax = largest[lane] > absmax ? largest[lane] : absmax;
-        *scale = stored_scale(bit_cast<float>(absmax));
-        codec = encoder(*scale);
-        for_each_vector(length, [&](int at, int count) LION8BIT_INLINE {
-            const Int<Floats> code = encode(load(next + at, kLanes), codec);
-            store(codes + at, to_codes(code), count);
-        });
+}
+
+// 16 random bits for each element of a block.
+LION8BIT_FN void fill_random(uint16_t* random, uint32_t key, int length) {
+    Uint<Floats> pair;
+    for (int lane = 0; lane < kLanes; ++lane) pair[lane] = lane;
+    for (int at = 0; at < length; at += 2 * kLanes, pair += kLanes) {
+        const Uint<Floats> words = random_word(key, pair);
+        std::memcpy(random + at, &words, sizeof(words));  // little-endian: the even element is the low half
     }
-    int64_t finite = 0;
-    for (int lane = 0; lane < kLanes; ++lane) finite -= finite_lanes[lane];
-    return (length + kLanes - 1) / kLanes * kLanes - finite;  // padding is finite
 }
 
 template <class Param, class Grad, bool quantized, bool general, int32_t rounding>
@@ -188,35 +186,63 @@ int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, 
     const Hyper hyper = options;  // a copy that no store can alias
     const int64_t row_blocks = blocks_per_row(tensor.cols, hyper.block_size);
     const RandomKey key = random_key(tensor.seed, tensor.step);
-    auto* const param = static_cast<typename Param::Element*>(tensor.param);
-    const auto* const grad = static_cast<const typename Grad::Element*>(tensor.grad);
-    auto* const momentum = static_cast<char*>(tensor.momentum);
     int64_t row = first / row_blocks, in_row = first % row_blocks;
-    int64_t nonfinite = 0;
+    int64_t skipped = 0;
     alignas(64) uint16_t random[kMaxBlockSize];
+    Stepped stepped[2];  // a block is encoded after the next one is stepped, which hides the latency of its scale
     for (int64_t block = first; block < last; ++block) {
         const int64_t start = in_row * hyper.block_size;
         const int64_t offset = row * tensor.cols + start;
         const int64_t left = tensor.cols - start;
         const int length = static_cast<int>(left < hyper.block_size ? left : hyper.block_size);
-        if constexpr (rounding == kStochastic) {
-            const uint32_t word_key = block_key(key, tensor.first_block + block);
-            Uint<Floats> pair;
-            for (int lane = 0; lane < kLanes; ++lane) pair[lane] = lane;
-            for (int at = 0; at < length; at += 2 * kLanes, pair += kLanes) {
-                const Uint<Floats> words = random_word(word_key, pair);
-                std::memcpy(random + at, &words, sizeof(words));  // little-endian: the even element is the low half
+        auto* const param = static_cast<typename Param::Element*>(tensor.param) + offset;
+        const auto* const grad = static_cast<const typename Grad::Element*>(tensor.grad) + offset;
+        auto* const codes = static_cast<int8_t*>(tensor.momentum) + offset;
+        auto* const values = static_cast<float*>(tensor.momentum) + offset;
+        Stepped& current = stepped[block & 1];
+        const Codec codec = quantized ? decoder(tensor.scales[block]) : Codec{};
+        if constexpr (rounding == kStochastic) fill_random(random, block_key(key, tensor.first_block + block), length);
+
+        Int<Floats> largest = {}, skipped_lanes = {};  // a true lane is -1
+        for_each_vector(length, [&](int at, int count) LION8BIT_INLINE {
+            Floats m;
+            if constexpr (quantized) {
+                m = decode(to_floats(load(codes + at, count)), codec);
+            } else {
+                m = load(values + at, count);
             }
+            Floats p = Param::read(param + at, count);
+            skipped_lanes += lion_step<general>(hyper, p, Grad::read(grad + at, count), m);
+            Uint<Floats> bits16 = {};
+            if constexpr (rounding == kStochastic) bits16 = widen(load(random + at, count));
+            Param::template write<rounding>(param + at, p, bits16, count);
+            if constexpr (quantized) {
+                store(current.momentum + at, m, kLanes);
+                const Int<Floats> size = bits(magnitude(m));
+                largest = size > largest ? size : largest;
+            } else {
+                store(values + at, m, count);
+            }
+        });
+
+        if constexpr (quantized) {
+            const float scale = stored_scale(bit_cast<float>(horizontal_max(largest)));
+            tensor.scales[block] = scale;
+            current.codec = encoder(scale);
+            current.codes = codes;
+            current.length = length;
+            encode_block(stepped[~block & 1]);
         }
-        nonfinite += update_block<Param, Grad, quantized, general, rounding>(
-            hyper, param + offset, grad + offset, momentum + offset * (quantized ? 1 : sizeof(float)),
-            quantized ? tensor.scales + block : nullptr, random, length);
+        if (horizontal_max(-skipped_lanes) > 0) {
+            for (int lane = 0; lane < kLanes; ++lane) skipped -= skipped_lanes[lane];
+        }
         if (++in_row == row_blocks) {
             in_row = 0;
             ++row;
         }
     }
-    return nonfinite;
+    if constexpr (quantized) encode_block(stepped[~last & 1]);
+    return skipped;
 }
 
 template <class Param, class Grad, bool quantized>

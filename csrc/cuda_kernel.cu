@@ -37,47 +37,48 @@ template <int32_t dtype> using ElementOf = typename PatternOf<dtype == kFloat32 
 
 template <class T> struct Octet {
     static constexpr int32_t kPerWord = 4 / sizeof(T);
-    uint32_t words[kPerLane / kPerWord];
+    static constexpr int32_t kWords = kPerLane / kPerWord;
+    uint32_t words[kWords];
 
     LION8BIT_FN uint32_t get(int32_t i) const { return words[i / kPerWord] >> (i % kPerWord * 8 * sizeof(T)); }
     LION8BIT_FN void put(int32_t i, uint32_t pattern) {  // once per element, from all zero
         words[i / kPerWord] |= pattern << (i % kPerWord * 8 * sizeof(T));
     }
 
-    // `whole`: all 8 elements exist and `from` is aligned to their size (to 16 bytes where they are larger).
-    LION8BIT_FN void load(const T* from, bool whole, int32_t count, uint32_t padding) {
-        if (whole) {
-            if constexpr (sizeof(T) == 1) {
-                const uint2 a = *reinterpret_cast<const uint2*>(from);
-                words[0] = a.x, words[1] = a.y;
-            } else {
-#pragma unroll
-                for (int32_t w = 0; w < kPerLane / kPerWord; w += 4) {
-                    const uint4 a = reinterpret_cast<const uint4*>(from)[w / 4];
-                    words[w] = a.x, words[w + 1] = a.y, words[w + 2] = a.z, words[w + 3] = a.w;
-                }
-            }
+    // All 8 elements, at an address aligned to their size, or to 16 bytes where they are larger.
+    LION8BIT_FN void load_whole(const T* from) {
+        if constexpr (sizeof(T) == 1) {
+            const uint2 a = *reinterpret_cast<const uint2*>(from);
+            words[0] = a.x, words[1] = a.y;
         } else {
-            *this = {};
 #pragma unroll
-            for (int32_t i = 0; i < kPerLane; ++i) put(i, i < count ? from[i] : padding);
+            for (int32_t w = 0; w < kWords; w += 4) {
+                const uint4 a = reinterpret_cast<const uint4*>(from)[w / 4];
+                words[w] = a.x, words[w + 1] = a.y, words[w + 2] = a.z, words[w + 3] = a.w;
+            }
         }
     }
-    LION8BIT_FN void store(T* to, bool whole, int32_t count) const {
-        if (whole) {
-            if constexpr (sizeof(T) == 1) {
-                *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
-            } else {
-#pragma unroll
-                for (int32_t w = 0; w < kPerLane / kPerWord; w += 4) {
-                    reinterpret_cast<uint4*>(to)[w / 4] = {words[w], words[w + 1], words[w + 2], words[w + 3]};
-                }
-            }
+    LION8BIT_FN void store_whole(T* to) const {
+        if constexpr (sizeof(T) == 1) {
+            *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
         } else {
 #pragma unroll
-            for (int32_t i = 0; i < kPerLane; ++i) {
-                if (i < count) to[i] = static_cast<T>(get(i));
+            for (int32_t w = 0; w < kWords; w += 4) {
+                reinterpret_cast<uint4*>(to)[w / 4] = {words[w], words[w + 1], words[w + 2], words[w + 3]};
             }
+        }
+    }
+
+    // The first `count` elements, at any address; the others read as `padding`.
+    LION8BIT_FN void load_part(const T* from, int32_t count, uint32_t padding) {
+        *this = {};
+#pragma unroll
+        for (int32_t i = 0; i < kPerLane; ++i) put(i, i < count ? from[i] : padding);
+    }
+    LION8BIT_FN void store_part(T* to, int32_t count) const {
+#pragma unroll
+        for (int32_t i = 0; i < kPerLane; ++i) {
+            if (i < count) to[i] = static_cast<T>(get(i));
         }
     }
 };
@@ -85,13 +86,53 @@ template <class T> struct Octet {
 template <int32_t dtype> LION8BIT_FN float to_float(uint32_t pattern) {
     if constexpr (dtype == kFloat32) return bit_cast<float>(pattern);
     if constexpr (dtype == kBfloat16) return from_bfloat16<float>(pattern & 0xffffu);
-    if constexpr (dtype == kFloat16) return from_float16<float>(pattern & 0xffffu);
+    if constexpr (dtype == kFloat16) {
+#if defined(__CUDA_ARCH__)  // one instruction for the same
+        float x;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(pattern)));
+        return x;
+#else
+        return from_float16<float>(pattern & 0xffffu);
+#endif
+    }
 }
-template <int32_t dtype, int32_t rounding> LION8BIT_FN uint32_t from_float(float x, uint32_t random) {
-    if constexpr (dtype == kFloat32) return bit_cast<uint32_t>(x);
-    if constexpr (dtype == kBfloat16) return to_bfloat16<rounding>(x, random);
-    if constexpr (dtype == kFloat16) return to_float16<rounding>(x, random);
+
+// Two parameters as they are stored, with 16 random bits for each. `number`: neither is a NaN.
+template <int32_t dtype, int32_t rounding, bool number> LION8BIT_FN uint32_t pack(float low, float high, uint32_t random) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800  // one instruction for the same, but for the bits of a NaN
+    if constexpr (rounding == kNearest) {
+        uint32_t packed;
+        if constexpr (dtype == kBfloat16) {
+            asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+        } else {
+            asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+        }
+        return packed;
+    }
+#endif
+    if constexpr (dtype == kBfloat16) {
+        return to_bfloat16<rounding, number>(low, random & 0xffffu) |
+               to_bfloat16<rounding, number>(high, random >> 16) << 16;
+    } else {
+        return to_float16<rounding>(low, random & 0xffffu) | to_float16<rounding>(high, random >> 16) << 16;
+    }
 }
+
+// Whether some of the gradients are not finite (2^120 and above counts as infinite), or may not be.
+template <int32_t dtype, class Grads> LION8BIT_FN bool suspicious(const Grads& grads) {
+    constexpr uint32_t mask = dtype == kFloat32 ? 0x7fffffffu : 0x7fff7fffu;
+    constexpr uint32_t to_top_bit = dtype == kFloat32    ? 0x80000000u - kOverflowBits
+                                    : dtype == kBfloat16 ? (0x8000u - (kOverflowBits >> 16)) * 0x10001u
+                                                         : (0x8000u - 0x7c00u) * 0x10001u;
+    uint32_t sums = 0;
+#pragma unroll
+    for (int32_t w = 0; w < Grads::kWords; ++w) sums |= (grads.words[w] & mask) + to_top_bit;
+    return (sums & ~mask) != 0;
+}
+
+template <bool value_> struct Constant {
+    static constexpr bool value = value_;
+};
 
 LION8BIT_FN bool aligned(const void* pointer, uint64_t bytes) {
     return reinterpret_cast<uint64_t>(pointer) % bytes == 0;
@@ -152,53 +193,96 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         Octet<Param> params;
         Octet<Grad> grads;
         Octet<Momentum> momenta;
-        momenta.load(momentum + offset, whole, count, quantized ? uint32_t(kZeroCode & 0xff) : 0);
-        params.load(param + offset, whole, count, 0);
-        grads.load(grad + offset, whole, count, 0);
+        if (whole) {
+            momenta.load_whole(momentum + offset);
+            params.load_whole(param + offset);
+            grads.load_whole(grad + offset);
+        } else {
+            momenta.load_part(momentum + offset, count, quantized ? uint32_t(kZeroCode & 0xff) : 0);
+            params.load_part(param + offset, count, 0);
+            grads.load_part(grad + offset, count, 0);
+        }
         Codec codec = {};
         if constexpr (quantized) codec = decoder(block < blocks ? scales[block] : 0.0f);
-        uint32_t word_key = 0, word = 0;
-        if constexpr (rounding == kStochastic) word_key = block_key(key, tensor.first_block + block);
 
-        float next[kPerLane];
-        int32_t largest = 0;
-        Octet<Param> moved = {};
+        float p[kPerLane], m[kPerLane];
+        float largest = 0.0f;
+        const auto step = [&](auto trusted) {
 #pragma unroll
-        for (int32_t i = 0; i < kPerLane; ++i) {
-            float p = to_float<param_dtype>(params.get(i)), m;
-            if constexpr (quantized) {
-                m = decode(static_cast<float>(static_cast<int8_t>(momenta.get(i))), codec);
-            } else {
-                m = bit_cast<float>(momenta.get(i));
+            for (int32_t i = 0; i < kPerLane; ++i) {
+                p[i] = to_float<param_dtype>(params.get(i));
+                if constexpr (quantized) {
+                    m[i] = decode(static_cast<float>(static_cast<int8_t>(momenta.get(i))), codec);
+                } else {
+                    m[i] = bit_cast<float>(momenta.get(i));
+                }
+                const float g = to_float<grad_dtype>(grads.get(i));
+                const bool finite = !lion_step<general, decltype(trusted)::value>(hyper, p[i], g, m[i]);
+                if constexpr (!decltype(trusted)::value) nonfinite += !finite;
+                largest = fmaxf(largest, magnitude(m[i]));
             }
-            nonfinite += !lion_step<general>(hyper, p, to_float<grad_dtype>(grads.get(i)), m);
-            if constexpr (rounding == kStochastic) {
-                word = i % 2 ? word >> 16 : random_word(word_key, static_cast<uint32_t>((lane * kPerLane + i) / 2));
-            }
-            moved.put(i, from_float<param_dtype, rounding>(p, word & 0xffffu));
-            next[i] = m;
-            largest = max(largest, bits(magnitude(m)));
+        };
+        // One test for all gradients of a thread; with flags, decay may still make a finite gradient infinite.
+        if (general || suspicious<grad_dtype>(grads)) {
+            step(Constant<false>());
+        } else {
+            step(Constant<true>());
         }
-        moved.store(param + offset, whole, count);
+
+        Octet<Param> moved;
+        if constexpr (param_dtype == kFloat32) {
+#pragma unroll
+            for (int32_t i = 0; i < kPerLane; ++i) moved.words[i] = bit_cast<uint32_t>(p[i]);
+        } else {
+            const uint32_t word_key = rounding == kStochastic ? block_key(key, tensor.first_block + block) : 0;
+            bool numbers = true;
+#pragma unroll
+            for (int32_t i = 0; i < kPerLane; i += 2) numbers = numbers && p[i] == p[i] && p[i + 1] == p[i + 1];
+            const auto pack_all = [&](auto numbers_) {
+#pragma unroll
+                for (int32_t i = 0; i < kPerLane; i += 2) {
+                    uint32_t random = 0;
+                    if constexpr (rounding == kStochastic) {
+                        random = random_word(word_key, static_cast<uint32_t>(lane * kPerLane + i) / 2);
+                    }
+                    constexpr bool number = decltype(numbers_)::value;
+                    moved.words[i / 2] = pack<param_dtype, rounding, number>(p[i], p[i + 1], random);
+                }
+            };
+            if (numbers) {
+                pack_all(Constant<true>());
+            } else {
+                pack_all(Constant<false>());
+            }
+        }
+        if (whole) {
+            moved.store_whole(param + offset);
+        } else {
+            moved.store_part(param + offset, count);
+        }
 
         Octet<Momentum> stored = {};
         if constexpr (quantized) {
 #pragma unroll
             for (int32_t distance = kLanes / 2; distance > 0; distance /= 2) {
-                largest = max(largest, __shfl_xor_sync(kFullWarp, largest, distance));
+                largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, distance));
             }
-            const float scale = stored_scale(bit_cast<float>(largest));
+            const float scale = stored_scale(largest);
             codec = encoder(scale);
 #pragma unroll
             for (int32_t i = 0; i < kPerLane; ++i) {
-                stored.put(i, static_cast<uint32_t>(encode(next[i], codec)) & 0xffu);
+                stored.put(i, static_cast<uint32_t>(encode(m[i], codec)) & 0xffu);
             }
             if (lane == 0 && block < blocks) scales[block] = scale;
         } else {
 #pragma unroll
-            for (int32_t i = 0; i < kPerLane; ++i) stored.put(i, bit_cast<uint32_t>(next[i]));
+            for (int32_t i = 0; i < kPerLane; ++i) stored.put(i, bit_cast<uint32_t>(m[i]));
         }
-        stored.store(momentum + offset, whole, count);
+        if (whole) {
+            stored.store_whole(momentum + offset);
+        } else {
+            stored.store_part(momentum + offset, count);
+        }
     }
 
     if (__any_sync(kFullWarp, nonfinite != 0)) {

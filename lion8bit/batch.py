@@ -1,4 +1,4 @@
-"""Owns what an optimizer hands to a backend: the parameters of one device with gradients and state, checked, as a table."""
+"""Owns what an optimizer hands to a backend: one device's parameters, gradients and state, checked, as a table."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _in_order(tensor: torch.Tensor, order: tuple[int, ...], like: torch.Tensor) 
 
 
 class Batch:
-    """The entries of one device and the kernels' table of them, kept from step to step while memory stays where it is."""
+    """The entries of one device and the kernels' table of them, kept while memory stays where it is."""
 
     def __init__(self, device: torch.device, entries: Sequence[Entry], identity: list[int]) -> None:
         self.device = device
@@ -122,7 +122,9 @@ class Batch:
         self.states = [entry.state for entry in self.entries]
         self.table = (Tensor * len(self.entries))()
         self.cuda_cache: dict[Any, Any] = {}
-        self._columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Tensor)) if self.entries else None
+        self._columns = None
+        if self.entries:
+            self._columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Tensor))
         for row, entry in zip(self.table, self.entries, strict=True):
             row.param = entry.param.data_ptr()
             row.grad = entry.grad.data_ptr()

@@ -1,4 +1,4 @@
-"""Owns how tensors and options are laid out for the kernels: the [rows, cols] view and the ctypes mirrors of `block_math.h`."""
+"""Owns the layout of tensors and options for the kernels: the [rows, cols] view, ctypes mirrors of `block_math.h`."""
 
 from __future__ import annotations
 

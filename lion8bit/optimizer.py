@@ -220,7 +220,7 @@ class Lion8bit(torch.optim.Optimizer):
         numbers = {id(param): n for n, param in enumerate(p for group in self.param_groups for p in group["params"])}
         entries: list[Entry] = []
         for param, owner in zip(params, owners, strict=True):
-            state = self.state[param] if param in self.state else {}
+            state = self.state.get(param, {})
             try:
                 if hasattr(param, "device_mesh"):
                     raise NotImplementedError("DTensor parameters are not implemented yet; use plain tensors")

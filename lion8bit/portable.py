@@ -1,4 +1,4 @@
-"""Owns the backend for devices without a kernel of their own: the reference, applied piece by piece to bound its temporaries."""
+"""Owns the backend for devices without a kernel: the reference, piece by piece to bound its temporaries."""
 
 from __future__ import annotations
 

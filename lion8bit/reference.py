@@ -1,8 +1,8 @@
 """Owns the specification: the momentum format and the Lion step in plain torch, which every kernel matches bit for bit.
 
-The functions carry the names they have in `csrc/block_math.h`. Each torch operation rounds once and none is fused, so the
-order of operations written here is the definition of the result. Also here: `Lion`, the fp32 optimizer to compare with,
-and the update rule that the project's original listing defines in prose.
+The functions carry the names they have in `csrc/block_math.h`. Each torch operation rounds once and none is fused, so
+the order of operations written here is the definition of the result. Also here: `Lion`, the fp32 optimizer to compare
+with, and the update rule that the project's original listing defines in prose.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def fmix32(h: _Bits) -> _Bits:
 def square_root(x: Tensor) -> Tensor:
     """The fp32 square root rounded to nearest, as IEEE 754 demands.
 
-    `torch.sqrt` on the CPU may be one unit off in the last place (MKL's vector library), so the root is taken in double,
-    from which rounding to single is exact. A device without float64 gets its own square root.
+    `torch.sqrt` on the CPU may be one unit off in the last place (MKL's vector library), so the root is taken in
+    double: no root of a single comes close enough to the middle between two singles for an error of one unit in double
+    to matter. A device without float64 gets its own square root.
     """
     return x.sqrt() if x.device.type == "mps" else x.double().sqrt().float()
 

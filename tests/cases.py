@@ -1,4 +1,4 @@
-"""Owns the cases that several test files share: sizes around block and vector widths, options, gradients, exact comparison."""
+"""Owns the cases that several test files share: sizes, options, gradients, exact comparison."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_any_case_equals_reference(rows: int, cols: int, **case) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_many_tensors_over_threads(kernel: str) -> None:
-    """One call for tensors of all kinds and two groups, the work split inside tensors, equals one reference step each."""
+    """One call for tensors of all kinds and two groups, work split inside tensors, equals a reference step each."""
     hypers = [hyper_for("plain", 64), hyper_for("everything", 256, "stochastic")]
     generator = torch.Generator().manual_seed(3)
     ours, expected, grads, groups = [], [], [], []

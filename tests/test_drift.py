@@ -1,7 +1,7 @@
 """How far Lion8bit can go from fp32 Lion: theorems on momentum, signs and parameters, checked over 1,000 steps.
 
-Both optimizers see the same gradients and are never resynchronised. With q_t the quantization error of one element in step
-t, e_t the difference between its stored and its fp32 momentum, and c_t the value whose sign fp32 Lion takes:
+Both optimizers see the same gradients and are never resynchronised. With q_t the quantization error of one element in
+step t, e_t the difference between its stored and its fp32 momentum, and c_t the value whose sign fp32 Lion takes:
 
     momentum    e_t = beta2*e_{t-1} + q_t, hence |e_t| <= E_t := beta2*E_{t-1} + bound(q_t)
     sign        differs only if |c_t| <= beta1*E_{t-1}: the two values differ by beta1*e_{t-1}
@@ -100,7 +100,7 @@ def test_drift_is_bounded(name: str, weight_decay: float, block_size: int) -> No
 
 
 def test_momentum_does_not_freeze() -> None:
-    """After the mean gradient reverses without any noise, the sign follows as it does in fp32: the dither keeps it moving."""
+    """After the mean gradient reverses without any noise, signs follow as in fp32: the dither keeps codes moving."""
     mean = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     param = torch.zeros(64, 128, requires_grad=True)
     optimizer = Lion8bit([param], lr=1e-3)

@@ -17,7 +17,7 @@ LR, BETA1, BETA2, WEIGHT_DECAY = 1e-3, 0.9, 0.97, 0.05
 def listing_code_step(
     param: torch.Tensor, grad: torch.Tensor, momentum: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The listing's code: coupled decay, momentum before update. Returns parameter, momentum and what the sign is of."""
+    """The listing's code: coupled decay, momentum first. Returns parameter, momentum and what the sign is of."""
     grad = grad + WEIGHT_DECAY * param
     momentum = BETA1 * momentum + (1 - BETA1) * grad
     blended = BETA2 * momentum + (1 - BETA2) * grad

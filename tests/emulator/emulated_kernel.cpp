@@ -1,7 +1,18 @@
 // Owns the library that tests/test_cuda.py calls: csrc/cuda_kernel.cu on the emulator, its combinations chosen at run time.
 #include "emulator.h"
 
+#define LION8BIT_EMULATED
 #include "../../csrc/cuda_kernel.cu"
+
+// The hardware's approximations. The reciprocal is off by up to 4 units in the last place, more than NVIDIA documents, by a
+// hash of the argument; the reciprocal root is a table of NVIDIA's, here the nearest float.
+float lion8bit::approximate_reciprocal(float x) {
+    const float nearest = static_cast<float>(1.0 / x);
+    return bit_cast<float>(bit_cast<uint32_t>(nearest) + fmix32(bit_cast<uint32_t>(x)) % 9 - 4);
+}
+float lion8bit::approximate_reciprocal_root(float x) {
+    return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x)));
+}
 
 namespace {
 
@@ -130,4 +141,21 @@ extern "C" int32_t emulate_example(int32_t which, int32_t order) {
         }
     });
     return error == emulator::kOk && wrong ? -1 : error;
+}
+
+// How many significands the branch-free square root and divisions get wrong, against IEEE's.
+extern "C" int64_t inexact_results() {
+    using Lanes = lion8bit::LanesOf<float>;
+    int64_t wrong = 0;
+    for (uint32_t i = 0; i < 1u << 24; ++i) {
+        const float x = lion8bit::bit_cast<float>(0x3f800000u + i);  // [1, 4)
+        wrong += Lanes::square_root(x) != std::sqrt(x);
+        wrong += Lanes::range_over(x) != lion8bit::kRangeSquared / x;
+        wrong += Lanes::over_range(x) != x / lion8bit::kRangeSquared;
+        for (const float scale : {x * 0x1p-100f, x * 0x1p125f}) {  // the smallest and largest scales
+            wrong += Lanes::range_over(scale) != lion8bit::kRangeSquared / scale;
+            wrong += Lanes::over_range(scale) != scale / lion8bit::kRangeSquared;
+        }
+    }
+    return wrong;
 }

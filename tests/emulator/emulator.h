@@ -10,7 +10,9 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -230,11 +232,22 @@ inline Block* running = nullptr;
 
 // ---- What the kernel calls --------------------------------------------------------------------------------------------
 
+using std::fmaxf;
 using std::max;
+
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline int32_t __float2int_rz(float x) { return static_cast<int32_t>(x); }
 
 inline int32_t __shfl_xor_sync(uint32_t mask, int32_t value, int32_t distance) {
     using namespace emulator;
     return static_cast<int32_t>(running->meet(Operation::kShuffleXor, mask, static_cast<uint32_t>(value), distance));
+}
+inline float __shfl_xor_sync(uint32_t mask, float value, int32_t distance) {
+    int32_t pattern;
+    std::memcpy(&pattern, &value, sizeof(value));
+    pattern = __shfl_xor_sync(mask, pattern, distance);
+    std::memcpy(&value, &pattern, sizeof(value));
+    return value;
 }
 inline int32_t __shfl_sync(uint32_t mask, int32_t value, int32_t lane) {
     using namespace emulator;
