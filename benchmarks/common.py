@@ -1,4 +1,4 @@
-"""Owns what the benchmarks share: command-line options, the record of the machine, model shapes, timing and JSON; no measurement."""
+"""Owns what the benchmarks share: options, the record of the machine, model shapes, timing, files; no measurement."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 // Owns the CUDA kernel: how threads walk the blocks of many tensors in one launch; the arithmetic is block_math.h's.
 //
-// lion8bit/cuda.py compiles it with NVRTC, one module per combination of the LION8BIT_* macros at the end, and packs the
-// Launch. Each thread holds 8 consecutive elements in registers, block_size / 8 neighbouring threads hold a block, and the
-// largest new momentum of a block travels between them by shuffles, so that each byte is read once and written once.
+// lion8bit/cuda.py compiles it with NVRTC, one module per combination of the LION8BIT_* macros at the end, and packs
+// the Launch. Each thread holds 8 consecutive elements in registers, block_size / 8 neighbouring threads hold a block,
+// and the largest new momentum of a block travels between them by shuffles, so that each byte is read once and written
+// once.
 #include "block_math.h"
 
 namespace lion8bit {
@@ -98,7 +99,8 @@ template <int32_t dtype> LION8BIT_FN float to_float(uint32_t pattern) {
 }
 
 // Two parameters as they are stored, with 16 random bits for each. `number`: neither is a NaN.
-template <int32_t dtype, int32_t rounding, bool number> LION8BIT_FN uint32_t pack(float low, float high, uint32_t random) {
+template <int32_t dtype, int32_t rounding, bool number>
+LION8BIT_FN uint32_t pack(float low, float high, uint32_t random) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800  // one instruction for the same, but for the bits of a NaN
     if constexpr (rounding == kNearest) {
         uint32_t packed;
@@ -111,8 +113,8 @@ template <int32_t dtype, int32_t rounding, bool number> LION8BIT_FN uint32_t pac
     }
 #endif
     if constexpr (dtype == kBfloat16) {
-        return to_bfloat16<rounding, number>(low, random & 0xffffu) |
-               to_bfloat16<rounding, number>(high, random >> 16) << 16;
+        return to_bfloat16<rounding, number>(low, random & 0xffffu) | to_bfloat16<rounding, number>(high, random >> 16)
+                                                                          << 16;
     } else {
         return to_float16<rounding>(low, random & 0xffffu) | to_float16<rounding>(high, random >> 16) << 16;
     }
@@ -169,7 +171,10 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     const int64_t run = flat ? tensor.rows * cols : cols;          // elements from one short block to the next
     const bool vector = (tensor.rows == 1 || cols % kPerLane == 0) && aligned(param, 16) && aligned(grad, 16) &&
                         aligned(momentum, quantized ? 8 : 16);
-    const RandomKey key = random_key(tensor.seed, tensor.step);
+    RandomKey key = random_key(tensor.seed, tensor.step);
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(key.low), "+r"(key.high));  // or the compiler computes it anew in every pass
+#endif
 
     const int32_t lane = static_cast<int32_t>(threadIdx.x) % kLanes;
     int64_t first_of_pass = static_cast<int64_t>(tile - launch.first_tile[index]) * launch.passes * kBlocksPerPass;
@@ -234,21 +239,23 @@ LION8BIT_FN void update_tile(const Launch& launch) {
 #pragma unroll
             for (int32_t i = 0; i < kPerLane; ++i) moved.words[i] = bit_cast<uint32_t>(p[i]);
         } else {
-            const uint32_t word_key = rounding == kStochastic ? block_key(key, tensor.first_block + block) : 0;
-            bool numbers = true;
+            uint32_t random[kPerLane / 2] = {};
+            if constexpr (rounding == kStochastic) {
+                const uint32_t word_key = block_key(key, tensor.first_block + block);
+                const uint32_t first_pair = static_cast<uint32_t>(lane * kPerLane / 2);
 #pragma unroll
-            for (int32_t i = 0; i < kPerLane; i += 2) numbers = numbers && p[i] == p[i] && p[i + 1] == p[i + 1];
-            const auto pack_all = [&](auto numbers_) {
+                for (uint32_t i = 0; i < kPerLane / 2; ++i) random[i] = random_word(word_key, first_pair + i);
+            }
+            const auto pack_all = [&](auto number) {
 #pragma unroll
                 for (int32_t i = 0; i < kPerLane; i += 2) {
-                    uint32_t random = 0;
-                    if constexpr (rounding == kStochastic) {
-                        random = random_word(word_key, static_cast<uint32_t>(lane * kPerLane + i) / 2);
-                    }
-                    constexpr bool number = decltype(numbers_)::value;
-                    moved.words[i / 2] = pack<param_dtype, rounding, number>(p[i], p[i + 1], random);
+                    moved.words[i / 2] =
+                        pack<param_dtype, rounding, decltype(number)::value>(p[i], p[i + 1], random[i / 2]);
                 }
             };
+            bool numbers = true;  // one branch instead of a choice for each element
+#pragma unroll
+            for (int32_t i = 0; i < kPerLane; ++i) numbers &= p[i] == p[i];
             if (numbers) {
                 pack_all(Constant<true>());
             } else {

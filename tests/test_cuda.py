@@ -1,4 +1,4 @@
-"""The CUDA kernel equals the reference bit for bit: compiled without a GPU, run on an emulator, and on a GPU where there is one."""
+"""The CUDA kernel equals the reference bit for bit, on an emulator and on a GPU where there is one; NVRTC compiles it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Emulated:
     library: ctypes.CDLL
     order: int = 0  # in which threads go on: 0 ascending, 1 descending, else shuffled
     large: bool = False
-    first: int | None = None  # where to begin: the whole grid where None
+    first: int = 0  # CUDA block to begin with
     log: list[tuple[cuda.Kernel, int, int]] = field(default_factory=list)
 
     def capacity(self, tensors: int) -> cuda.Capacity:
@@ -79,9 +79,8 @@ class Emulated:
         if self.large:
             error = self.library.emulate_large(ctypes.c_int64(grid), ctypes.byref(launch))
         else:
-            error = self.library.emulate(
-                *map(int, kernel[:6]), self.order, ctypes.c_int64(self.first or 0), ctypes.c_int64(grid), ctypes.byref(launch)
-            )  # fmt: skip
+            first, last = ctypes.c_int64(self.first), ctypes.c_int64(grid)
+            error = self.library.emulate(*map(int, kernel[:6]), self.order, first, last, ctypes.byref(launch))
         if error:
             raise RuntimeError(f"the emulator reports: {ERRORS.get(error, error)}")
 
@@ -194,17 +193,11 @@ COMBINATIONS = [
 # ---- Compiling, without a GPU --------------------------------------------------------------------------------------
 
 
-def kernels(*, every_option: bool) -> Iterator[cuda.Kernel]:
-    for param, grad, rounding in COMBINATIONS:
-        for quantized in (True, False):
-            if every_option or param == grad or {param, grad} == {torch.bfloat16, torch.float32}:
-                code = WEIGHT_ROUNDING[rounding]
-                yield cuda.Kernel(DTYPES[param], DTYPES[grad], quantized, 128, code, not quantized, cuda.SMALL)
-
-
 @needs_nvrtc
 def test_nvrtc_compiles_every_dtype_and_rounding() -> None:
-    for kernel in kernels(every_option=True):
+    for (param, grad, rounding), quantized in itertools.product(COMBINATIONS, (True, False)):
+        shape = (DTYPES[param], DTYPES[grad], quantized, 128, WEIGHT_ROUNDING[rounding])
+        kernel = cuda.Kernel(*shape, general=quantized, capacity=cuda.SMALL)
         assert cuda.compile_kernel(kernel, "sm_90").startswith(b"\x7fELF")
 
 
@@ -213,10 +206,13 @@ def test_nvrtc_compiles_every_dtype_and_rounding() -> None:
 def test_nvrtc_compiles_for_every_architecture(arch: str) -> None:
     if int(arch.partition("_")[2]) not in cuda.toolchain()[1]:
         pytest.skip(f"this NVRTC does not know {arch}")
-    for param, grad, rounding in [(0, 0, 0), (1, 1, 0), (1, 0, 1), (2, 2, 1)]:
-        for block_size, general, capacity in [(64, True, cuda.SMALL), (256, False, cuda.LARGE)]:
-            kernel = cuda.Kernel(param, grad, True, block_size, rounding, general, capacity)
-            assert cuda.compile_kernel(kernel, arch)[:4] == (b"\x7fELF" if arch.startswith("sm") else b"//\n/")
+    for kernel in (
+        cuda.Kernel(0, 0, True, 64, 0, False, cuda.LARGE),
+        cuda.Kernel(1, 1, True, 128, 0, False, cuda.LARGE),
+        cuda.Kernel(1, 0, True, 256, 1, True, cuda.SMALL),
+        cuda.Kernel(2, 2, False, 128, 1, False, cuda.SMALL),
+    ):
+        assert cuda.compile_kernel(kernel, arch)[:4] == (b"\x7fELF" if arch.startswith("sm") else b"//\n/")
 
 
 @needs_nvrtc
@@ -308,6 +304,18 @@ def test_every_option_equals_reference(library: ctypes.CDLL, option: str) -> Non
 
 
 @needs_compiler
+@pytest.mark.parametrize(("param_dtype", "grad_dtype", "rounding"), COMBINATIONS[::3])
+def test_parameters_that_are_not_finite(
+    library: ctypes.CDLL, param_dtype: torch.dtype, grad_dtype: torch.dtype, rounding: str
+) -> None:
+    pair, largest = Pair((3, 500), param_dtype, grad_dtype, 128), torch.finfo(param_dtype).max
+    for state in (pair.expected, pair.actual):
+        state.param[0, ::7], state.param[1, ::7], state.param[2, ::7] = float("nan"), float("inf"), -largest
+        state.param[2, 1::7] = torch.finfo(param_dtype).smallest_normal / 4
+    run_steps([pair], [hyper_for("decay", 128, rounding)], on(Emulated(library)))
+
+
+@needs_compiler
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_order_of_threads_changes_nothing(library: ctypes.CDLL, order: int) -> None:
     hypers = [hyper_for("plain", 128, "stochastic"), hyper_for("everything", 128, "nearest")]
@@ -331,10 +339,12 @@ def test_one_call_takes_every_kind_of_tensor(library: ctypes.CDLL) -> None:
         hyper_for(option, block_size, rounding)
         for option, block_size, rounding in itertools.product(("plain", "cautious"), BLOCK_SIZES, WEIGHT_ROUNDING)
     ]
-    pairs = [
-        Pair((2, 300), param, grad, hypers[i % len(hypers)].block_size, quantized=i % 5 > 0, hyper=i % len(hypers), seed=i)
-        for i, (param, grad) in enumerate(itertools.islice(itertools.cycle(itertools.product(PARAM_DTYPES, PARAM_DTYPES)), 60))
-    ]  # fmt: skip
+    dtypes = itertools.cycle(itertools.product(PARAM_DTYPES, PARAM_DTYPES))
+    pairs = []
+    for i, (param, grad) in enumerate(itertools.islice(dtypes, 60)):
+        hyper = i % len(hypers)
+        pair = Pair((2, 300), param, grad, hypers[hyper].block_size, quantized=i % 5 > 0, hyper=hyper, seed=i)
+        pairs.append(pair)
     run_steps(pairs, hypers, on(Emulated(library)))
 
 

@@ -1,11 +1,12 @@
-// Owns the library that tests/test_cuda.py calls: csrc/cuda_kernel.cu on the emulator, its combinations chosen at run time.
+// Owns the library that tests/test_cuda.py calls: csrc/cuda_kernel.cu on the emulator, its combinations chosen at run
+// time.
 #include "emulator.h"
 
 #define LION8BIT_EMULATED
 #include "../../csrc/cuda_kernel.cu"
 
-// The hardware's approximations. The reciprocal is off by up to 4 units in the last place, more than NVIDIA documents, by a
-// hash of the argument; the reciprocal root is a table of NVIDIA's, here the nearest float.
+// The hardware's approximations. The reciprocal is off by up to 4 units in the last place, more than NVIDIA documents,
+// by a hash of the argument; the reciprocal root is a table of NVIDIA's, here the nearest float.
 float lion8bit::approximate_reciprocal(float x) {
     const float nearest = static_cast<float>(1.0 / x);
     return bit_cast<float>(bit_cast<uint32_t>(nearest) + fmix32(bit_cast<uint32_t>(x)) % 9 - 4);
@@ -40,9 +41,8 @@ template <class Body> Error run(int64_t first, int64_t last, int32_t threads, in
 template <class Launch, int32_t param, int32_t grad, bool quantized, int32_t block_size, int32_t rounding, bool general>
 Error with_all(const Call& call) {
     const auto& launch = *static_cast<const Launch*>(call.launch);
-    return run(call.first, call.last, lion8bit::kThreads, call.order, [&launch] {
-        lion8bit::update_tile<param, grad, quantized, block_size, rounding, general>(launch);
-    });
+    return run(call.first, call.last, lion8bit::kThreads, call.order,
+               [&launch] { lion8bit::update_tile<param, grad, quantized, block_size, rounding, general>(launch); });
 }
 
 template <int32_t param, int32_t grad, bool quantized, int32_t block_size, int32_t rounding>

@@ -1,9 +1,10 @@
-// Owns an emulator of CUDA's threads on the CPU: enough of the language for csrc/cuda_kernel.cu, run one fiber per thread.
+// Owns an emulator of CUDA's threads on the CPU: enough of the language for csrc/cuda_kernel.cu, run one fiber per
+// thread.
 //
-// A CUDA block runs to its end before the next begins. A thread runs until a warp-wide operation, where it waits until every
-// lane that the mask names has come to the same operation with the same mask; where that can never be, the launch ends with
-// an error instead of hanging. The order in which the waiting threads go on is the caller's to choose: no result may
-// depend on it. Each thread has a stack of its own, so the sanitizers see the kernel's own memory accesses.
+// A CUDA block runs to its end before the next begins. A thread runs until a warp-wide operation, where it waits until
+// every lane that the mask names has come to the same operation with the same mask; where that can never be, the launch
+// ends with an error instead of hanging. The order in which the waiting threads go on is the caller's to choose: no
+// result may depend on it. Each thread has a stack of its own, so the sanitizers see the kernel's own memory accesses.
 #pragma once
 
 #include <setjmp.h>
@@ -38,10 +39,10 @@ namespace emulator {
 
 enum Error : int32_t {
     kOk = 0,
-    kDiverged = 1,     // lanes of one mask wait at different operations, or one of them has ended
-    kNotInMask = 2,    // a lane called an operation whose mask leaves it out
-    kBadBarrier = 3,   // __syncthreads that some thread of the block never reaches
-    kUnknown = 4,      // no such kernel in this library
+    kDiverged = 1,    // lanes of one mask wait at different operations, or one of them has ended
+    kNotInMask = 2,   // a lane called an operation whose mask leaves it out
+    kBadBarrier = 3,  // __syncthreads that some thread of the block never reaches
+    kUnknown = 4,     // no such kernel in this library
 };
 
 enum class Operation { kNone, kShuffleXor, kShuffle, kAny, kBallot, kSyncWarp, kSyncThreads };
@@ -68,8 +69,9 @@ namespace emulator {
 
 class Block {
   public:
-    // Runs `body` on every thread of the blocks [first, last) of a one-dimensional grid of `last`. `order` 0 takes the threads in ascending order, 1
-    // in descending order, and any other shuffles them anew, seeded by it, each time round.
+    // Runs `body` on every thread of the blocks [first, last) of a one-dimensional grid of `last`. `order` 0 takes the
+    // threads in ascending order, 1 in descending order, and any other shuffles them anew, seeded by it, each time
+    // round.
     template <class Body> Error launch(int64_t first, int64_t last, int32_t threads, int32_t order, const Body& body) {
         using Function = void (*)(const void*);
         run_ = static_cast<Function>([](const void* b) { (*static_cast<const Body*>(b))(); });
@@ -230,7 +232,8 @@ inline Block* running = nullptr;
 
 }  // namespace emulator
 
-// ---- What the kernel calls --------------------------------------------------------------------------------------------
+// ---- What the kernel calls
+// --------------------------------------------------------------------------------------------
 
 using std::fmaxf;
 using std::max;
@@ -263,9 +266,7 @@ inline uint32_t __ballot_sync(uint32_t mask, int32_t predicate) {
 inline void __syncwarp(uint32_t mask = 0xffffffffu) {
     emulator::running->meet(emulator::Operation::kSyncWarp, mask, 0, 0);
 }
-inline void __syncthreads() {
-    emulator::running->meet(emulator::Operation::kSyncThreads, 0xffffffffu, 0, 0);
-}
+inline void __syncthreads() { emulator::running->meet(emulator::Operation::kSyncThreads, 0xffffffffu, 0, 0); }
 inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
     const unsigned long long old = *address;
     *address += value;

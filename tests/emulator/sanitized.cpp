@@ -1,7 +1,7 @@
 // Owns a program that runs the emulated kernel over buffers of exactly the right size, to be built with the sanitizers.
 //
-// Without an argument it must end well. With "cols", "scales" or "unaligned" it hands the kernel a table that is wrong in that
-// way, and the sanitizers must stop it: that shows that they watch the kernel's own accesses.
+// Without an argument it must end well. With "cols", "scales" or "unaligned" it hands the kernel a table that is wrong
+// in that way, and the sanitizers must stop it: that shows that they watch the kernel's own accesses.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -34,7 +34,8 @@ int32_t run_case(const Case& c, const std::string& fault) {
     const size_t param_bytes = c.param_dtype == kFloat32 ? 4 : 2, grad_bytes = c.grad_dtype == kFloat32 ? 4 : 2;
     const size_t momentum_bytes = c.quantized ? 1 : 4;
     const size_t short_by = fault == "scales" ? 1 : 0;
-    Buffer param(count * param_bytes, c.shifted ? param_bytes : 0), grad(count * grad_bytes, c.shifted ? grad_bytes : 0);
+    Buffer param(count * param_bytes, c.shifted ? param_bytes : 0),
+        grad(count * grad_bytes, c.shifted ? grad_bytes : 0);
     Buffer momentum(count * momentum_bytes, c.shifted ? momentum_bytes : 0), scales((blocks - short_by) * 4, 0);
     auto launch = std::make_unique<Small>();
     std::memset(static_cast<void*>(launch.get()), 0, sizeof(Small));
@@ -65,8 +66,8 @@ int main(int argc, char** argv) {
     const int64_t shapes[][2] = {{1, 1}, {1, 127}, {1, 128}, {1, 129}, {3, 8}, {5, 17}, {2, 256}, {3, 200}, {1, 5000}};
     for (const auto& shape : shapes) {
         for (int32_t bits = 0; bits < 64; ++bits) {
-            const Case c = {shape[0], shape[1], bits & 1, bits >> 1 & 1, bits >> 2 & 1, bits >> 3 & 1, bits >> 4 & 1,
-                            (bits >> 5 & 1) != 0};
+            const Case c = {shape[0],      shape[1],      bits & 1,      bits >> 1 & 1,
+                            bits >> 2 & 1, bits >> 3 & 1, bits >> 4 & 1, (bits >> 5 & 1) != 0};
             if (const int32_t error = run_case(c, fault)) {
                 std::printf("error %d\n", error);
                 return 1;
