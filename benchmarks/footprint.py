@@ -1,4 +1,4 @@
-"""Owns the measurement of what the library takes besides time per step: bytes of state, allocations, import, installation."""
+"""Owns the measurement of what the library takes besides a step's time: state, allocations, import, installation."""
 
 from __future__ import annotations
 
@@ -287,13 +287,21 @@ def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
         (
             "install",
             f"below {INSTALL_GOAL:.0f} s, built without torch",
-            f"{installed['seconds']:.1f} s" + "" * installed["succeeded"] if installed else "not measured (--install)",
+            _install_words(installed),
             installed["succeeded"] and installed["native_library"] and installed["seconds"] < INSTALL_GOAL
             if installed
             else None,
         ),
     ]
     return [dict(zip(("goal", "requirement", "measured", "met"), row, strict=True)) for row in table]
+
+
+def _install_words(installed: dict[str, Any] | None) -> str:
+    if installed is None:
+        return "not measured (--install)"
+    if not installed["succeeded"]:
+        return f"failed: {installed['error']}"
+    return f"{installed['seconds']:.1f} s" + ("" if installed["native_library"] else ", without the native library")
 
 
 def new_table(title: str, left: list[str], right: list[str]) -> Table:
@@ -375,7 +383,7 @@ def main() -> None:
                 bar.update(task, advance=1, description=f"allocations, {device.type}")
                 results["allocations"].append(measure_allocations(contenders, models["minilm"][1], device, dtype))
         bar.update(task, advance=1, description="import")
-        results["import"] = measure_import(2 if settings.quick else 7)
+        results["import"] = measure_import(1 if settings.quick else 7)
         if settings.install:
             bar.update(task, advance=1, description="install")
             results["install"] = measure_install()

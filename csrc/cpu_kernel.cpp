@@ -49,9 +49,9 @@ template <> struct LanesOf<Floats> {
 
 namespace {
 
-// Elements of a vector that lies wholly inside the block, or of its last one, padded with zeros.
-template <class T> LION8BIT_FN Vector<T> load(const T* from, int count) {
-    Vector<T> vector = {};
+// Elements of a vector that lies wholly inside the block, or of its last one, padded.
+template <class T> LION8BIT_FN Vector<T> load(const T* from, int count, T padding = 0) {
+    Vector<T> vector = Vector<T>{} + padding;
     std::memcpy(&vector, from, count * sizeof(T));
     return vector;
 }
@@ -208,7 +208,7 @@ int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, 
         for_each_vector(length, [&](int at, int count) LION8BIT_INLINE {
             Floats m;
             if constexpr (quantized) {
-                m = decode(to_floats(load(codes + at, count)), codec);
+                m = decode(to_floats(load(codes + at, count, int8_t{kZeroCode})), codec);
             } else {
                 m = load(values + at, count);
             }

@@ -758,7 +758,7 @@ def plot_losses(axes: Axes, results: Results) -> None:
         axes.text(1.06, heights[-1], label, va="center", fontsize=10.5, fontweight=weight, **style)
     axes.set_xlim(0, steps)
     axes.set_ylim(low, high)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
     axes.set_xlabel("optimizer step", color=FAINT_INK)
     axes.set_title(f"Held-out loss, {unit}", loc="left", fontsize=12, color=INK)
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)

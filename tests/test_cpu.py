@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lion8bit import cpu
 from lion8bit.batch import hyper_array
 from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Hyper, Tensor
+from lion8bit.reference import decode
 
 KERNELS = cpu.available_kernels()
 
@@ -151,3 +152,20 @@ def test_environment_variable_selects_the_kernel() -> None:
     wrong = subprocess.run([sys.executable, "-c", script], env={"LION8BIT_ISA": "mmx", "PATH": ""},
                            capture_output=True, text=True)  # fmt: skip
     assert "LION8BIT_ISA must be one of" in wrong.stderr
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("cols", [1, 3, 7, 13, 129, 141])
+def test_padding_of_a_short_block_counts_as_zero(kernel: str, cols: int) -> None:
+    """Gradients cancel the momentum: whatever stood in a vector's padding would be the largest element of the block."""
+    hyper, shape = hyper_for("plain", 128), (50, cols)
+    ours, expected = (RowsState(shape, torch.float32, 128, True, 0) for _ in range(2))
+    grad = make_gradient(shape, torch.float32, torch.Generator().manual_seed(0), bad=False)
+    for step in (1, 2):
+        native_update([ours.descriptor(grad, step)], [hyper], kernel, 1)
+        expected.reference_step(grad, hyper, step)
+        assert ours.scales is not None
+        assert expected.scales is not None
+        assert_same(ours.scales, expected.scales, f"scales after step {step}")
+        decoded = decode(expected.momentum, expected.scales, 128)
+        grad = (decoded * (-hyper.beta / hyper.one_minus_beta)).contiguous()

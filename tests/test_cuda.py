@@ -1,4 +1,4 @@
-"""The CUDA kernel equals the reference bit for bit, on an emulator and on a GPU where there is one; NVRTC compiles it."""
+"""The CUDA kernel equals the reference bit for bit, on an emulator and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -313,6 +313,23 @@ def test_parameters_that_are_not_finite(
         state.param[0, ::7], state.param[1, ::7], state.param[2, ::7] = float("nan"), float("inf"), -largest
         state.param[2, 1::7] = torch.finfo(param_dtype).smallest_normal / 4
     run_steps([pair], [hyper_for("decay", 128, rounding)], on(Emulated(library)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("cols", [3, 20, 131])
+def test_padding_of_a_short_block_counts_as_zero(library: ctypes.CDLL, cols: int) -> None:
+    # Gradients that cancel the momentum: whatever stood in the padding would be the largest element of the block.
+    pair, hyper = Pair((2, cols), torch.float32, torch.float32, 128, bad=False), hyper_for("plain", 128)
+    run_steps([pair], [hyper], on(Emulated(library)), steps=1)
+    codes, scales = pair.expected.momentum, pair.expected.scales
+    assert scales is not None
+    pair.expected_grad = reference.decode(codes, scales, 128) * (-hyper.beta / hyper.one_minus_beta)
+    pair.grad, pair.steps = pair.expected_grad.clone(), 2
+    pair.expected.reference_step(pair.expected_grad, hyper, 2)
+    batch = Batch(torch.device("cpu"), (Tensor * 1)(pair.row()))
+    cuda.step_(batch, hyper_array([hyper]), torch.zeros(1, dtype=torch.int64), Emulated(library))
+    for name, tensor in pair.actual.tensors().items():
+        assert_same(tensor, pair.expected.tensors()[name], name)
 
 
 @needs_compiler
