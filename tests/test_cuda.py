@@ -19,7 +19,7 @@ import pytest
 import torch
 from cases import OPTIONS, PARAM_DTYPES, SHAPES, RowsState, assert_same, hyper_for, make_gradient
 
-from lion8bit import cuda, reference
+from lion8bit import Lion8bit, cuda, reference
 from lion8bit.batch import hyper_array
 from lion8bit.layout import BLOCK_SIZES, DTYPES, WEIGHT_ROUNDING, Hyper, Tensor
 
@@ -350,6 +350,50 @@ def test_long_tiles_equal_reference(library: ctypes.CDLL, monkeypatch: pytest.Mo
     assert len(emulated.log) == 2
 
 
+def small_model(dtype: torch.dtype) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = [torch.nn.Embedding(50, 100), torch.nn.Conv2d(8, 70, 3), torch.nn.LayerNorm(90), torch.nn.Linear(90, 130)]
+    layers[1].to(memory_format=torch.channels_last)
+    return torch.nn.Sequential(*layers).to(dtype)
+
+
+def train_alike(model: torch.nn.Module, optimizer: Lion8bit, steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for param in model.parameters():
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype).to(param.device)
+            param.grad.view(-1)[:1] = float("inf")
+        optimizer.step()
+
+
+def assert_same_training(one: Lion8bit, other: Lion8bit) -> None:
+    for group, twin in zip(one.param_groups, other.param_groups, strict=True):
+        for a, b in zip(group["params"], twin["params"], strict=True):
+            assert_same(a.detach().cpu(), b.detach().cpu(), "parameter")
+            for name, value in one.state[a].items():
+                mate = other.state[b][name]
+                if isinstance(value, torch.Tensor):
+                    assert_same(value.cpu(), mate.cpu(), name)
+                else:
+                    assert value == mate
+    assert one.nonfinite_count() == other.nonfinite_count() > 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", PARAM_DTYPES, ids=str)
+def test_optimizer_through_the_kernel_equals_cpu(
+    library: ctypes.CDLL, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [small_model(dtype) for _ in range(2)]
+    optimizers = [Lion8bit(model.parameters(), lr=1e-3, weight_decay=0.1) for model in models]
+    train_alike(models[0], optimizers[0], 3, seed=1)
+    emulated = Emulated(library)
+    monkeypatch.setattr("lion8bit.optimizer.update_", lambda *arguments: cuda.step_(*arguments, emulated))
+    train_alike(models[1], optimizers[1], 3, seed=1)
+    assert len(emulated.log) == 3 * 2  # one launch for the quantized parameters and one for the small, each step
+    assert_same_training(*optimizers)
+
+
 @needs_compiler
 def test_one_call_takes_every_kind_of_tensor(library: ctypes.CDLL) -> None:
     hypers = [
@@ -562,3 +606,36 @@ def test_gpu_steps_a_device_that_is_not_current() -> None:
     pair = Pair((4, 4096), torch.bfloat16, torch.bfloat16, 128, device="cuda:1")
     run_steps([pair], [hyper_for("plain", 128)], cuda.update_)
     assert torch.cuda.current_device() == 0
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", PARAM_DTYPES, ids=str)
+def test_gpu_optimizer_equals_cpu_and_takes_over_its_checkpoint(dtype: torch.dtype) -> None:
+    models = [small_model(dtype), small_model(dtype).cuda()]
+    optimizers = [Lion8bit(model.parameters(), lr=1e-3, weight_decay=0.1) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train_alike(model, optimizer, 3, seed=1)
+    assert_same_training(*optimizers)
+    moved = small_model(dtype).cuda()
+    moved.load_state_dict(models[0].state_dict())
+    resumed = Lion8bit(moved.parameters())
+    resumed.load_state_dict(optimizers[0].state_dict())
+    for model, optimizer in zip([models[1], moved], [optimizers[1], resumed], strict=True):
+        train_alike(model, optimizer, 2, seed=2)
+    for a, b in zip(models[1].parameters(), moved.parameters(), strict=True):
+        assert_same(a.detach().cpu(), b.detach().cpu(), "parameter")
+
+
+@needs_gpu
+def test_gpu_steps_allocate_nothing_and_do_not_synchronise() -> None:
+    model = small_model(torch.bfloat16).cuda()
+    optimizer = Lion8bit(model.parameters(), lr=1e-3)
+    train_alike(model, optimizer, 2, seed=1)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
