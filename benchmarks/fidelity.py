@@ -29,7 +29,8 @@ parameters follow fp32 Lion), stores its own momentum and makes its own updates.
   sign differs    share of updates whose sign is not fp32 Lion's; mean over the measured steps
   drift           |sum of the differences between the updates| / |parameters| at the end
   frozen          share of elements whose code has stood still for 100 steps while the fp32 momentum moved by more
-                  than the distance to the next code
+                  than the distance to the next code and left the stored value behind by as much (a code may rightly
+                  stand still where its block's scale follows)
   radial bias     <m' - m, m> / |m|^2: below 0 the format shrinks the momentum, above 0 it stretches it; median
 
 Workloads (each has several cases):
@@ -380,9 +381,11 @@ class Track:
         return int(difference.count_nonzero())
 
     def frozen(self, exact: Tensor) -> int:
-        """Elements whose code has stood still while the exact momentum has gone on by more than a code."""
-        gone = (exact - self.anchor).abs() > self.store.spacing()
-        return int((gone & (self.still >= STILL_STEPS)).sum())
+        """Elements whose code has stood still while the exact momentum has gone on, and away, by more than a code."""
+        spacing = self.store.spacing()
+        gone = (exact - self.anchor).abs() > spacing
+        away = (exact - self.store.decode(self.store.codes)).abs() > spacing
+        return int((gone & away & (self.still >= STILL_STEPS)).sum())
 
 
 def blend(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
@@ -578,6 +581,7 @@ def draw(pyplot: Any, cases: list[dict[str, Any]]) -> Any:
         for axis, name in zip(line[1:], ("sign_differs", "drift"), strict=True):
             axis.barh([row["label"] for row in rows], [row[name] for row in rows], color=colours)
             axis.invert_yaxis()
+            axis.locator_params(axis="x", nbins=5)
             axis.set_title(name.replace("_", " "))
         line[2].set_yticklabels([])
     return figure

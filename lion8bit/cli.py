@@ -38,7 +38,7 @@ def require_packages(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def progress_bars(steps: int) -> Iterator[Callable[[str, int, str], None]]:
-    """Shows one progress bar per contender on standard error.
+    """Shows one progress bar per contender on standard error, from the first report on.
 
     Args:
         steps: steps per contender, over all seeds.
@@ -58,22 +58,27 @@ def progress_bars(steps: int) -> Iterator[Callable[[str, int, str], None]]:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        tasks = {
-            key: progress.add_task("", total=steps, label=label, start=False)
-            for key, label in LABELS.items()
-            if key != "none"
-        }
+    progress = Progress(*columns, console=Console(stderr=True))
+    tasks = {
+        key: progress.add_task("", total=steps, label=label, start=False)
+        for key, label in LABELS.items()
+        if key != "none"
+    }
 
-        def report(key: str, done: int, note: str) -> None:
-            if key not in tasks:
-                return
-            progress.start_task(tasks[key])
-            progress.update(tasks[key], completed=done, description=note)
-            if done >= steps:
-                progress.stop_task(tasks[key])
+    def report(key: str, done: int, note: str) -> None:
+        if key not in tasks:
+            return
+        progress.start()
+        progress.start_task(tasks[key])
+        progress.update(tasks[key], completed=done, description=note)
+        if done >= steps:
+            progress.stop_task(tasks[key])
 
+    try:
         yield report
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 def build_app() -> "typer.Typer":
