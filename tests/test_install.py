@@ -1,0 +1,53 @@
+"""Without a C++ compiler the wheel is pure Python, holds the CUDA source, imports, and steps in plain torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+STEP = """
+import sys, warnings
+sys.path[:0] = sys.argv[1:]
+import lion8bit, torch
+assert lion8bit.__file__.startswith(sys.argv[1]), lion8bit.__file__
+param = torch.ones(5000, requires_grad=True)
+param.grad = torch.ones(5000)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    lion8bit.Lion8bit([param], lr=0.5).step()
+assert bool((param == 0.5).all())
+assert any("without a C++ compiler" in str(w.message) for w in caught), caught
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    environment = {**os.environ, "CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_without_a_compiler_is_pure(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"lion8bit/csrc/cuda_kernel.cu", "lion8bit/csrc/block_math.h", "lion8bit/py.typed"} <= set(names)
+    assert not [name for name in names if name.endswith((".so", ".cpp", ".dll"))]
+
+
+def test_it_imports_and_steps(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    # -S keeps the environment's own lion8bit, which has the kernel, out of the way.
+    command = [sys.executable, "-S", "-c", STEP, str(tmp_path), sysconfig.get_path("purelib")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
