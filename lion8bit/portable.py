@@ -11,7 +11,7 @@ from lion8bit.batch import Batch
 from lion8bit.layout import Hyper, as_rows, blocks_per_row
 from lion8bit.reference import lion_step_
 
-PIECE = 1 << 18  # elements at a time: about 25 MB of temporaries (measured: benchmarks/overhead.py)
+PIECE = 1 << 18  # elements at a time; the reference needs up to some 100 bytes of temporaries for each
 
 
 def pieces(rows: int, cols: int, block_size: int) -> Iterator[tuple[slice, slice]]:

@@ -131,6 +131,30 @@ def test_portable_backend_equals_native(monkeypatch: pytest.MonkeyPatch) -> None
         assert optimizers[0].nonfinite_count() == optimizers[1].nonfinite_count() == 3 * 5
 
 
+def test_portable_temporaries_do_not_grow_with_the_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    monkeypatch.setattr("lion8bit.optimizer.update_", portable.update_)
+    param = leaf(torch.zeros(8 * portable.PIECE, dtype=torch.bfloat16))
+    param.grad = torch.ones_like(param)
+    optimizer = Lion8bit([param])
+    optimizer.step()
+    largest = 0
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            storages = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in storages:
+                largest = max(largest, result.untyped_storage().nbytes())
+            return result
+
+    with Recorder():
+        optimizer.step()
+    assert 0 < largest <= 8 * portable.PIECE  # 64-bit integers of one piece
+
+
 def test_fallback_warns_once_and_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: "the wheel was built without a C++ compiler")
     backend.select.cache_clear()
