@@ -12,6 +12,8 @@ import torch
 
 from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols
 
+STATE_TENSORS = ("codes", "scales", "momentum")
+
 
 @dataclass(slots=True)
 class Entry:
@@ -38,38 +40,23 @@ def make_entry(
 
     Raises:
         TypeError: a dtype that the kernels do not have, or a complex gradient.
-        RuntimeError: a sparse gradient, freed memory, or a device, shape or state that does not fit the parameter.
-        ValueError: elements of the parameter share memory.
+        RuntimeError: a sparse gradient, freed memory, or a device or shape that does not fit the parameter.
+        ValueError: elements of the parameter share memory, or the state does not fit it.
     """
     _check_param(param)
     _check_grad(grad, param)
-    momentum, scales = state.get("codes", state.get("momentum")), state.get("scales")
-    if momentum is None:
-        raise RuntimeError(f"state must hold 'codes' or 'momentum', got {sorted(state)}")
-    order = memory_order(momentum)
-    wanted = torch.int8 if "codes" in state else torch.float32
-    if order is None or momentum.dtype != wanted or momentum.shape != param.shape or momentum.device != param.device:
-        raise RuntimeError(
-            f"momentum must be a dense {wanted} tensor of shape {tuple(param.shape)} on {param.device}, "
-            f"got {momentum.dtype} {tuple(momentum.shape)} on {momentum.device}"
-        )
-    rows, cols = rows_and_cols([param.shape[dim] for dim in order])
-    if "codes" in state:
-        shape = (rows, blocks_per_row(cols, block_size))
-        if (
-            scales is None
-            or scales.dtype != torch.float32
-            or tuple(scales.shape) != shape
-            or scales.device != param.device
-            or not scales.is_contiguous()
-        ):
-            got = "none" if scales is None else f"{scales.dtype} {tuple(scales.shape)} on {scales.device}"
-            raise RuntimeError(f"scales must be contiguous float32 {shape} on {param.device}, got {got}")
+    order, (rows, cols) = check_state(state, param, block_size)
+    scales: torch.Tensor | None = state.get("scales")
+    momentum: torch.Tensor = state["momentum"] if scales is None else state["codes"]
+    if momentum.device != param.device or (scales is not None and scales.device != param.device):
+        raise RuntimeError(f"state must be on the parameter's device {param.device}, got {momentum.device}")
+    if scales is not None and not scales.is_contiguous():
+        raise ValueError(f"scales must be contiguous, got strides {scales.stride()}")
     return Entry(
         param=_in_order(param, order, momentum),
         grad=_in_order(grad, order, momentum),
         momentum=momentum,
-        scales=scales if "codes" in state else None,
+        scales=scales,
         order=order,
         rows=rows,
         cols=cols,
@@ -79,6 +66,33 @@ def make_entry(
         state=state,
         source=param,
     )
+
+
+def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Checks that a parameter's state is complete and has the dtypes and shapes of the format.
+
+    Returns:
+        The memory order of the momentum, and its [rows, cols].
+
+    Raises:
+        ValueError: it does not; the message says what differs.
+    """
+    names = state.keys() & STATE_TENSORS
+    if names not in ({"codes", "scales"}, {"momentum"}) or "step" not in state:
+        raise ValueError(f"state must hold step with codes and scales, or with momentum; got {sorted(state)}")
+    name, dtype = ("codes", torch.int8) if "codes" in state else ("momentum", torch.float32)
+    momentum = state[name]
+    order = memory_order(momentum)
+    if momentum.dtype != dtype or momentum.shape != param.shape or order is None:
+        got = f"{momentum.dtype} of shape {tuple(momentum.shape)}"
+        raise ValueError(f"{name} must be a dense {dtype} tensor of shape {tuple(param.shape)}, got {got}")
+    rows, cols = rows_and_cols([param.shape[dim] for dim in order])
+    if "scales" in state:
+        shape, scales = (rows, blocks_per_row(cols, block_size)), state["scales"]
+        if scales.dtype != torch.float32 or tuple(scales.shape) != shape:
+            got = f"{scales.dtype} {tuple(scales.shape)}"
+            raise ValueError(f"scales must be float32 {shape} at block_size {block_size}, got {got}")
+    return order, (rows, cols)
 
 
 def _check_param(param: torch.Tensor) -> None:

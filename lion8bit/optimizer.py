@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lion8bit.backend import update_
-from lion8bit.batch import Batch, Entry, hyper_array, make_entry
+from lion8bit.batch import STATE_TENSORS, Batch, Entry, check_state, hyper_array, make_entry
 from lion8bit.layout import (
     DTYPES,
     FORMAT_VERSION,
@@ -23,7 +23,6 @@ from lion8bit.layout import (
 )
 from lion8bit.reference import check_block_size, dequantize, to_bfloat16, to_float16
 
-STATE_TENSORS = ("codes", "scales", "momentum")
 _LATER = {
     "capturable": "reading lr from the device inside a CUDA graph is not implemented yet; leave it False",
     "fused": "unscaling inside the kernel is not implemented yet; leave it False, GradScaler then unscales by itself",
@@ -123,7 +122,7 @@ class Lion8bit(torch.optim.Optimizer):
         group = self.param_groups[-1]
         group.setdefault("format_version", FORMAT_VERSION)
         if group["decouple_lr"]:
-            group.setdefault("initial_lr", float(group["lr"]))
+            group.setdefault("initial_lr", float(group["lr"]))  # before a warm-up changes it
         for i, param in enumerate(group["params"]):
             if param.dtype not in DTYPES:
                 self.param_groups.pop()
@@ -336,7 +335,13 @@ class Lion8bit(torch.optim.Optimizer):
                 state = incoming["state"].get(number)
                 if not state:
                     continue
-                _check_state(state, param, group, number)
+                version = group.get("format_version")
+                try:
+                    if version != FORMAT_VERSION:
+                        raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {version}")
+                    check_state(state, param, group["block_size"])
+                except ValueError as error:
+                    raise ValueError(f"{error} (parameter {number}, shape {tuple(param.shape)})") from error
                 hidden[param] = {name: state[name] for name in STATE_TENSORS if name in state}
                 shown["state"][number] = {name: value for name, value in state.items() if name not in STATE_TENSORS}
             return shown
@@ -344,7 +349,8 @@ class Lion8bit(torch.optim.Optimizer):
         def restore(optimizer: torch.optim.Optimizer) -> None:
             for param, tensors in hidden.items():
                 for name, value in tensors.items():
-                    self.state[param][name] = value.detach().to(device=param.device, copy=True)
+                    copied = value.detach().to(device=param.device, copy=True)
+                    self.state[param][name] = copied.contiguous() if name == "scales" else copied
 
         hooks = [
             self.register_load_state_dict_pre_hook(hide),
@@ -367,7 +373,7 @@ def _hyper(group: dict[str, Any]) -> Hyper:
         weight_rounding="stochastic" if group["weight_rounding"] == "auto" else group["weight_rounding"],
         momentum_first=group["momentum_first"],
         decoupled_weight_decay=group["decoupled_weight_decay"],
-        initial_lr=group["initial_lr"] if group["decouple_lr"] else None,
+        initial_lr=group.setdefault("initial_lr", lr) if group["decouple_lr"] else None,
         cautious=group["cautious"],
         maximize=group["maximize"],
     )
@@ -429,28 +435,3 @@ def _pair(
     for group, saved in zip(groups, saved_groups, strict=False):
         for param, number in zip(group["params"], saved["params"], strict=False):
             yield number, param, saved
-
-
-def _check_state(state: dict[str, Any], param: Tensor, group: dict[str, Any], number: int) -> None:
-    where = f"(parameter {number}, shape {tuple(param.shape)})"
-    version = group.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {version} {where}")
-    names = {name for name in STATE_TENSORS if name in state}
-    if names not in ({"codes", "scales"}, {"momentum"}) or "step" not in state:
-        raise ValueError(f"state must hold step with codes and scales, or with momentum; got {sorted(state)} {where}")
-    momentum = state["codes"] if "codes" in state else state["momentum"]
-    dtype = torch.int8 if "codes" in state else torch.float32
-    order = memory_order(momentum)
-    if momentum.dtype != dtype or momentum.shape != param.shape or order is None:
-        raise ValueError(
-            f"momentum must be a dense {dtype} tensor, got {momentum.dtype} of shape {tuple(momentum.shape)} {where}"
-        )
-    if "codes" in state:
-        rows, cols = rows_and_cols([param.shape[dim] for dim in order])
-        shape, scales = (rows, blocks_per_row(cols, group["block_size"])), state["scales"]
-        if tuple(scales.shape) != shape or scales.dtype != torch.float32:
-            raise ValueError(
-                f"scales must be float32 {shape} at block_size {group['block_size']}, "
-                f"got {scales.dtype} {tuple(scales.shape)} {where}"
-            )
