@@ -17,10 +17,9 @@ STATE_TENSORS = ("codes", "scales", "momentum")
 
 @dataclass(slots=True)
 class Entry:
-    """One parameter of a step. All tensors but ``scales`` are dense with the memory order of ``momentum``."""
+    """One parameter of a step. Its tensors but ``scales`` are dense with the memory order of ``momentum``."""
 
     param: torch.Tensor  # fp32, bf16 or fp16
-    grad: torch.Tensor  # fp32, bf16 or fp16
     momentum: torch.Tensor  # int8 codes, or fp32 where scales is None
     scales: torch.Tensor | None  # [rows, blocks_per_row] fp32
     order: tuple[int, ...]  # memory order of the dimensions
@@ -35,8 +34,11 @@ class Entry:
 
 def make_entry(
     param: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], *, block_size: int, seed: int, hyper: int
-) -> Entry:
+) -> tuple[Entry, torch.Tensor]:
     """Checks a parameter, its gradient and its state against each other; copies what is laid out differently in memory.
+
+    Returns:
+        The entry, and the gradient in its memory order.
 
     Raises:
         TypeError: a dtype that the kernels do not have, or a complex gradient.
@@ -52,9 +54,8 @@ def make_entry(
         raise RuntimeError(f"state must be on the parameter's device {param.device}, got {momentum.device}")
     if scales is not None and not scales.is_contiguous():
         raise ValueError(f"scales must be contiguous, got strides {scales.stride()}")
-    return Entry(
+    entry = Entry(
         param=_in_order(param, order, momentum),
-        grad=_in_order(grad, order, momentum),
         momentum=momentum,
         scales=scales,
         order=order,
@@ -66,6 +67,7 @@ def make_entry(
         state=state,
         source=param,
     )
+    return entry, _in_order(grad, order, momentum)
 
 
 def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> tuple[tuple[int, ...], tuple[int, int]]:
@@ -129,9 +131,12 @@ def _in_order(tensor: torch.Tensor, order: tuple[int, ...], like: torch.Tensor) 
 class Batch:
     """The entries of one device and the kernels' table of them, kept while memory stays where it is."""
 
-    def __init__(self, device: torch.device, entries: Sequence[Entry], identity: list[int]) -> None:
+    def __init__(
+        self, device: torch.device, entries: Sequence[Entry], grads: Sequence[torch.Tensor], identity: list[int]
+    ) -> None:
         self.device = device
         self.entries = list(entries)
+        self.grads = list(grads)  # let go of by `finish`, so that zero_grad frees them
         self.identity = identity
         self.states = [entry.state for entry in self.entries]
         self.table = (Tensor * len(self.entries))()
@@ -139,21 +144,23 @@ class Batch:
         self._columns = None
         if self.entries:
             self._columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Tensor))
-        for row, entry in zip(self.table, self.entries, strict=True):
+        for row, entry, grad in zip(self.table, self.entries, self.grads, strict=True):
             row.param = entry.param.data_ptr()
-            row.grad = entry.grad.data_ptr()
+            row.grad = grad.data_ptr()
             row.momentum = entry.momentum.data_ptr()
             row.scales = 0 if entry.scales is None else entry.scales.data_ptr()
             row.rows, row.cols = entry.rows, entry.cols
             row.seed, row.step, row.hyper = entry.seed, entry.state["step"], entry.hyper
-            row.param_dtype, row.grad_dtype = DTYPES[entry.param.dtype], DTYPES[entry.grad.dtype]
+            row.param_dtype, row.grad_dtype = DTYPES[entry.param.dtype], DTYPES[grad.dtype]
         self._copied = [entry for entry in self.entries if entry.param is not entry.source]
-        direct = not self._copied and all(entry.grad is entry.source.grad for entry in self.entries)
-        self._fingerprint = self._fingerprint_of([entry.grad for entry in self.entries]) if direct else None
+        self.reusable = not self._copied and all(
+            grad is entry.source.grad for entry, grad in zip(self.entries, self.grads, strict=True)
+        )
+        self._fingerprint = self._fingerprint_of(self.grads)
 
     def refresh(self, params: Sequence[torch.Tensor], identity: list[int]) -> bool:
         """Takes in the parameters' new gradients; False where anything else has changed and a new batch is needed."""
-        if self._fingerprint is None or identity != self.identity:
+        if identity != self.identity:
             return False
         grads: list[torch.Tensor] = [param.grad for param in params]  # type: ignore[misc]
         if self._fingerprint_of(grads) != self._fingerprint:
@@ -161,8 +168,7 @@ class Batch:
         pointers = [grad.data_ptr() for grad in grads]
         if 0 in pointers:
             return False
-        for entry, grad in zip(self.entries, grads, strict=True):
-            entry.grad = grad
+        self.grads = grads
         if self._columns is not None:
             self._columns["grad"] = pointers
         return True
@@ -177,10 +183,11 @@ class Batch:
             self._columns["step"] = steps
 
     def finish(self) -> None:
-        """Writes copied parameters back and tells autograd that the parameters have changed."""
+        """Writes copied parameters back, tells autograd that the parameters have changed, lets go of the gradients."""
         for entry in self._copied:
             entry.source.copy_(entry.param)
         torch.autograd.graph.increment_version([entry.source for entry in self.entries])
+        self.grads = []
 
     def _fingerprint_of(self, grads: Sequence[torch.Tensor]) -> list[Any]:
         # State is compared by identity and by address: code outside may put other tensors there or move these.

@@ -207,7 +207,10 @@ class Lion8bit(torch.optim.Optimizer):
         identity = self._identity(params, owners, hypers)
         batch = self._batches.get(device)
         if batch is None or not batch.refresh(params, identity):
-            batch = self._batches[device] = self._build(device, params, owners, hypers)
+            self._batches.pop(device, None)
+            batch = self._build(device, params, owners, hypers)
+            if batch.reusable:
+                self._batches[device] = batch
         return batch
 
     def _identity(self, params: Sequence[Tensor], owners: Sequence[int], hypers: Sequence[Hyper]) -> list[int]:
@@ -218,6 +221,7 @@ class Lion8bit(torch.optim.Optimizer):
     ) -> Batch:
         numbers = {id(param): n for n, param in enumerate(p for group in self.param_groups for p in group["params"])}
         entries: list[Entry] = []
+        grads: list[Tensor] = []
         for param, owner in zip(params, owners, strict=True):
             state = self.state.get(param, {})
             try:
@@ -226,16 +230,16 @@ class Lion8bit(torch.optim.Optimizer):
                 if not state:
                     state = _new_state(param, self.param_groups[owner])
                 assert param.grad is not None
-                entries.append(
-                    make_entry(
-                        param,
-                        param.grad,
-                        state,
-                        block_size=hypers[owner].block_size,
-                        seed=numbers.get(id(param), 0),
-                        hyper=owner,
-                    )
+                entry, grad = make_entry(
+                    param,
+                    param.grad,
+                    state,
+                    block_size=hypers[owner].block_size,
+                    seed=numbers.get(id(param), 0),
+                    hyper=owner,
                 )
+                entries.append(entry)
+                grads.append(grad)
             except (TypeError, ValueError, RuntimeError) as error:
                 group = self.param_groups[owner]
                 index = next((i for i, other in enumerate(group["params"]) if other is param), None)
@@ -243,7 +247,7 @@ class Lion8bit(torch.optim.Optimizer):
                 raise type(error)(f"{error} {where}") from error
         for entry in entries:
             self.state[entry.source] = entry.state
-        return Batch(device, entries, self._identity(params, owners, hypers))
+        return Batch(device, entries, grads, self._identity(params, owners, hypers))
 
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._counters:

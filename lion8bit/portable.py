@@ -31,9 +31,9 @@ def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor) ->
         hypers: constants of the groups.
         counter: [1] int64 on that device; the number of skipped elements is added to it.
     """
-    for entry, row in zip(batch.entries, batch.table, strict=True):
+    for entry, grad_of_entry, row in zip(batch.entries, batch.grads, batch.table, strict=True):
         hyper = hypers[entry.hyper]
-        param, grad, momentum = (as_rows(t, entry.order) for t in (entry.param, entry.grad, entry.momentum))
+        param, grad, momentum = (as_rows(t, entry.order) for t in (entry.param, grad_of_entry, entry.momentum))
         per_row = blocks_per_row(entry.cols, hyper.block_size)
         for vertical, horizontal in pieces(entry.rows, entry.cols, hyper.block_size):
             first = horizontal.start // hyper.block_size

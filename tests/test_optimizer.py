@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -373,6 +375,23 @@ def test_memory_moving_under_the_optimizer() -> None:
         one.step()
         two.step()
         assert_same(param.detach(), other.detach(), f"turn {turn}")
+
+
+@pytest.mark.parametrize("layout", ["matrix", "strided", "transposed"])
+def test_gradients_are_let_go_of(layout: str) -> None:
+    """Between steps the optimizer holds no gradient, nor a copy of anything: zero_grad frees the memory."""
+    param = leaf(LAYOUTS[layout]())
+    optimizer = Lion8bit([param])
+    for _ in range(3):
+        param.grad = torch.randn(param.shape)
+        grad = weakref.ref(param.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert grad() is None
+    gc.collect()
+    tensors = [other for other in gc.get_objects() if isinstance(other, torch.Tensor) and other.shape == param.shape]
+    held = [other for other in tensors if other.dtype == param.dtype and other is not param]
+    assert held == []
 
 
 def test_nothing_is_allocated_after_the_first_step() -> None:
