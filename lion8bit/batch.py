@@ -198,6 +198,7 @@ class Batch:
             [entry.param.data_ptr() for entry in entries],
             [entry.param.numel() for entry in entries],
             [entry.param.dtype for entry in entries],
+            [entry.param.is_contiguous() or entry.param.stride() for entry in entries],
             [*map(id, momenta)],
             [*map(id, scales)],
             [None if tensor is None else tensor.data_ptr() for tensor in momenta],

@@ -372,6 +372,8 @@ def test_memory_moving_under_the_optimizer() -> None:
                     one.state[param][key] = value.clone()
         if turn == 4:
             param.data = param.data.t().contiguous().t()  # the momentum keeps its order in memory
+        if turn == 5:
+            param.data = param.data.contiguous()
         one.step()
         two.step()
         assert_same(param.detach(), other.detach(), f"turn {turn}")
@@ -778,3 +780,17 @@ def test_state_costs_1_032_bytes_per_parameter() -> None:
     param.grad = gradient_like(param)
     optimizer.step()
     assert optimizer.memory_report()["state_bytes_per_parameter"] == 1 + 4 / 128
+
+
+def test_a_parameter_transposed_in_place_is_noticed() -> None:
+    """Same address, same shape, other strides: the momentum must follow the elements' indices, as fp32 Lion's does."""
+    ours, theirs = (leaf(torch.arange(4900.0).view(70, 70)) for _ in range(2))
+    one, other = Lion8bit([ours], lr=1.0, optim_bits=32), Lion([theirs], lr=1.0)
+    for turn in range(3):
+        for param in (ours, theirs):
+            param.grad = torch.randn(70, 70, generator=torch.Generator().manual_seed(turn))
+            if turn == 1:
+                param.data = param.data.t()
+        one.step()
+        other.step()
+        assert_same(ours.detach(), theirs.detach(), f"turn {turn}")
