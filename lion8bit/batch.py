@@ -25,7 +25,6 @@ class Entry:
     order: tuple[int, ...]  # memory order of the dimensions
     rows: int
     cols: int
-    block_size: int
     seed: int
     hyper: int  # index into the step's Hypers
     state: dict[str, Any]
@@ -61,7 +60,6 @@ def make_entry(
         order=order,
         rows=rows,
         cols=cols,
-        block_size=block_size,
         seed=seed,
         hyper=hyper,
         state=state,
@@ -173,11 +171,11 @@ class Batch:
             self._columns["grad"] = pointers
         return True
 
-    def advance(self, amount: int = 1) -> None:
+    def advance(self) -> None:
         """Counts an update of every parameter, in the state and in the table."""
         steps = []
         for state in self.states:
-            state["step"] = step = state["step"] + amount
+            state["step"] = step = state["step"] + 1
             steps.append(step & 0xFFFFFFFF)
         if self._columns is not None:
             self._columns["step"] = steps
