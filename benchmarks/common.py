@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,21 +97,6 @@ def make_params(
         param.grad = torch.empty(shape, device=device, dtype=grad_dtype).normal_(generator=generator)
         params.append(param)
     return params
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested dictionaries, lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(item)
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in an optimizer's state; a tensor that parameters share, such as a code map, counts once."""
-    sizes = {(t.device, t.data_ptr(), t.nbytes): t.nbytes for t in tensors_in(dict(optimizer.state))}
-    return sum(sizes.values())
 
 
 # ---- Timing ----------------------------------------------------------------------------------------------------------

@@ -30,12 +30,12 @@ from common import (
     numel,
     parser,
     progress,
-    state_bytes,
     write_json,
 )
 from rich.table import Table
 
 from lion8bit import Lion, Lion8bit
+from lion8bit.demo import state_bytes
 from lion8bit.layout import rows_and_cols
 
 DESCRIPTION = """\

@@ -27,13 +27,13 @@ from common import (
     progress,
     save_figure,
     spread,
-    state_bytes,
     write_json,
 )
 from rich.table import Table
 from torch import Tensor
 
 from lion8bit import Lion8bit
+from lion8bit.demo import state_bytes
 
 DESCRIPTION = """\
 How long does a step take, and how near is that to what the memory allows? Every contender steps the same parameters and

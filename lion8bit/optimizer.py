@@ -368,7 +368,8 @@ class Lion8bit(torch.optim.Optimizer):
 
 
 def _hyper(group: dict[str, Any]) -> Hyper:
-    lr = _check_lr(group["lr"])
+    _check_options(group)  # anyone may write to a group, and the kernels trust what they are given
+    lr = float(group["lr"])
     return make_hyper(
         lr=lr,
         betas=group["betas"],
@@ -398,13 +399,12 @@ def _nbytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
-def _check_lr(lr: float | Tensor) -> float:
+def _check_lr(lr: float | Tensor) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
     value = float(lr)
     if not 0.0 <= value < math.inf:
         raise ValueError(f"Invalid learning rate: {value} (lr must be finite and at least 0)")
-    return value
 
 
 def _check_options(options: dict[str, Any]) -> None:
