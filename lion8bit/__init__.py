@@ -1,10 +1,21 @@
 """8-bit Lion for PyTorch: `Lion8bit`, its fp32 reference `Lion`, and the quantized momentum format."""
 
 from lion8bit.backend import SlowBackendWarning
+from lion8bit.checkpoints import convert_state_dict, export_state_dict
 from lion8bit.optimizer import Lion8bit
 from lion8bit.reference import Lion, dequantize, quantize
 
 Lion8 = Lion8bit  # for trainers that take every name ending in "8bit" for bitsandbytes'
 
 __version__ = "0.1.0"
-__all__ = ["Lion", "Lion8", "Lion8bit", "SlowBackendWarning", "__version__", "dequantize", "quantize"]
+__all__ = [
+    "Lion",
+    "Lion8",
+    "Lion8bit",
+    "SlowBackendWarning",
+    "__version__",
+    "convert_state_dict",
+    "dequantize",
+    "export_state_dict",
+    "quantize",
+]

@@ -325,14 +325,20 @@ class Lion8bit(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned; codes, scales and momentum keep their dtypes, whatever the parameter's is.
 
-        The options of the saved groups replace the present ones, as in every torch optimizer. Tensors are copied.
+        The options of the saved groups replace the present ones, as in every torch optimizer. Tensors are copied. State
+        of another library's Lion is converted by `lion8bit.convert_state_dict`, under the present options.
 
         Raises:
-            ValueError: the state has another format version, or does not fit the parameters; nothing has changed.
+            ValueError: the state is not a Lion's, has another format version, or does not fit the parameters; nothing
+                has changed.
         """
         hidden: dict[Tensor, dict[str, Tensor]] = {}
 
         def hide(optimizer: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            if any("format_version" not in group for group in incoming["param_groups"]):
+                from lion8bit.checkpoints import convert_state_dict
+
+                incoming = convert_state_dict(incoming, self)
             shown = dict(incoming)
             shown["state"] = dict(incoming["state"])
             for number, param, group in _pair(self.param_groups, incoming["param_groups"]):

@@ -1,0 +1,376 @@
+"""Momentum moved between optimizers: the real packages wherever they step on a CPU, and our own formats."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_same
+from torch import nn
+
+from lion8bit import Lion, Lion8bit, convert_state_dict, export_state_dict, quantize
+from lion8bit.reference import RANGE_SQUARED
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+lion_pytorch = pytest.importorskip("lion_pytorch")
+optimi = pytest.importorskip("optimi", reason="needs torch-optimi")
+
+OPTIONS = {"lr": 3e-3, "betas": (0.95, 0.98), "weight_decay": 0.1}
+Make = Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
+
+
+class BareLion8bit(bitsandbytes.optim.Lion8bit):
+    """Saves its tensors beside each other, as earlier releases did."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return torch.optim.Optimizer.state_dict(self)
+
+
+PEERS: dict[str, Make] = {
+    "lion-pytorch": lambda params: lion_pytorch.Lion(params, **OPTIONS),
+    "optimi": lambda params: optimi.Lion(params, **OPTIONS),
+    "optimi foreach": lambda params: optimi.Lion(params, **OPTIONS, foreach=True),
+    "optimi gradient release": lambda params: optimi.Lion(params, **OPTIONS, gradient_release=True),
+    "bitsandbytes Lion8bit": lambda params: bitsandbytes.optim.Lion8bit(params, **OPTIONS),
+    "bitsandbytes Lion8bit, not wrapped": lambda params: BareLion8bit(params, **OPTIONS),
+    "bitsandbytes Lion": lambda params: bitsandbytes.optim.Lion(params, **OPTIONS),
+    "lion8bit.Lion": lambda params: Lion(params, **OPTIONS),
+}
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(70, 90), (40, 131), (5,), (6000,)]
+    return [nn.Parameter((torch.randn(shape, generator=generator) * 0.1).to(dtype)) for shape in shapes]
+
+
+def step(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        magnitude = 10.0 ** torch.randint(-4, 1, (1,), generator=generator)
+        param.grad = (torch.randn(param.shape, generator=generator) * magnitude).to(param.dtype)
+    optimizer.step()
+
+
+def peer_momentum(state: dict[str, Any]) -> torch.Tensor:
+    """The momentum as its own library decodes it."""
+    if "qmap1" in state:
+        quantized = bitsandbytes.functional.QuantState(
+            state["absmax1"], code=state["qmap1"], blocksize=256, dtype=torch.float32
+        )
+        return bitsandbytes.functional.dequantize_blockwise(state["state1"], quantized)
+    return next(state[name] for name in ("exp_avg", "state1", "momentum") if name in state).float()
+
+
+def assert_within_bound(actual: torch.Tensor, momentum: torch.Tensor, block_size: int = 128) -> None:
+    """docs/design.md, "Error bounds": s*(2*h*sqrt(m/s) + h^2) with h = 1/(2A), and fp32 rounding."""
+    scales = quantize(momentum, block_size)[1].repeat_interleave(block_size, 1)
+    s = scales[:, : momentum[0].numel() if momentum.dim() > 1 else momentum.numel()].view_as(momentum).double()
+    h = 0.5 / RANGE_SQUARED**0.5
+    bound = s * (2 * h * (momentum.double().abs() / s).sqrt() + h * h + 16 * 2.0**-24)
+    assert ((actual.double() - momentum.double()).abs() <= bound).all()
+
+
+# ---- In -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_momentum_enters(name: str, dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    peer = PEERS[name](params)
+    for seed in range(3):
+        step(params, peer, seed)
+    saved = peer.state_dict()
+    pristine = copy.deepcopy(saved)
+    exact = Lion8bit(params, lr=7.0, optim_bits=32)
+    coded = Lion8bit(params, lr=7.0, cautious=True)
+    exact.load_state_dict(saved)
+    coded.load_state_dict(saved)
+    for param in params:
+        momentum = peer_momentum(peer.state[param])
+        assert momentum.any()
+        assert_same(exact.momentum(param), momentum, "fp32 momentum")
+        if param.numel() < 4096:
+            assert_same(coded.momentum(param), momentum, "momentum of a small parameter")
+        else:
+            assert coded.state[param]["codes"].dtype == torch.int8
+            assert_within_bound(coded.momentum(param), momentum)
+    assert {key: coded.param_groups[0][key] for key in OPTIONS} == OPTIONS
+    assert coded.param_groups[0]["cautious"] and exact.param_groups[0]["optim_bits"] == 32
+    assert str(saved) == str(pristine)
+    step(params, coded, 9)
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS if "Lion8bit" not in name])
+def test_the_step_after_entering_is_the_peers(name: str) -> None:
+    params = parameters()
+    peer = PEERS[name](params)
+    step(params, peer, 1)
+    twins = copy.deepcopy(params)
+    ours = Lion8bit(twins, optim_bits=32)
+    ours.load_state_dict(peer.state_dict())
+    step(params, peer, 2)
+    step(twins, ours, 2)
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(twin, param, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(ours.momentum(twin), peer_momentum(peer.state[param]), rtol=1e-5, atol=1e-8)
+
+
+def test_blocks_of_2048_of_older_bitsandbytes_enter() -> None:
+    params = parameters()
+    momentum = torch.randn(70, 90)
+    codes, quantized = bitsandbytes.functional.quantize_blockwise(momentum, blocksize=2048)
+    state = {"step": 5, "state1": codes, "qmap1": quantized.code, "absmax1": quantized.absmax}
+    saved = bitsandbytes.optim.Lion8bit(params).state_dict()
+    optimizer = Lion8bit(params, optim_bits=32)
+    optimizer.load_state_dict({**saved, "state": {0: state}})
+    expected = bitsandbytes.functional.dequantize_blockwise(codes, quantized)
+    assert_same(optimizer.momentum(params[0]), expected, "momentum")
+    assert optimizer.state[params[0]]["step"] == 5 and len(optimizer.state) == 1
+
+
+def flash_lion_state(momentum: torch.Tensor, dtype: torch.dtype) -> tuple[dict[str, Any], torch.Tensor]:
+    """What FlashLion of flashoptim 0.1.4 saves, by its documented formulas; it needs CUDA and Triton to run itself.
+
+    Per 32 elements of the flat tensor: s = max|m|, kept in fp16; y = 2x/(1+|x|) with x = m/s; q = floor(127y + 1/2).
+    """
+    blocks = nn.functional.pad(momentum.flatten(), (0, -momentum.numel() % 32)).view(-1, 32)
+    s = blocks.abs().amax(1).clamp(min=1e-12)
+    x = blocks / s[:, None]
+    q = (2 * x / (1 + x.abs()) * 127 + 0.5).floor().to(torch.int8)
+    y = q.float() / 127
+    decoded = (y / (2 - y.abs()) * s.half().float()[:, None]).flatten()[: momentum.numel()].view_as(momentum)
+    scales = s.half().view(torch.bfloat16) if dtype == torch.bfloat16 else s.half()
+    codes = q.flatten()[: momentum.numel()].view_as(momentum)
+    extra = {"error_bits": torch.zeros_like(codes, dtype=dtype)} if dtype == torch.bfloat16 else {}
+    return {"exp_avg::quantized": codes, "exp_avg::scales": scales, **extra}, decoded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("quantized", [True, False])
+def test_flash_lion_enters(dtype: torch.dtype, quantized: bool) -> None:
+    params = parameters(dtype)
+    states, expected = {}, []
+    for number, param in enumerate(params):
+        momentum = torch.randn(param.shape)
+        state, decoded = flash_lion_state(momentum, dtype)
+        states[number] = state if quantized else {"exp_avg": momentum}
+        expected.append(decoded if quantized else momentum)
+    group = {**OPTIONS, "initial_lr": 4e-3, "master_bytewidth": 3, "quantize": True, "params": [0, 1, 2, 3]}
+    optimizer = Lion8bit(params, optim_bits=32)
+    optimizer.load_state_dict({"state": states, "param_groups": [group]})
+    for param, momentum in zip(params, expected, strict=True):
+        assert_same(optimizer.momentum(param), momentum, "momentum")
+    options = {**OPTIONS, "initial_lr": 4e-3, "optim_bits": 32}
+    assert {key: optimizer.param_groups[0][key] for key in options} == options
+    assert "quantize" not in optimizer.param_groups[0]
+
+
+def test_decoupled_rate_of_optimi_enters() -> None:
+    params = parameters()
+    options = {**OPTIONS, "weight_decay": 1e-4, "decouple_lr": True, "max_lr": 6e-3}
+    peer = optimi.Lion(params, **options)
+    step(params, peer, 1)
+    twins = copy.deepcopy(params)
+    ours = Lion8bit(twins, optim_bits=32)
+    ours.load_state_dict(peer.state_dict())
+    step(params, peer, 2)
+    step(twins, ours, 2)
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(twin, param, rtol=1e-6, atol=1e-7)
+    back = optimi.Lion(params, lr=1.0, decouple_lr=True)
+    back.load_state_dict(export_state_dict(ours, back))
+    assert {key: back.param_groups[0][key] for key in ("lr", "max_lr", "beta1", "beta2", "decouple_lr")} == {
+        "lr": 3e-3,
+        "max_lr": 6e-3,
+        "beta1": 0.95,
+        "beta2": 0.98,
+        "decouple_lr": True,
+    }
+
+
+def test_names_and_empty_state_enter() -> None:
+    model = nn.Sequential(nn.Linear(80, 80), nn.Linear(80, 3))
+    peer = lion_pytorch.Lion(model.named_parameters(), **OPTIONS)
+    optimizer = Lion8bit(model.parameters(), block_size=64)
+    optimizer.load_state_dict(peer.state_dict())
+    assert not optimizer.state and optimizer.param_groups[0]["block_size"] == 64
+    assert optimizer.param_groups[0]["lr"] == OPTIONS["lr"]
+    assert optimizer.param_groups[0]["param_names"] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+# ---- Between our own formats ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [64, 256])
+def test_another_block_size(block_size: int) -> None:
+    params = parameters()
+    old = Lion8bit(params, **OPTIONS)
+    for seed in range(3):
+        step(params, old, seed)
+    kept = Lion8bit(params, block_size=block_size)
+    kept.load_state_dict(old.state_dict())
+    assert kept.param_groups[0]["block_size"] == 128  # the saved options win
+    new = Lion8bit(params, block_size=block_size)
+    new.load_state_dict(convert_state_dict(old.state_dict(), new))
+    assert new.param_groups[0]["block_size"] == block_size and new.param_groups[0]["lr"] == OPTIONS["lr"]
+    for param in params:
+        assert_same(kept.momentum(param), old.momentum(param), "momentum at the saved block size")
+        assert new.state[param]["step"] == 3
+        if param.numel() >= 4096:
+            assert_within_bound(new.momentum(param), old.momentum(param), block_size)
+    step(params, new, 9)
+
+
+def test_32_bits_and_back() -> None:
+    params = parameters()
+    old = Lion8bit(params, **OPTIONS)
+    for seed in range(2):
+        step(params, old, seed)
+    wide = Lion8bit(params, optim_bits=32)
+    wide.load_state_dict(convert_state_dict(old.state_dict(), wide))
+    again = Lion8bit(params)
+    again.load_state_dict(convert_state_dict(wide.state_dict(), again))
+    same = Lion8bit(params)
+    same.load_state_dict(convert_state_dict(old.state_dict(), same))
+    for param in params:
+        assert_same(wide.momentum(param), old.momentum(param), "fp32 momentum")
+        assert_same(same.momentum(param), old.momentum(param), "momentum in the same format")
+    for param in params[:2]:
+        assert_within_bound(again.momentum(param), old.momentum(param))
+
+
+def test_transposed_parameters_keep_their_memory_order() -> None:
+    param = nn.Parameter(torch.randn(90, 70).t())
+    peer = lion_pytorch.Lion([param], **OPTIONS)
+    step([param], peer, 1)
+    optimizer = Lion8bit([param])
+    optimizer.load_state_dict(peer.state_dict())
+    assert optimizer.state[param]["codes"].stride() == param.stride()
+    assert_within_bound(optimizer.momentum(param).t().contiguous(), peer.state[param]["exp_avg"].t().contiguous())
+    step([param], optimizer, 2)
+
+
+# ---- Out ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(PEERS.keys() - {"lion8bit.Lion", "optimi gradient release"}))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_momentum_leaves(name: str, dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    ours = Lion8bit(params, **OPTIONS, optim_bits=32, weight_rounding="nearest")
+    for seed in range(2):
+        step(params, ours, seed)
+    twins = copy.deepcopy(params)
+    peer = PEERS[name](twins)
+    peer.param_groups[0]["lr"] = 7.0
+    peer.load_state_dict(export_state_dict(ours, peer))
+    for param, twin in zip(params, twins, strict=True):
+        expected = ours.momentum(param)
+        if "bitsandbytes" not in name:
+            expected = expected.to(dtype).float()  # torch's load_state_dict casts
+        assert_same(peer_momentum(peer.state[twin]), expected, "momentum")
+    step(params, ours, 9)
+    step(twins, peer, 9)
+    for param, twin in zip(params, twins, strict=True):
+        close = {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-4}
+        torch.testing.assert_close(twin, param, **close)
+        if "optimi" in name and dtype == torch.bfloat16:
+            assert peer.param_groups[0]["kahan_sum"] and peer.state[twin]["kahan_comp"].any()
+
+
+def test_leaving_without_naming_a_peer() -> None:
+    params = parameters()
+    ours = Lion8bit(params, **OPTIONS)
+    step(params, ours, 1)
+    params[2].grad = None
+    del ours.state[params[2]]
+    saved = export_state_dict(ours)
+    assert saved["param_groups"] == [{**OPTIONS, "maximize": False, "decouple_lr": False, "params": [0, 1, 2, 3]}]
+    assert {number: set(state) for number, state in saved["state"].items()} == {n: {"exp_avg"} for n in (0, 1, 3)}
+    peer = lion_pytorch.Lion(params, lr=1.0)
+    peer.load_state_dict(saved)
+    assert_same(peer.state[params[0]]["exp_avg"], ours.momentum(params[0]), "momentum")
+
+
+def test_momentum_first_leaves_as_the_lion_it_is() -> None:
+    params = parameters()
+    ours = Lion8bit(params, lr=3e-3, betas=(0.98, 0.9), optim_bits=32, momentum_first=True)
+    step(params, ours, 1)
+    twins = copy.deepcopy(params)
+    peer = lion_pytorch.Lion(twins)
+    peer.load_state_dict(export_state_dict(ours, peer))
+    step(params, ours, 2)
+    step(twins, peer, 2)
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(twin, param, rtol=1e-6, atol=1e-7)
+    ours.load_state_dict(peer.state_dict())
+    assert ours.param_groups[0]["betas"] == (0.98, 0.9)  # the peer's mean something else
+
+
+# ---- Refusals -------------------------------------------------------------------------------------------------------
+
+
+def stepped(make: Make) -> dict[str, Any]:
+    params = parameters()
+    optimizer = make(params)
+    step(params, optimizer, 1)
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def spoilt(make: Make, name: str, change: Callable[[torch.Tensor], torch.Tensor], number: int = 1) -> dict[str, Any]:
+    saved = stepped(make)
+    state = saved["state"][number]
+    state = state.get("__bnb_optimizer_quant_state__", state)
+    state[name] = change(state[name])
+    return saved
+
+
+bnb8, lion = PEERS["bitsandbytes Lion8bit"], PEERS["lion-pytorch"]
+REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "AdamW": (lambda: stepped(torch.optim.AdamW), r"got \['exp_avg', 'exp_avg_sq', 'step'\].*start Lion without"),
+    "SGD": (lambda: stepped(lambda p: torch.optim.SGD(p, 1e-3, 0.9)), r"got \['momentum_buffer'\]"),
+    "Adam8bit": (lambda: stepped(bitsandbytes.optim.Adam8bit), r"got \['absmax1', 'absmax2'"),
+    "RMSprop8bit": (lambda: stepped(bitsandbytes.optim.RMSprop8bit), "bitsandbytes' SGD, RMSprop"),
+    "SGD8bit": (lambda: stepped(lambda p: bitsandbytes.optim.SGD8bit(p, 1e-3, 0.9)), "bitsandbytes' SGD, RMSprop"),
+    "shape": (
+        lambda: spoilt(lion, "exp_avg", lambda m: m[:3]),
+        r"shape, got \(3, 131\) \(parameter 1, shape \(40, 131",
+    ),
+    "NaN": (lambda: spoilt(lion, "exp_avg", lambda m: m.fill_(torch.nan), 2), r"finite .* \(parameter 2"),
+    "scales": (lambda: spoilt(bnb8, "absmax1", lambda s: s[:-1]), "one scale per block"),
+    "strides": (lambda: spoilt(bnb8, "state1", lambda c: c.t().contiguous().t()), "contiguous, got strides"),
+    "groups": (
+        lambda: stepped(lambda p: lion_pytorch.Lion([{"params": p[:1]}, {"params": p[1:]}])),
+        r"\[4\].*\[1, 3\]",
+    ),
+    "version": (lambda: stepped(lambda p: Lion8bit(p)) | {"param_groups": [{"params": [0, 1, 2, 3]}]}, "got None"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_state_changes_nothing(case: str) -> None:
+    make, message = REFUSED[case]
+    params = parameters()
+    optimizer = Lion8bit(params, lr=1e-3)
+    step(params, optimizer, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(make())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for number, state in before["state"].items():
+        assert all(
+            torch.equal(torch.as_tensor(after["state"][number][k]), torch.as_tensor(v)) for k, v in state.items()
+        )
+    step(params, optimizer, 2)
+
+
+def test_a_peer_of_other_groups_is_refused() -> None:
+    params = parameters()
+    with pytest.raises(ValueError, match=r"groups of as many parameters, got \[4\] and \[3\]"):
+        export_state_dict(Lion8bit(params), lion_pytorch.Lion(params[1:]))
