@@ -29,19 +29,21 @@ using std::memcpy;
 
 namespace lion8bit {
 
-// ---- The state format, version 1 -----------------------------------------------------------------------------------
+// ---- The state format, version 2 -----------------------------------------------------------------------------------
 //
 // A parameter is [rows, cols]: rows = shape[0] (1 for a vector), in memory order. A row is cut into ceil(cols /
 // block_size) blocks, the last may be short; a block never crosses a row.
 //
 //   codes   [rows, cols]            int8   -127..127, or kZeroCode for an exact zero
-//   scales  [rows, blocks_per_row]  fp32   s = max |m| over the block; 0 where that is below kMinScale
+//   scales  [rows, blocks_per_row]  fp32   s = max |m| over the block, 0 where that is below kMinScale; its low byte is
+//                                          the block's dither
 
-constexpr int32_t kFormatVersion = 1;
+constexpr int32_t kFormatVersion = 2;
 constexpr int32_t kMaxBlockSize = 256;      // block sizes are 64, 128 and 256
 constexpr int32_t kZeroCode = -128;         // the code of an exact zero
 constexpr float kRangeSquared = 16002.25f;  // A * A, A = 126.5: |A + dither| rounds to at most 127
 constexpr float kMinScale = 0x1p-100f;      // below it a block is all zero
+constexpr int32_t kDitherMask = 0xff;       // the scale's bits that hold the dither
 constexpr int32_t kOverflowBits = (120 + 127)
                                   << 23;  // gradients of 2^120 and above are treated as infinite: no overflow later
 
@@ -127,11 +129,6 @@ template <> struct LanesOf<float> {
         const float quotient = range * y;
         return __fmaf_rn(__fmaf_rn(-scale, quotient, range), y, quotient);
     }
-    static LION8BIT_FN float over_range(float scale) {  // scale / (A*A)
-        constexpr float reciprocal = 1.0f / kRangeSquared;
-        const float quotient = scale * reciprocal;
-        return __fmaf_rn(__fmaf_rn(-quotient, kRangeSquared, scale), reciprocal, quotient);
-    }
 };
 #else
 template <> struct LanesOf<float> {
@@ -140,7 +137,6 @@ template <> struct LanesOf<float> {
     static LION8BIT_FN float square_root(float x) { return __builtin_sqrtf(x); }
     static LION8BIT_FN int32_t truncate(float x) { return static_cast<int32_t>(x); }
     static LION8BIT_FN float range_over(float scale) { return kRangeSquared / scale; }
-    static LION8BIT_FN float over_range(float scale) { return scale / kRangeSquared; }
 };
 #endif
 template <class F> using Int = typename LanesOf<F>::Int;
@@ -173,19 +169,26 @@ template <class U> LION8BIT_FN U fmix32(U h) {
 
 // What encoding and decoding need of a block, all of it derived from its scale.
 struct Codec {
-    float dither;       // u in [-1/2, 1/2), a hash of the scale
+    float dither;       // u in (-1/2, 1/2), the low byte of the scale
     float encode_gain;  // A*A / s, or 0 for an all-zero block
-    float decode_gain;  // s / (A*A)
+    float decode_gain;  // s * (1 / (A*A))
 };
 
-LION8BIT_FN float dither(float scale) {
-    return static_cast<float>(static_cast<int32_t>(fmix32(static_cast<uint32_t>(bits(scale))) >> 8)) * 0x1p-24f - 0.5f;
+LION8BIT_FN float dither(float scale) {  // (byte + 1/2) / 256 - 1/2, exact
+    return static_cast<float>(bits(scale) & kDitherMask) * 0x1p-8f - 127.5f * 0x1p-8f;
 }
 LION8BIT_FN float stored_scale(float absmax) { return absmax < kMinScale ? 0.0f : absmax; }
 LION8BIT_FN Codec encoder(float scale) {
     return {dither(scale), scale == 0.0f ? 0.0f : LanesOf<float>::range_over(scale), 0.0f};
 }
-LION8BIT_FN Codec decoder(float scale) { return {dither(scale), 0.0f, LanesOf<float>::over_range(scale)}; }
+LION8BIT_FN Codec decoder(float scale) { return {dither(scale), 0.0f, scale * (1.0f / kRangeSquared)}; }
+
+// The scale of a block whose momentum only decays: scale * beta, rounded so that the dither, and with it every code,
+// stays as it is. Below kMinScale the block has to be encoded, to zero.
+LION8BIT_FN float decayed_scale(float scale, float beta) {
+    const int32_t byte = bits(scale) & kDitherMask;
+    return bit_cast<float>(((bits(scale * beta) - byte + kDitherMask / 2 + 1) & ~kDitherMask) | byte);
+}
 
 // code = rint(copysign(sqrt(|m| * A*A/s), m) + u); an exact zero has a code of its own. The low byte of the result is
 // the code.
@@ -197,7 +200,7 @@ template <class F> LION8BIT_FN Int<F> encode(F momentum, const Codec& codec) {
     return scaled == 0.0f ? Int<F>{} + kZeroCode : rounded;
 }
 
-// m = t*|t| * s/(A*A), t = code - u
+// m = t*|t| * (s * 1/(A*A)), t = code - u
 template <class F> LION8BIT_FN F decode(F code, const Codec& codec) {
     const F t = code - codec.dither;
     const F value = t * magnitude(t) * codec.decode_gain;
@@ -206,11 +209,12 @@ template <class F> LION8BIT_FN F decode(F code, const Codec& codec) {
 
 // ---- The Lion step -------------------------------------------------------------------------------------------------
 
-// Updates one element in place. Returns whether it was skipped: a bad gradient leaves the element as it is.
-// General is false where no flag is set: the same arithmetic without the tests.
-// Trusted: the caller knows that the gradient is finite.
+// Updates one element in place. Returns whether it was skipped: a bad gradient leaves the element as it is. `grad`
+// comes back as it enters the formulas; where it is zero in all of a block, the block's codes stay and its scale
+// decays. General is false where no flag is set: the same arithmetic without the tests. Trusted: the caller knows that
+// the gradient is finite.
 template <bool General, bool Trusted = false, class F>
-LION8BIT_FN auto lion_step(const Hyper& hyper, F& param, F grad, F& momentum) {
+LION8BIT_FN auto lion_step(const Hyper& hyper, F& param, F& grad, F& momentum) {
     if constexpr (General) {
         if (hyper.flags & kMaximize) grad = -grad;
         if (hyper.flags & kCoupledDecay) grad = grad + param * hyper.coupled_decay;

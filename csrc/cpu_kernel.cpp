@@ -140,6 +140,19 @@ template <class Body> LION8BIT_FN void for_each_vector(int at, int length, const
     if (at < length) body(at, length - at);
 }
 
+// Whether some lane is not zero.
+LION8BIT_FN bool any(Int<Floats> x) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask(bit_cast<__m512i>(x), bit_cast<__m512i>(x)) != 0;
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256(bit_cast<__m256i>(x), bit_cast<__m256i>(x));
+#else
+    int32_t joined = 0;
+    for (int lane = 0; lane < kLanes; ++lane) joined |= x[lane];
+    return joined != 0;
+#endif
+}
+
 // The largest lane.
 LION8BIT_FN int32_t horizontal_max(Int<Floats> x) {
 #if defined(__AVX512F__)
@@ -219,7 +232,7 @@ int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, 
         const Codec codec = quantized ? decoder(tensor.scales[block]) : Codec{};
         if constexpr (rounding == kStochastic) fill_random(random, block_key(key, tensor.first_block + block), length);
 
-        Int<Floats> largest = {}, skipped_lanes = {};  // a true lane is -1
+        Int<Floats> largest = {}, touched = {}, skipped_lanes = {};  // a true lane is -1
         for_each_vector(0, length, [&](int at, int count) LION8BIT_INLINE {
             Floats m;
             if constexpr (quantized) {
@@ -228,7 +241,9 @@ int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, 
                 m = load(values + at, count);
             }
             Floats p = Param::read(param + at, count);
-            skipped_lanes += lion_step<general>(hyper, p, Grad::read(grad + at, count), m);
+            Floats g = Grad::read(grad + at, count);
+            skipped_lanes += lion_step<general>(hyper, p, g, m);
+            if constexpr (quantized) touched |= bits(g) << 1;  // without the sign of a zero
             Uint<Floats> bits16 = {};
             if constexpr (rounding == kStochastic) bits16 = widen(load(random + at, count));
             Param::template write<rounding>(param + at, p, bits16, count);
@@ -242,11 +257,13 @@ int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, 
         });
 
         if constexpr (quantized) {
-            const float scale = stored_scale(bit_cast<float>(horizontal_max(largest)));
+            float scale = decayed_scale(tensor.scales[block], hyper.beta);
+            const bool idle = !any(touched) && scale >= kMinScale;
+            if (!idle) scale = stored_scale(bit_cast<float>(horizontal_max(largest)));
             tensor.scales[block] = scale;
             current.codec = encoder(scale);
             current.codes = codes;
-            current.length = length;
+            current.length = idle ? 0 : length;
             encode_block(stepped[~block & 1]);
         }
         if (horizontal_max(-skipped_lanes) > 0) {

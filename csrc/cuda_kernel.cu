@@ -132,6 +132,14 @@ template <int32_t dtype, class Grads> LION8BIT_FN bool suspicious(const Grads& g
     return (sums & ~mask) != 0;
 }
 
+// Whether some of the gradients are not zero.
+template <int32_t dtype, class Grads> LION8BIT_FN bool nonzero(const Grads& grads) {
+    uint32_t joined = 0;
+#pragma unroll
+    for (int32_t w = 0; w < Grads::kWords; ++w) joined |= grads.words[w];
+    return (joined & (dtype == kFloat32 ? 0x7fffffffu : 0x7fff7fffu)) != 0;
+}
+
 template <bool value_> struct Constant {
     static constexpr bool value = value_;
 };
@@ -208,10 +216,15 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             grads.load_part(grad + offset, count, 0);
         }
         Codec codec = {};
-        if constexpr (quantized) codec = decoder(block < blocks ? scales[block] : 0.0f);
+        float old_scale = 0.0f;
+        if constexpr (quantized) {
+            if (block < blocks) old_scale = scales[block];
+            codec = decoder(old_scale);
+        }
 
         float p[kPerLane], m[kPerLane];
         float largest = 0.0f;
+        bool touched = !general && nonzero<grad_dtype>(grads);
         const auto step = [&](auto trusted) {
 #pragma unroll
             for (int32_t i = 0; i < kPerLane; ++i) {
@@ -221,10 +234,11 @@ LION8BIT_FN void update_tile(const Launch& launch) {
                 } else {
                     m[i] = bit_cast<float>(momenta.get(i));
                 }
-                const float g = to_float<grad_dtype>(grads.get(i));
+                float g = to_float<grad_dtype>(grads.get(i));
                 const bool finite = !lion_step<general, decltype(trusted)::value>(hyper, p[i], g, m[i]);
                 if constexpr (!decltype(trusted)::value) nonfinite += !finite;
                 largest = fmaxf(largest, magnitude(m[i]));
+                if constexpr (general) touched |= g != 0.0f;
             }
         };
         // One test for all gradients of a thread; with flags, decay may still make a finite gradient infinite.
@@ -269,12 +283,16 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         }
 
         Octet<Momentum> stored = {};
+        bool idle = false;
         if constexpr (quantized) {
+            const uint32_t group = (kFullWarp >> (32 - kLanes)) << (threadIdx.x % 32 / kLanes * kLanes);
+            float scale = decayed_scale(old_scale, hyper.beta);
+            idle = (__ballot_sync(kFullWarp, touched) & group) == 0 && scale >= kMinScale;
 #pragma unroll
             for (int32_t distance = kLanes / 2; distance > 0; distance /= 2) {
                 largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, distance));
             }
-            const float scale = stored_scale(largest);
+            if (!idle) scale = stored_scale(largest);
             codec = encoder(scale);
 #pragma unroll
             for (int32_t i = 0; i < kPerLane; ++i) {
@@ -285,6 +303,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
 #pragma unroll
             for (int32_t i = 0; i < kPerLane; ++i) stored.put(i, bit_cast<uint32_t>(m[i]));
         }
+        if (idle) continue;
         if (whole) {
             stored.store_whole(momentum + offset);
         } else {

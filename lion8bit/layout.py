@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCK_SIZES = (64, 128, 256)
 ZERO_CODE = -128  # the code of an exact zero
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +29,9 @@ from lion8bit.layout import (
 )
 
 RANGE_SQUARED = 126.5 * 126.5  # A * A; |A + dither| rounds to at most 127
+DITHER_MASK = 0xFF  # the scale's bits that hold the dither
 MIN_SCALE = 2.0**-100  # a block whose largest magnitude is below it is stored as zeros
+RECIPROCAL_RANGE = float(np.float32(1 / RANGE_SQUARED))
 OVERFLOW = 2.0**120  # gradients of this magnitude and above are treated as infinite
 
 _STOCHASTIC = WEIGHT_ROUNDING["stochastic"]
@@ -74,13 +77,15 @@ def from_blocks(blocks: Tensor, cols: int) -> Tensor:
 
 
 def dither(scales: Tensor) -> Tensor:
-    """u in [-1/2, 1/2): a hash of the scale's own bits. fp32 -> fp32, any shape."""
-    return (fmix32(scales.view(torch.int32).long() & _MASK32) >> 8).float() * 2.0**-24 - 0.5
+    """u in (-1/2, 1/2): the low byte of the scale's own bits, (byte + 1/2)/256 - 1/2. fp32 -> fp32, any shape."""
+    return (scales.view(torch.int32) & DITHER_MASK).float() * 2.0**-8 - 127.5 * 2.0**-8
 
 
-def _range_squared(like: Tensor) -> Tensor:
-    # A tensor, not a Python number: torch divides by or into a number by multiplying with a reciprocal, rounding twice.
-    return torch.full_like(like, RANGE_SQUARED)
+def decayed_scale(scales: Tensor, beta: float) -> Tensor:
+    """``s*beta`` rounded to the nearest scale with the same dither: what decays a block without touching its codes."""
+    byte = scales.view(torch.int32) & DITHER_MASK
+    wanted = (scales * beta).view(torch.int32) - byte + (DITHER_MASK + 1) // 2
+    return ((wanted & ~DITHER_MASK) | byte).view(torch.float32)
 
 
 def encode(momentum: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -96,7 +101,8 @@ def encode(momentum: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     blocks = to_blocks(momentum, block_size)
     scales = blocks.abs().amax(-1) if blocks.numel() else blocks.new_zeros(blocks.shape[:-1])
     scales = torch.where(scales < MIN_SCALE, torch.zeros_like(scales), scales)
-    gain = torch.where(scales == 0, torch.zeros_like(scales), _range_squared(scales) / scales)
+    # By a tensor: torch divides a number by multiplying with a reciprocal, which rounds twice.
+    gain = torch.where(scales == 0, torch.zeros_like(scales), torch.full_like(scales, RANGE_SQUARED) / scales)
     scaled = blocks.abs() * gain[..., None]
     level = torch.copysign(square_root(scaled), blocks) + dither(scales)[..., None]
     codes = torch.where(scaled == 0, ZERO_CODE, level.round()).to(torch.int8)
@@ -104,7 +110,7 @@ def encode(momentum: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
-    """The momentum that codes and scales stand for: ``t = code - u; m = t*|t| * s/(A*A)``, and 0 for the code -128.
+    """The momentum that codes and scales stand for: ``t = code - u; m = t*|t| * (s * 1/(A*A))``; 0 for the code -128.
 
     Args:
         codes: [rows, cols] int8.
@@ -116,7 +122,7 @@ def decode(codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
     """
     blocks = to_blocks(codes, block_size)
     t = blocks.float() - dither(scales)[..., None]
-    value = t * t.abs() * (scales / _range_squared(scales))[..., None]
+    value = t * t.abs() * (scales * RECIPROCAL_RANGE)[..., None]
     return from_blocks(torch.where(blocks == ZERO_CODE, torch.zeros_like(value), value), codes.shape[1])
 
 
@@ -209,7 +215,8 @@ def lion_step_(
         p   <- p*decay - lr*sign(c)
         m   <- beta*m + (1-beta)*g
 
-    An element whose gradient is NaN, infinite or at least 2^120 in magnitude keeps its parameter and its momentum.
+    An element whose gradient is NaN, infinite or at least 2^120 in magnitude keeps its parameter and its momentum. A
+    block whose gradients are all zero keeps its codes: its scale decays in their place, see `decayed_scale`.
 
     Args:
         param: [rows, cols] fp32, bf16 or fp16; updated in place.
@@ -260,8 +267,11 @@ def lion_step_(
         momentum.copy_(averaged)
     else:
         new_codes, new_scales = encode(averaged, hyper.block_size)
-        momentum.copy_(new_codes)
-        scales.copy_(new_scales)
+        decayed = decayed_scale(scales, hyper.beta)
+        idle = (to_blocks(g, hyper.block_size) == 0).all(-1) & (decayed >= MIN_SCALE)
+        spread = idle.repeat_interleave(hyper.block_size, dim=1)[:, : momentum.shape[1]]
+        momentum.copy_(torch.where(spread, momentum, new_codes))
+        scales.copy_(torch.where(idle, decayed, new_scales))
     return (~finite).sum()
 
 
@@ -272,7 +282,7 @@ def quantize(momentum: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
     """Quantizes a tensor to int8 codes with one fp32 scale per block::
 
         s    = max |m| over the block                 (0 if below 2^-100)
-        u    = hash(s) in [-1/2, 1/2)
+        u    = (low byte of s + 1/2)/256 - 1/2
         code = rint(sign(m) * sqrt(|m| * A*A/s) + u)  A = 126.5; an exact zero is -128
 
     Blocks run along the memory order of each row, ``momentum[i]``, and never cross it; a vector is one row.
@@ -309,7 +319,7 @@ def quantize(momentum: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
 def dequantize(codes: Tensor, scales: Tensor, block_size: int = 128) -> Tensor:
     """Inverse of `quantize`, up to its rounding::
 
-        t = code - hash(s)
+        t = code - u
         m = t*|t| * s/(A*A)          0 for the code -128
 
     Args:

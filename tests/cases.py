@@ -55,10 +55,16 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None
 
 
 def make_gradient(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator, bad: bool) -> torch.Tensor:
-    """Normal values over many magnitudes with some exact zeros and, if `bad`, some NaN, infinite and huge elements."""
+    """Normal values over many magnitudes with some exact zeros and, if `bad`, some NaN, infinite and huge elements.
+
+    A third of the rows have no more than a short run of other values than zero, so that there are idle blocks.
+    """
     grad = torch.randn(shape, generator=generator)
     grad *= 10.0 ** torch.randint(-6, 3, (max(1, shape[0]), 1), generator=generator)[: shape[0]]
     grad[torch.rand(shape, generator=generator) < 0.05] = 0.0
+    idle = torch.rand(shape[0], 1, generator=generator) < 1 / 3
+    run = torch.arange(shape[1]) // 70 == torch.randint(4, (1,), generator=generator)
+    grad[idle & ~run] *= 0.0  # some of them negative zeros
     if bad:
         values = torch.tensor([float("nan"), float("inf"), -float("inf"), 2.0**120, -(2.0**127), 2.0**119])
         mask = torch.rand(shape, generator=generator) < 0.03

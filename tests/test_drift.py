@@ -99,6 +99,28 @@ def test_drift_is_bounded(name: str, weight_decay: float, block_size: int) -> No
     assert float(wrong.mean()) / STEPS < 0.06
 
 
+def test_idle_rows_only_decay() -> None:
+    """Without gradients the codes stand still and the momentum shrinks like fp32 Lion's, to an exact zero at last."""
+    generator = torch.Generator().manual_seed(0)
+    param = torch.zeros(8, 200, requires_grad=True)
+    optimizer = Lion8bit([param], lr=1e-3, betas=(BETA1, BETA2), min_8bit_size=0)
+    param.grad = torch.randn(8, 200, generator=generator)
+    optimizer.step()
+    state = optimizer.state[param]
+    codes, start = state["codes"].clone(), optimizer.momentum(param).double()
+    param.grad = torch.zeros(8, 200)
+    param.grad[:4] = -0.0
+    for step in range(1, 1001):
+        optimizer.step()
+        assert torch.equal(state["codes"], codes)
+        expected = start * BETA2**step
+        # Each step rounds the scale by at most 2^-16 of it; the roundings of a block need not cancel.
+        assert bool(((optimizer.momentum(param).double() - expected).abs() <= expected.abs() * step * 2.0**-16).all())
+    for _ in range(7000):  # 0.99^7000 is below 2^-100
+        optimizer.step()
+    assert not optimizer.momentum(param).any() and not state["scales"].any()
+
+
 def test_momentum_does_not_freeze() -> None:
     """After the mean gradient reverses without any noise, signs follow as in fp32: the dither keeps codes moving."""
     mean = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))

@@ -695,7 +695,7 @@ def break_shape(saved: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (break_version, "format_version 1, got 99"),
+        (break_version, "format_version 2, got 99"),
         (break_block_size, r"scales must be float32 \(60, 2\) at block_size 64"),
         (break_names, r"got \['exp_avg'\]"),
         (break_codes, "dense torch.int8"),
@@ -743,7 +743,7 @@ def test_older_pickles_get_newer_options() -> None:
         del group["cautious"], group["format_version"]
     fresh = Lion8bit.__new__(Lion8bit)
     fresh.__setstate__(state)
-    assert fresh.param_groups[0]["cautious"] is False and fresh.param_groups[0]["format_version"] == 1
+    assert fresh.param_groups[0]["cautious"] is False and fresh.param_groups[0]["format_version"] == 2
 
 
 # ---- Looking inside -------------------------------------------------------------------------------------------------
