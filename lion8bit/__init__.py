@@ -2,8 +2,10 @@
 
 from lion8bit.backend import SlowBackendWarning
 from lion8bit.checkpoints import convert_state_dict, export_state_dict
+from lion8bit.groups import keep_32bit
 from lion8bit.optimizer import Lion8bit
 from lion8bit.reference import Lion, dequantize, quantize
+from lion8bit.release import fuse_into_backward
 
 Lion8 = Lion8bit  # for trainers that take every name ending in "8bit" for bitsandbytes'
 
@@ -17,5 +19,7 @@ __all__ = [
     "convert_state_dict",
     "dequantize",
     "export_state_dict",
+    "fuse_into_backward",
+    "keep_32bit",
     "quantize",
 ]
