@@ -115,7 +115,7 @@ def fuse_into_backward(model: nn.Module, optimizer: Lion8bit) -> GradientRelease
 
 def _check_not_wrapped(model: nn.Module) -> None:
     wrappers: list[tuple[type, str]] = [
-        (nn.parallel.DistributedDataParallel, "averages gradients only after it has got all of a bucket")
+        (nn.parallel.DistributedDataParallel, "averages gradients after the hooks have run")
     ]
     if torch.distributed.is_available():
         from torch.distributed.fsdp import FullyShardedDataParallel
