@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from torch import Tensor
 
 from lion8bit import cpu
@@ -206,6 +207,25 @@ def plot_option(result: argparse.ArgumentParser) -> None:
 def console() -> Console:
     """Standard output, wide enough for the tables where it is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """An empty table with text columns and number columns."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for heading in left:
+        table.add_column(heading)
+    for heading in right:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def goal_table(goals: Sequence[dict[str, Any]]) -> Table:
+    """Goals with ``goal``, ``requirement``, ``measured`` and ``met``, which is None where nothing was measured."""
+    table = new_table("Goals", ["goal", "requirement", "measured", "verdict"], [])
+    words = {True: "[green]met[/]", False: "[red]NOT MET[/]", None: "-"}
+    for goal in goals:
+        table.add_row(goal["goal"], goal["requirement"], goal["measured"], words[goal["met"]])
+    return table
 
 
 def progress(label: str) -> Progress:

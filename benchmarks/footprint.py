@@ -26,7 +26,9 @@ from common import (
     console,
     describe,
     environment,
+    goal_table,
     make_params,
+    new_table,
     numel,
     parser,
     progress,
@@ -304,16 +306,6 @@ def _install_words(installed: dict[str, Any] | None) -> str:
     return f"{installed['seconds']:.1f} s" + ("" if installed["native_library"] else ", without the native library")
 
 
-def new_table(title: str, left: list[str], right: list[str]) -> Table:
-    """An empty table with text columns and number columns."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for heading in left:
-        table.add_column(heading)
-    for heading in right:
-        table.add_column(heading, justify="right")
-    return table
-
-
 def tables(results: dict[str, Any]) -> list[Table]:
     """All tables, the verdicts last."""
     state = new_table("Optimizer state", ["model", "optimizer"], ["bytes/param", "8-bit parameters alone", "MB"])
@@ -348,11 +340,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
             where = f"{record['device']}, {record['dtype']}" if key == OURS else ""
             allocations.add_row(where, row["label"], *cells, style="green" if key == OURS else None)
         allocations.add_section()
-    verdicts = new_table("Goals", ["goal", "requirement", "measured", "verdict"], [])
-    words = {True: "[green]met[/]", False: "[red]NOT MET[/]", None: "-"}
-    for goal in results["goals"]:
-        verdicts.add_row(goal["goal"], goal["requirement"], goal["measured"], words[goal["met"]])
-    return [state, allocations, verdicts]
+    return [state, allocations, goal_table(results["goals"])]
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------

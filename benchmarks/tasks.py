@@ -1,0 +1,169 @@
+"""Owns the learning problems of the benchmarks: small models and the data that they learn from; not their training."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pretrain_bytelm import read_corpus
+from torch import Tensor, nn
+
+from lion8bit.bytelm import ByteLM, ByteLMConfig, encode, load_pretrained
+
+Examples = tuple[Tensor, Tensor]
+VALIDATION_SHARE = TEST_SHARE = 0.1
+EVALUATION_BATCH = 256
+
+
+class DigitsNet(nn.Module):
+    """A small convolutional net for 8x8 images: [batch, 64] -> [batch, 10] logits.
+
+    Its widths make every quantized row a multiple of 256 elements, so that formats are compared and not paddings.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            nn.Conv2d(1, 64, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(64, 128, 2, stride=2),
+            nn.GELU(),
+            nn.Conv2d(128, 256, 2, stride=2),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(1024, 10),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layers(images)
+        return logits
+
+
+class NGramLM(nn.Module):
+    """Next-byte prediction from hashed 2-, 3- and 4-grams: most rows of its table are idle in any step.
+
+    Args:
+        rows: hash buckets, of `width` channels each.
+        width: channels, a multiple of 256 for the reason given in `DigitsNet`.
+    """
+
+    ORDERS = (2, 3, 4)
+
+    def __init__(self, rows: int = 4096, width: int = 256) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, width)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 256))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[batch, length] int64 bytes -> [batch, length, 256] logits of each next byte."""
+        keys, grams = torch.zeros_like(tokens), []
+        for order in range(max(self.ORDERS)):
+            keys = (keys * 31 + F.pad(tokens, (order, 0))[:, : tokens.shape[1]] + 1) * 0x9E3779B1 % 2**32
+            if order + 1 in self.ORDERS:
+                grams.append((keys >> 8) % self.table.num_embeddings)
+        logits: Tensor = self.head(self.norm(self.table(torch.stack(grams)).sum(0)))
+        return logits
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification problem.
+
+    Args:
+        name: for people.
+        build: a model with fresh weights from torch's global generator.
+        train, validation, test: disjoint (inputs, targets), first dimension the examples.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    train: Examples
+    validation: Examples
+    test: Examples
+
+    def batch(self, size: int, generator: torch.Generator) -> Examples:
+        """Draws training examples with replacement."""
+        return self.examples(self.train, torch.randint(len(self.train[0]), (size,), generator=generator))
+
+    @staticmethod
+    def examples(split: Examples, index: Tensor | slice) -> Examples:
+        """Chosen examples of a split, as the model and `loss` take them."""
+        inputs, targets = split[0][index], split[1][index]
+        return inputs if inputs.is_floating_point() else inputs.long(), targets.long()
+
+    @torch.no_grad()
+    def evaluate(self, model: Callable[[Tensor], Tensor], split: Examples, device: torch.device) -> float:
+        """Mean cross entropy over a split, in nats."""
+        total = 0.0
+        step = max(1, EVALUATION_BATCH * 32 // split[1][0].numel()) if split[1].ndim > 1 else EVALUATION_BATCH
+        for start in range(0, len(split[0]), step):
+            inputs, targets = self.examples(split, slice(start, start + step))
+            total += float(loss(model(inputs.to(device)), targets.to(device), "sum"))
+        return total / split[1].numel()
+
+
+def loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross entropy in nats: [..., classes] logits and [...] int64 targets -> a scalar."""
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction=reduction)
+
+
+def three_parts(inputs: Tensor, targets: Tensor) -> tuple[Examples, Examples, Examples]:
+    """Cuts examples into training, validation and test parts, in this order."""
+    count = len(inputs)
+    sizes = [int(count * VALIDATION_SHARE), int(count * TEST_SHARE)]
+    parts = zip(*(tensor.split([count - sum(sizes), *sizes]) for tensor in (inputs, targets)), strict=True)
+    train, validation, test = parts
+    return train, validation, test
+
+
+def text_task(name: str, build: Callable[[], nn.Module], text: bytes, context: int) -> Task:
+    """Next-byte prediction; the text is cut into windows that do not overlap, the last ones held out."""
+    tokens = encode(text)
+    starts = torch.arange(0, len(tokens) - context, context)
+    windows = tokens[starts[:, None] + torch.arange(context + 1)]
+    return Task(name, build, *three_parts(windows[:, :-1], windows[:, 1:]))
+
+
+def help_topics() -> bytes:
+    """Python's own help texts, which `pretrain_bytelm` does not train on."""
+    return Path(pydoc_data.topics.__file__).read_bytes()
+
+
+def byte_lm(context: int = 32) -> Task:
+    """A byte transformer of one layer on Python's help texts; its rows are 256 wide, like `DigitsNet`'s."""
+    config = ByteLMConfig(width=256, layers=1, context=context)
+    return text_task("byte transformer, 0.9 M", lambda: ByteLM(config), help_topics(), context)
+
+
+def pretrained_lm(context: int = 64) -> Task:
+    """The pretrained transformer that ships with the package, to be trained on with Python's help texts."""
+    return text_task("pretrained byte transformer, 1 M", load_pretrained, help_topics(), context)
+
+
+def digits() -> Task:
+    """scikit-learn's handwritten digits, shuffled once."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    images, labels = torch.from_numpy(data.data)[order], torch.from_numpy(data.target)[order]
+    return Task("convolutional net on digits, 0.2 M", DigitsNet, *three_parts(images.float() / 16, labels))
+
+
+def n_grams(context: int = 32) -> Task:
+    """The embedding-heavy model on Python's help texts."""
+    return text_task("hashed n-grams, 1.2 M", NGramLM, help_topics(), context)
+
+
+def gpt2(layers: int = 12, width: int = 768, context: int = 1024, text: bytes | None = None) -> Task:
+    """A byte transformer in the shape of GPT-2 124M, vocabulary included, on the standard library's source."""
+    config = ByteLMConfig(width=width, layers=layers, heads=max(1, width // 64), context=context, vocabulary=50257)
+    corpus = text or b"\0".join(read_corpus(Path(sysconfig.get_path("stdlib"))))
+    return text_task("GPT-2 124M-shaped byte transformer", lambda: ByteLM(config), corpus, context)
