@@ -115,7 +115,7 @@ def test_models_of_the_workloads_learn(
 ) -> None:
     pytest.importorskip("sklearn", reason="needs the extra named bench")
     folder = tmp_path_factory.mktemp("models")
-    record, _ = run_quick("fidelity", folder, "--workload", "conv", "embedding", "--length", "0.1")
+    record, _ = run_quick("fidelity", folder, "--workload", "conv", "embedding", "--length", "0.06")
     cases = [fidelity[0]["cases"][0], *record["cases"]]
     assert [case["workload"] for case in cases] == ["lm", "conv", "embedding"]
     for case in cases:
