@@ -8,6 +8,7 @@
 
 #if defined(__CUDACC_RTC__)  // NVRTC brings no standard headers
 using int8_t = signed char;
+using int16_t = short;
 using uint16_t = unsigned short;
 using int32_t = int;
 using uint32_t = unsigned int;
@@ -50,8 +51,8 @@ constexpr int32_t kOverflowBits = (120 + 127)
 static_assert(126.5f * 126.5f == kRangeSquared, "A * A must be exact");
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
-enum WeightRounding : int32_t { kNearest = 0, kStochastic = 1 };
-enum Flag : uint32_t { kMaximize = 1, kCoupledDecay = 2, kCautious = 4 };
+enum WeightRounding : int32_t { kNearest = 0, kStochastic = 1, kCompensated = 2 };
+enum Flag : uint32_t { kMaximize = 1, kCoupledDecay = 2, kCautious = 4, kUnscale = 8 };
 
 // The options of one parameter group. Differences and products are formed in double and rounded to float once.
 struct Hyper {
@@ -62,11 +63,12 @@ struct Hyper {
     float one_minus_blend;
     float beta;  // m <- beta * m + one_minus_beta * g
     float one_minus_beta;
+    float unscale;            // times the gradient, before all else (kUnscale)
     uint32_t flags;           // Flag bits
     int32_t block_size;       // 64, 128 or 256
-    int32_t weight_rounding;  // WeightRounding; parameters of 16 bits only
+    int32_t weight_rounding;  // WeightRounding; parameters of 16 bits only, kCompensated of bf16 only
 };
-static_assert(sizeof(Hyper) == 40, "mirrored by lion8bit/layout.py");
+static_assert(sizeof(Hyper) == 44, "mirrored by lion8bit/layout.py");
 
 // One parameter with its gradient and state.
 struct Tensor {
@@ -74,15 +76,15 @@ struct Tensor {
     const void* grad;  // [rows, cols] of grad_dtype
     void* momentum;    // [rows, cols] int8 codes, or fp32 values where scales is null; updated in place
     float* scales;     // [rows, blocks_per_row] fp32, updated in place
+    int8_t* residual;  // [rows, cols] int8 below a bf16 param, updated in place; null unless weights are compensated
     int64_t rows;
     int64_t cols;
     int64_t first_block;  // index of the first block here within the whole parameter, of which this may be a shard
     uint32_t seed;        // tells parameters apart in stochastic rounding
     uint32_t step;        // counts this parameter's updates from 1
-    int32_t param_dtype;  // Dtype
-    int32_t grad_dtype;   // Dtype
+    int16_t param_dtype;  // Dtype
+    int16_t grad_dtype;   // Dtype
     int32_t hyper;        // index into the array of Hyper
-    int32_t reserved;     // 0
 };
 static_assert(sizeof(Tensor) == 80, "mirrored by lion8bit/layout.py");
 
@@ -216,6 +218,7 @@ template <class F> LION8BIT_FN F decode(F code, const Codec& codec) {
 template <bool General, bool Trusted = false, class F>
 LION8BIT_FN auto lion_step(const Hyper& hyper, F& param, F& grad, F& momentum) {
     if constexpr (General) {
+        if (hyper.flags & kUnscale) grad = grad * hyper.unscale;
         if (hyper.flags & kMaximize) grad = -grad;
         if (hyper.flags & kCoupledDecay) grad = grad + param * hyper.coupled_decay;
     }
@@ -285,6 +288,33 @@ template <int32_t rounding, class F> LION8BIT_FN Uint<F> to_float16(F x, Uint<F>
     result = size > 0x7f800000u ? Uint<F>{} + 0x7e00u : result;
     return result | ((pattern >> 16) & 0x8000u);
 }
+
+// ---- Compensated weights -------------------------------------------------------------------------------------------
+//
+// A bf16 number and an int8 residual hold 24 bits of an fp32 number, by integer arithmetic on its pattern:
+//
+//   fp32 bits = (bf16 bits << 16) + (residual << 8)
+//
+// Zero, infinity and NaN have no residual: there it is not read, so that a weight which is set to one of them from
+// outside is exactly that.
+
+// `residual` is sign-extended.
+template <class F> LION8BIT_FN F from_compensated(Uint<F> pattern, Uint<F> residual) {
+    const auto has_residual = (pattern & 0x7fffu) - 1u < 0x7f7fu;
+    return bit_cast<F>((pattern << 16) + (has_residual ? residual << 8 : Uint<F>{}));
+}
+
+// To 24 bits, to nearest even, as an fp32 pattern whose low byte means nothing.
+// Number: the caller knows that x is no NaN.
+template <bool Number = false, class F> LION8BIT_FN Uint<F> to_24_bits(F x) {
+    const Uint<F> pattern = bit_cast<Uint<F>>(x);
+    const Uint<F> rounded = pattern + ((pattern >> 8) & 1u) + 0x7fu;
+    if constexpr (Number) return rounded;
+    return x != x ? Uint<F>{} + 0x7fc00000u : rounded;
+}
+// The two parts of what `to_24_bits` returns; the residual is the low byte of its own.
+template <class U> LION8BIT_FN U bfloat16_part(U rounded) { return (rounded + 0x8000u) >> 16; }
+template <class U> LION8BIT_FN U residual_part(U rounded) { return rounded >> 8; }
 
 // ---- Random bits for stochastic rounding ---------------------------------------------------------------------------
 //

@@ -61,15 +61,16 @@ template <class T> LION8BIT_FN void store(T* to, Vector<T> vector, int count) {
 
 // Conversions between lanes of 8, 16 and 32 bits; narrowing keeps the low bits. Compilers turn the plain form into
 // scalar code.
-LION8BIT_FN Floats to_floats(Vector<int8_t> codes) {
+LION8BIT_FN Int<Floats> widen(Vector<int8_t> bytes) {
 #if defined(__AVX512F__)
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bit_cast<__m128i>(codes)));
+    return bit_cast<Int<Floats>>(_mm512_cvtepi8_epi32(bit_cast<__m128i>(bytes)));
 #elif defined(__AVX2__)
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(codes))));
+    return bit_cast<Int<Floats>>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(bytes))));
 #else
-    return __builtin_convertvector(codes, Floats);
+    return __builtin_convertvector(bytes, Int<Floats>);
 #endif
 }
+LION8BIT_FN Floats to_floats(Vector<int8_t> codes) { return __builtin_convertvector(widen(codes), Floats); }
 LION8BIT_FN Uint<Floats> widen(Vector<uint16_t> patterns) {
 #if defined(__AVX512F__)
     return bit_cast<Uint<Floats>>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(patterns)));
@@ -79,12 +80,12 @@ LION8BIT_FN Uint<Floats> widen(Vector<uint16_t> patterns) {
     return __builtin_convertvector(patterns, Uint<Floats>);
 #endif
 }
-LION8BIT_FN Vector<int8_t> to_codes(Int<Floats> levels) {
+LION8BIT_FN Vector<int8_t> low_bytes(Int<Floats> levels) {
 #if defined(__AVX512F__)
     return bit_cast<Vector<int8_t>>(_mm512_cvtepi32_epi8(bit_cast<__m512i>(levels)));
 #elif defined(__AVX2__)
-    const __m256i low_bytes = _mm256_set1_epi32(0x0c080400);
-    const __m256i packed = _mm256_shuffle_epi8(bit_cast<__m256i>(levels), low_bytes);
+    const __m256i places = _mm256_set1_epi32(0x0c080400);
+    const __m256i packed = _mm256_shuffle_epi8(bit_cast<__m256i>(levels), places);
     const __m128i joined = _mm_unpacklo_epi32(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
     return bit_cast<Vector<int8_t>>(_mm_cvtsi128_si64(joined));
 #else
@@ -184,19 +185,19 @@ LION8BIT_FN void encode_block(const Stepped& block) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     // Four vectors at a time: their low bytes meet in one register without leaving its 128-bit halves.
     for (; start + 4 * kLanes <= block.length; start += 4 * kLanes) {
-        const auto low_bytes = [&](int vector) LION8BIT_INLINE {
+        const auto codes = [&](int vector) LION8BIT_INLINE {
             const Floats momentum = load(block.momentum + start + vector * kLanes, kLanes);
             return _mm256_and_si256(bit_cast<__m256i>(encode(momentum, codec)), _mm256_set1_epi32(0xff));
         };
-        const __m256i first = _mm256_packus_epi32(low_bytes(0), low_bytes(1));
-        const __m256i second = _mm256_packus_epi32(low_bytes(2), low_bytes(3));
+        const __m256i first = _mm256_packus_epi32(codes(0), codes(1));
+        const __m256i second = _mm256_packus_epi32(codes(2), codes(3));
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), order);
         std::memcpy(block.codes + start, &packed, sizeof(packed));
     }
 #endif
     for_each_vector(start, block.length, [&](int at, int count) LION8BIT_INLINE {
-        store(block.codes + at, to_codes(encode(load(block.momentum + at, kLanes), codec)), count);
+        store(block.codes + at, low_bytes(encode(load(block.momentum + at, kLanes), codec)), count);
     });
 }
 
@@ -228,6 +229,7 @@ int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, 
         const auto* const grad = static_cast<const typename Grad::Element*>(tensor.grad) + offset;
         auto* const codes = static_cast<int8_t*>(tensor.momentum) + offset;
         auto* const values = static_cast<float*>(tensor.momentum) + offset;
+        int8_t* const residual = tensor.residual + (rounding == kCompensated ? offset : 0);
         Stepped& current = stepped[block & 1];
         const Codec codec = quantized ? decoder(tensor.scales[block]) : Codec{};
         if constexpr (rounding == kStochastic) fill_random(random, block_key(key, tensor.first_block + block), length);
@@ -240,13 +242,24 @@ int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, 
             } else {
                 m = load(values + at, count);
             }
-            Floats p = Param::read(param + at, count);
-            Floats g = Grad::read(grad + at, count);
+            Floats p, g = Grad::read(grad + at, count);
+            if constexpr (rounding == kCompensated) {
+                p = from_compensated<Floats>(widen(load(param + at, count)),
+                                             bit_cast<Uint<Floats>>(widen(load(residual + at, count))));
+            } else {
+                p = Param::read(param + at, count);
+            }
             skipped_lanes += lion_step<general>(hyper, p, g, m);
             if constexpr (quantized) touched |= bits(g) << 1;  // without the sign of a zero
-            Uint<Floats> bits16 = {};
-            if constexpr (rounding == kStochastic) bits16 = widen(load(random + at, count));
-            Param::template write<rounding>(param + at, p, bits16, count);
+            if constexpr (rounding == kCompensated) {
+                const Uint<Floats> rounded = to_24_bits(p);
+                store(param + at, narrow(bfloat16_part(rounded)), count);
+                store(residual + at, low_bytes(bit_cast<Int<Floats>>(residual_part(rounded))), count);
+            } else {
+                Uint<Floats> bits16 = {};
+                if constexpr (rounding == kStochastic) bits16 = widen(load(random + at, count));
+                Param::template write<rounding>(param + at, p, bits16, count);
+            }
             if constexpr (quantized) {
                 store(current.momentum + at, m, kLanes);
                 const Int<Floats> size = bits(magnitude(m));
@@ -293,6 +306,11 @@ int64_t with_rounding(const Tensor& tensor, const Hyper& hyper, int64_t first, i
     if constexpr (sizeof(typename Param::Element) == 2) {
         if (hyper.weight_rounding == kStochastic) {
             return with_flags<Param, Grad, quantized, kStochastic>(tensor, hyper, first, last);
+        }
+    }
+    if constexpr (std::is_same<Param, Bfloat16>::value) {
+        if (hyper.weight_rounding == kCompensated) {
+            return with_flags<Param, Grad, quantized, kCompensated>(tensor, hyper, first, last);
         }
     }
     return with_flags<Param, Grad, quantized, kNearest>(tensor, hyper, first, last);

@@ -156,6 +156,7 @@ template <int32_t param_dtype, int32_t grad_dtype, bool quantized, int32_t block
 LION8BIT_FN void update_tile(const Launch& launch) {
     using Param = ElementOf<param_dtype>;
     using Grad = ElementOf<grad_dtype>;
+    using Byte = typename PatternOf<1>::type;
     using Momentum = typename PatternOf<quantized ? 1 : 4>::type;
     constexpr int32_t kLanes = block_size / kPerLane;
     constexpr int32_t kBlocksPerPass = kThreads / kLanes;
@@ -171,6 +172,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     auto* const param = static_cast<Param*>(tensor.param);
     const auto* const grad = static_cast<const Grad*>(tensor.grad);
     auto* const momentum = static_cast<Momentum*>(tensor.momentum);
+    auto* const residual = reinterpret_cast<Byte*>(tensor.residual);
     float* const scales = tensor.scales;
     const int64_t cols = tensor.cols;
     const int64_t row_blocks = blocks_per_row(cols, block_size);
@@ -178,7 +180,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     const bool flat = tensor.rows == 1 || cols % block_size == 0;  // block b starts at element b * block_size
     const int64_t run = flat ? tensor.rows * cols : cols;          // elements from one short block to the next
     const bool vector = (tensor.rows == 1 || cols % kPerLane == 0) && aligned(param, 16) && aligned(grad, 16) &&
-                        aligned(momentum, quantized ? 8 : 16);
+                        aligned(momentum, quantized ? 8 : 16) && (rounding != kCompensated || aligned(residual, 8));
     RandomKey key = random_key(tensor.seed, tensor.step);
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+r"(key.low), "+r"(key.high));  // or the compiler computes it anew in every pass
@@ -206,11 +208,14 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         Octet<Param> params;
         Octet<Grad> grads;
         Octet<Momentum> momenta;
+        Octet<Byte> residuals;
         if (whole) {
+            if constexpr (rounding == kCompensated) residuals.load_whole(residual + offset);
             momenta.load_whole(momentum + offset);
             params.load_whole(param + offset);
             grads.load_whole(grad + offset);
         } else {
+            if constexpr (rounding == kCompensated) residuals.load_part(residual + offset, count, 0);
             momenta.load_part(momentum + offset, count, quantized ? uint32_t(kZeroCode & 0xff) : 0);
             params.load_part(param + offset, count, 0);
             grads.load_part(grad + offset, count, 0);
@@ -228,7 +233,12 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         const auto step = [&](auto trusted) {
 #pragma unroll
             for (int32_t i = 0; i < kPerLane; ++i) {
-                p[i] = to_float<param_dtype>(params.get(i));
+                if constexpr (rounding == kCompensated) {
+                    const auto signed_residual = static_cast<int32_t>(static_cast<int8_t>(residuals.get(i)));
+                    p[i] = from_compensated<float>(params.get(i) & 0xffffu, static_cast<uint32_t>(signed_residual));
+                } else {
+                    p[i] = to_float<param_dtype>(params.get(i));
+                }
                 if constexpr (quantized) {
                     m[i] = decode(static_cast<float>(static_cast<int8_t>(momenta.get(i))), codec);
                 } else {
@@ -249,6 +259,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         }
 
         Octet<Param> moved;
+        Octet<Byte> moved_residuals = {};
         if constexpr (param_dtype == kFloat32) {
 #pragma unroll
             for (int32_t i = 0; i < kPerLane; ++i) moved.words[i] = bit_cast<uint32_t>(p[i]);
@@ -261,10 +272,20 @@ LION8BIT_FN void update_tile(const Launch& launch) {
                 for (uint32_t i = 0; i < kPerLane / 2; ++i) random[i] = random_word(word_key, first_pair + i);
             }
             const auto pack_all = [&](auto number) {
+                constexpr bool number_ = decltype(number)::value;
+                if constexpr (rounding == kCompensated) {
+                    moved = {};
 #pragma unroll
-                for (int32_t i = 0; i < kPerLane; i += 2) {
-                    moved.words[i / 2] =
-                        pack<param_dtype, rounding, decltype(number)::value>(p[i], p[i + 1], random[i / 2]);
+                    for (int32_t i = 0; i < kPerLane; ++i) {
+                        const uint32_t rounded = to_24_bits<number_>(p[i]);
+                        moved.put(i, bfloat16_part(rounded));
+                        moved_residuals.put(i, residual_part(rounded) & 0xffu);
+                    }
+                } else {
+#pragma unroll
+                    for (int32_t i = 0; i < kPerLane; i += 2) {
+                        moved.words[i / 2] = pack<param_dtype, rounding, number_>(p[i], p[i + 1], random[i / 2]);
+                    }
                 }
             };
             bool numbers = true;  // one branch instead of a choice for each element
@@ -278,8 +299,10 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         }
         if (whole) {
             moved.store_whole(param + offset);
+            if constexpr (rounding == kCompensated) moved_residuals.store_whole(residual + offset);
         } else {
             moved.store_part(param + offset, count);
+            if constexpr (rounding == kCompensated) moved_residuals.store_part(residual + offset, count);
         }
 
         Octet<Momentum> stored = {};

@@ -12,7 +12,7 @@ import torch
 
 from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols
 
-STATE_TENSORS = ("codes", "scales", "momentum")
+STATE_TENSORS = ("codes", "scales", "momentum", "residual")
 
 
 @dataclass(slots=True)
@@ -22,6 +22,7 @@ class Entry:
     param: torch.Tensor  # fp32, bf16 or fp16
     momentum: torch.Tensor  # int8 codes, or fp32 where scales is None
     scales: torch.Tensor | None  # [rows, blocks_per_row] fp32
+    residual: torch.Tensor | None  # int8, below a compensated bf16 parameter
     order: tuple[int, ...]  # memory order of the dimensions
     rows: int
     cols: int
@@ -49,14 +50,16 @@ def make_entry(
     order, (rows, cols) = check_state(state, param, block_size)
     scales: torch.Tensor | None = state.get("scales")
     momentum: torch.Tensor = state["momentum"] if scales is None else state["codes"]
-    if momentum.device != param.device or (scales is not None and scales.device != param.device):
-        raise RuntimeError(f"state must be on the parameter's device {param.device}, got {momentum.device}")
+    for name in state.keys() & STATE_TENSORS:
+        if state[name].device != param.device:
+            raise RuntimeError(f"state must be on the parameter's device {param.device}, got {state[name].device}")
     if scales is not None and not scales.is_contiguous():
         raise ValueError(f"scales must be contiguous, got strides {scales.stride()}")
     entry = Entry(
         param=_in_order(param, order, momentum),
         momentum=momentum,
         scales=scales,
+        residual=state.get("residual"),
         order=order,
         rows=rows,
         cols=cols,
@@ -77,7 +80,7 @@ def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> 
     Raises:
         ValueError: it does not; the message says what differs.
     """
-    names = state.keys() & STATE_TENSORS
+    names = state.keys() & {*STATE_TENSORS} - {"residual"}
     if names not in ({"codes", "scales"}, {"momentum"}) or "step" not in state:
         raise ValueError(f"state must hold step with codes and scales, or with momentum; got {sorted(state)}")
     name, dtype = ("codes", torch.int8) if "codes" in state else ("momentum", torch.float32)
@@ -87,6 +90,16 @@ def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> 
         got = f"{momentum.dtype} of shape {tuple(momentum.shape)}"
         raise ValueError(f"{name} must be a dense {dtype} tensor of shape {tuple(param.shape)}, got {got}")
     rows, cols = rows_and_cols([param.shape[dim] for dim in order])
+    if "residual" in state:
+        residual = state["residual"]
+        if residual.dtype != torch.int8 or residual.shape != param.shape or memory_order(residual) != order:
+            got = f"{residual.dtype} of shape {tuple(residual.shape)} with strides {residual.stride()}"
+            raise ValueError(f"residual must be an int8 tensor with the shape and memory order of {name}, got {got}")
+        if param.dtype != torch.bfloat16:
+            raise ValueError(
+                f"residual must belong to a bfloat16 parameter, got {param.dtype}; "
+                "delete it from the state, and take the weights from `fp32_weights` of the optimizer that saved it"
+            )
     if "scales" in state:
         shape, scales = (rows, blocks_per_row(cols, block_size)), state["scales"]
         if scales.dtype != torch.float32 or tuple(scales.shape) != shape:
@@ -137,6 +150,7 @@ class Batch:
         self.grads = list(grads)  # let go of by `finish`, so that zero_grad frees them
         self.identity = identity
         self.states = [entry.state for entry in self.entries]
+        self._compensated = [entry.state for entry in self.entries if entry.residual is not None]
         self.table = (Tensor * len(self.entries))()
         self.cuda_cache: dict[Any, Any] = {}
         self._columns = None
@@ -147,6 +161,7 @@ class Batch:
             row.grad = grad.data_ptr()
             row.momentum = entry.momentum.data_ptr()
             row.scales = 0 if entry.scales is None else entry.scales.data_ptr()
+            row.residual = 0 if entry.residual is None else entry.residual.data_ptr()
             row.rows, row.cols = entry.rows, entry.cols
             row.seed, row.step, row.hyper = entry.seed, entry.state["step"], entry.hyper
             row.param_dtype, row.grad_dtype = DTYPES[entry.param.dtype], DTYPES[grad.dtype]
@@ -192,6 +207,7 @@ class Batch:
         entries = self.entries
         momenta = [state.get("codes", state.get("momentum")) for state in self.states]
         scales = [state.get("scales") for state in self.states]
+        scales += [state.get("residual") for state in self._compensated]
         return [
             [entry.param.data_ptr() for entry in entries],
             [entry.param.numel() for entry in entries],

@@ -12,11 +12,12 @@ BLOCK_SIZES = (64, 128, 256)
 ZERO_CODE = -128  # the code of an exact zero
 
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-WEIGHT_ROUNDING: dict[str, int] = {"nearest": 0, "stochastic": 1}
+WEIGHT_ROUNDING: dict[str, int] = {"nearest": 0, "stochastic": 1, "compensated": 2}
 
 MAXIMIZE = 1
 COUPLED_DECAY = 2
 CAUTIOUS = 4
+UNSCALE = 8
 
 
 class Hyper(ctypes.Structure):
@@ -32,6 +33,7 @@ class Hyper(ctypes.Structure):
     one_minus_blend: float
     beta: float
     one_minus_beta: float
+    unscale: float
     flags: int
     block_size: int
     weight_rounding: int
@@ -44,6 +46,7 @@ class Hyper(ctypes.Structure):
         ("one_minus_blend", ctypes.c_float),
         ("beta", ctypes.c_float),
         ("one_minus_beta", ctypes.c_float),
+        ("unscale", ctypes.c_float),
         ("flags", ctypes.c_uint32),
         ("block_size", ctypes.c_int32),
         ("weight_rounding", ctypes.c_int32),
@@ -95,6 +98,7 @@ class Tensor(ctypes.Structure):
     grad: int
     momentum: int
     scales: int
+    residual: int
     rows: int
     cols: int
     first_block: int
@@ -103,22 +107,21 @@ class Tensor(ctypes.Structure):
     param_dtype: int
     grad_dtype: int
     hyper: int
-    reserved: int
 
     _fields_ = [
         ("param", ctypes.c_void_p),
         ("grad", ctypes.c_void_p),
         ("momentum", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("cols", ctypes.c_int64),
         ("first_block", ctypes.c_int64),
         ("seed", ctypes.c_uint32),
         ("step", ctypes.c_uint32),
-        ("param_dtype", ctypes.c_int32),
-        ("grad_dtype", ctypes.c_int32),
+        ("param_dtype", ctypes.c_int16),
+        ("grad_dtype", ctypes.c_int16),
         ("hyper", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
     ]
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lion8bit.backend import update_
 from lion8bit.batch import STATE_TENSORS, Batch, Entry, check_state, hyper_array, make_entry
 from lion8bit.layout import (
     DTYPES,
     FORMAT_VERSION,
+    WEIGHT_ROUNDING,
     ZERO_CODE,
     Hyper,
     blocks_per_row,
@@ -21,7 +22,14 @@ from lion8bit.layout import (
     memory_order,
     rows_and_cols,
 )
-from lion8bit.reference import check_block_size, dequantize, to_bfloat16, to_float16
+from lion8bit.reference import (
+    check_block_size,
+    dequantize,
+    from_compensated,
+    to_bfloat16,
+    to_compensated,
+    to_float16,
+)
 
 _LATER = {
     "capturable": "reading lr from the device inside a CUDA graph is not implemented yet; leave it False",
@@ -54,7 +62,8 @@ class Lion8bit(torch.optim.Optimizer):
         min_8bit_size: parameters with fewer elements keep fp32 momentum.
         optim_bits: 8, or 32 for fp32 momentum.
         weight_rounding: how the new value of a 16-bit parameter is rounded: "stochastic" (unbiased, reproducible),
-            "nearest", or "auto", which is stochastic. fp32 parameters are not rounded.
+            "nearest", or "auto", which is stochastic. "compensated" keeps the next 8 bits of a bf16 parameter in an
+            int8 state tensor, ``residual``, and so trains 24-bit weights. fp32 parameters are not rounded.
         momentum_first: take the gradient into the momentum before the update is formed from it,
             ``m = beta1*m + (1-beta1)*g; update = sign(beta2*m + (1-beta2)*g)``.
         decoupled_weight_decay: False adds ``weight_decay*p`` to the gradient instead of shrinking p.
@@ -124,12 +133,14 @@ class Lion8bit(torch.optim.Optimizer):
         if group["decouple_lr"]:
             group.setdefault("initial_lr", float(group["lr"]))  # before a warm-up changes it
         for i, param in enumerate(group["params"]):
-            if param.dtype not in DTYPES:
+            try:
+                if param.dtype not in DTYPES:
+                    raise TypeError(f"parameters must be float32, bfloat16 or float16, got {param.dtype}")
+                _is_compensated(param, group)
+            except (TypeError, ValueError) as error:
                 self.param_groups.pop()
-                raise TypeError(
-                    f"parameters must be float32, bfloat16 or float16, got {param.dtype} "
-                    f"(parameter {i} of group {len(self.param_groups)}, shape {tuple(param.shape)})"
-                )
+                where = f"(parameter {i} of group {len(self.param_groups)}, shape {tuple(param.shape)})"
+                raise type(error)(f"{error} {where}") from None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -214,7 +225,8 @@ class Lion8bit(torch.optim.Optimizer):
         return batch
 
     def _identity(self, params: Sequence[Tensor], owners: Sequence[int], hypers: Sequence[Hyper]) -> list[int]:
-        return [*map(id, params), *owners, *map(id, self.state.values()), *[hyper.block_size for hyper in hypers]]
+        options = [option for hyper in hypers for option in (hyper.block_size, hyper.weight_rounding)]
+        return [*map(id, params), *owners, *map(id, self.state.values()), *options]
 
     def _build(
         self, device: torch.device, params: Sequence[Tensor], owners: Sequence[int], hypers: Sequence[Hyper]
@@ -227,8 +239,8 @@ class Lion8bit(torch.optim.Optimizer):
             try:
                 if hasattr(param, "device_mesh"):
                     raise NotImplementedError("DTensor parameters are not implemented yet; use plain tensors")
-                if not state:
-                    state = _new_state(param, self.param_groups[owner])
+                group = self.param_groups[owner]
+                state = _with_residual(state or _new_state(param, group), param, group)
                 assert param.grad is not None
                 entry, grad = make_entry(
                     param,
@@ -284,22 +296,73 @@ class Lion8bit(torch.optim.Optimizer):
     def frozen_fraction(self) -> float:
         """Share of the weights that an update of ±lr cannot move, because rounding brings them back; in [0, 1].
 
-        Weights rounded stochastically move in expectation, and count as frozen only where fp32 itself cannot move them.
+        Weights rounded stochastically move in expectation, and count as frozen only where fp32 itself cannot move them;
+        compensated weights, only where 24 bits cannot.
         """
         frozen, total = 0, 0
         for group in self.param_groups:
             lr = float(group["lr"])
             for param in group["params"]:
-                nearest = group["weight_rounding"] == "nearest"
-                for piece in param.detach().reshape(-1).split(1 << 22):
-                    value = piece.float()
-                    up, down = value + lr, value - lr
-                    if nearest and param.dtype != torch.float32:
-                        narrow = to_bfloat16 if param.dtype == torch.bfloat16 else to_float16
-                        up, down = narrow(up, None).float(), narrow(down, None).float()
-                    frozen += int(((up == value) & (down == value)).sum())
-                    total += piece.numel()
+                flat, residual = param.detach().reshape(-1), self.state.get(param, {}).get("residual")
+                below = None if residual is None else residual.reshape(-1)
+                for start in range(0, flat.numel(), _PIECE):
+                    piece = slice(start, start + _PIECE)
+                    value = _fp32(flat[piece], None if below is None else below[piece])
+                    moved = [_rounded(value + step, param.dtype, group["weight_rounding"]) for step in (lr, -lr)]
+                    frozen += int(((moved[0] == value) & (moved[1] == value)).sum())
+                total += flat.numel()
         return frozen / total if total else 0.0
+
+    @torch.no_grad()
+    def fp32_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """``model.state_dict()`` with its 16-bit parameters in fp32, the residual taken in where there is one.
+
+        An fp32 copy of the model loads it; `load_fp32_weights` takes it back.
+
+        Args:
+            model: the module that this optimizer's parameters belong to.
+
+        Returns:
+            The names of ``model.state_dict()``; its values, but fp32 copies for 16-bit parameters.
+        """
+        weights = model.state_dict()
+        for name, param in model.named_parameters(remove_duplicate=False):
+            if param.dtype in DTYPES and param.dtype != torch.float32:
+                weights[name] = _fp32(param.detach(), self.state.get(param, {}).get("residual"))
+        return weights
+
+    @torch.no_grad()
+    def load_fp32_weights(self, model: nn.Module, weights: Mapping[str, Any]) -> None:
+        """Loads what `fp32_weights` returned, or the ``state_dict()`` of an fp32 model, in place.
+
+        A compensated parameter takes 24 bits of its weights, another one what its dtype holds, to nearest.
+
+        Args:
+            model: the module that this optimizer's parameters belong to.
+            weights: a value for each name of ``model.state_dict()``.
+
+        Raises:
+            ValueError: names or shapes differ from the model's; nothing has changed.
+        """
+        present = model.state_dict()
+        if present.keys() != weights.keys():
+            missing, unknown = sorted(present.keys() - weights.keys()), sorted(weights.keys() - present.keys())
+            raise ValueError(f"weights must have the names of model.state_dict(), got {unknown} and lack {missing}")
+        for name, value in present.items():
+            if isinstance(value, Tensor) and getattr(weights[name], "shape", None) != value.shape:
+                got = getattr(weights[name], "shape", type(weights[name]).__name__)
+                raise ValueError(f"weights[{name!r}] must have the shape {tuple(value.shape)}, got {got}")
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        rounded = dict(weights)
+        residuals: dict[Tensor, Tensor] = {}
+        for name, param in model.named_parameters(remove_duplicate=False):
+            if param.requires_grad and param in groups and _is_compensated(param, groups[param]):
+                rounded[name], residuals[param] = to_compensated(weights[name].to(param.device, torch.float32))
+        model.load_state_dict(rounded)
+        for owner, residual in residuals.items():
+            state = self.state.get(owner) or _new_state(owner, groups[owner])
+            self.state[owner] = state = _with_residual(state, owner, groups[owner])
+            state["residual"].copy_(residual)
 
     def memory_report(self) -> dict[str, float]:
         """Bytes held for the parameters that this optimizer steps.
@@ -373,6 +436,9 @@ class Lion8bit(torch.optim.Optimizer):
                 hook.remove()
 
 
+_PIECE = 1 << 22  # elements at a time where a parameter is looked at in fp32
+
+
 def _hyper(group: dict[str, Any]) -> Hyper:
     _check_options(group)  # anyone may write to a group, and the kernels trust what they are given
     lr = float(group["lr"])
@@ -399,6 +465,41 @@ def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     rows, cols = rows_and_cols([param.shape[dim] for dim in order])
     scales = torch.zeros(rows, blocks_per_row(cols, group["block_size"]), dtype=torch.float32, device=param.device)
     return {"step": 0, "codes": codes, "scales": scales}
+
+
+def _is_compensated(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the parameter has a residual in this group: a bf16 one does, an fp32 one needs none."""
+    compensated: bool = group["weight_rounding"] == "compensated"
+    if compensated and param.dtype == torch.float16:
+        raise ValueError(
+            "weight_rounding must be 'auto', 'stochastic' or 'nearest' for float16 parameters, got 'compensated'; "
+            "use bfloat16 parameters, or a group of their own"
+        )
+    return compensated and param.dtype == torch.bfloat16
+
+
+def _with_residual(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    """The state with a residual where the group's option asks for one, at first 0, and without one elsewhere."""
+    compensated = _is_compensated(param, group)
+    if compensated == ("residual" in state):
+        return state
+    if compensated:
+        like = state["codes"] if "codes" in state else state["momentum"]  # and the momentum's order in memory
+        return {**state, "residual": torch.zeros_like(like, dtype=torch.int8)}
+    return {name: value for name, value in state.items() if name != "residual"}
+
+
+def _fp32(param: Tensor, residual: Tensor | None) -> Tensor:
+    return param.float() if residual is None else from_compensated(param, residual)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, weight_rounding: str) -> Tensor:
+    """What a parameter of this dtype keeps of its fp32 value; all of it in expectation where rounding is stochastic."""
+    if dtype == torch.float32 or weight_rounding in ("auto", "stochastic"):
+        return x
+    if weight_rounding == "compensated":
+        return from_compensated(*to_compensated(x))
+    return (to_bfloat16 if dtype == torch.bfloat16 else to_float16)(x, None).float()
 
 
 def _nbytes(tensor: Tensor | None) -> int:
@@ -429,10 +530,8 @@ def _check_options(options: dict[str, Any]) -> None:
     if options["optim_bits"] not in (8, 32):
         raise ValueError(f"optim_bits must be 8 or 32, got {options['optim_bits']!r}")
     rounding = options["weight_rounding"]
-    if rounding == "compensated":
-        raise NotImplementedError("weight_rounding='compensated' is not implemented yet; use 'stochastic'")
-    if rounding not in ("auto", "stochastic", "nearest"):
-        raise ValueError(f"weight_rounding must be 'auto', 'stochastic' or 'nearest', got {rounding!r}")
+    if rounding not in ("auto", *WEIGHT_ROUNDING):
+        raise ValueError(f"weight_rounding must be 'auto' or one of {(*WEIGHT_ROUNDING,)}, got {rounding!r}")
     for name, message in _LATER.items():
         if options[name]:
             raise NotImplementedError(f"{name}=True: {message}")

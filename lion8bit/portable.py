@@ -34,6 +34,7 @@ def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor) ->
     for entry, grad_of_entry, row in zip(batch.entries, batch.grads, batch.table, strict=True):
         hyper = hypers[entry.hyper]
         param, grad, momentum = (as_rows(t, entry.order) for t in (entry.param, grad_of_entry, entry.momentum))
+        residual = None if entry.residual is None else as_rows(entry.residual, entry.order)
         per_row = blocks_per_row(entry.cols, hyper.block_size)
         for vertical, horizontal in pieces(entry.rows, entry.cols, hyper.block_size):
             first = horizontal.start // hyper.block_size
@@ -44,6 +45,7 @@ def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor) ->
                 momentum[vertical, horizontal],
                 None if entry.scales is None else entry.scales[vertical, blocks],
                 hyper,
+                residual=None if residual is None else residual[vertical, horizontal],
                 seed=row.seed,
                 step=row.step,
                 first_block=row.first_block + vertical.start * per_row + first,

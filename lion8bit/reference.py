@@ -20,6 +20,7 @@ from lion8bit.layout import (
     CAUTIOUS,
     COUPLED_DECAY,
     MAXIMIZE,
+    UNSCALE,
     WEIGHT_ROUNDING,
     ZERO_CODE,
     Hyper,
@@ -188,6 +189,37 @@ def to_float16(x: Tensor, random: Tensor | None) -> Tensor:
     return _from_pattern(result | ((pattern >> 16) & 0x8000), torch.float16)
 
 
+def from_compensated(param: Tensor, residual: Tensor) -> Tensor:
+    """The weights that a bf16 parameter and its residual stand for: ``bits = (bf16 bits << 16) + (residual << 8)``.
+
+    Zero, infinity and NaN have no residual: there it is not read.
+
+    Args:
+        param: bf16.
+        residual: int8, the same shape.
+
+    Returns:
+        fp32, whose low 8 mantissa bits are 0.
+    """
+    pattern = param.view(torch.int16).int()
+    size = pattern & 0x7FFF
+    below = torch.where((size > 0) & (size < 0x7F80), residual.int() << 8, 0)
+    return ((pattern << 16) + below).view(torch.float32)
+
+
+def to_compensated(x: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 -> 24 bits, to nearest even, split into a bf16 parameter and its residual: inverse of `from_compensated`.
+
+    The parameter alone is a nearest bf16 number (of two the larger in magnitude), which leaves the residual in
+    [-128, 127]. A number that is too large for it is infinite, one below 2^-134 is 0, NaN is 0x7fc0 with residual 0.
+    """
+    pattern = x.view(torch.int32).long() & _MASK32
+    rounded = pattern + ((pattern >> 8) & 1) + 0x7F
+    rounded = torch.where((pattern & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, rounded)
+    residual = ((rounded >> 8) + 0x80 & 0xFF) - 0x80
+    return _from_pattern((rounded + 0x8000) >> 16, torch.bfloat16), residual.to(torch.int8)
+
+
 def _from_pattern(pattern: Tensor, dtype: torch.dtype) -> Tensor:
     signed = torch.where(pattern >= 0x8000, pattern - 0x10000, pattern)
     return signed.to(torch.int16).view(dtype)
@@ -203,6 +235,7 @@ def lion_step_(
     scales: Tensor | None,
     hyper: Hyper,
     *,
+    residual: Tensor | None = None,
     seed: int = 0,
     step: int = 1,
     first_block: int = 0,
@@ -210,7 +243,7 @@ def lion_step_(
 ) -> Tensor:
     """One Lion step in place on rows of a parameter::
 
-        g    = grad, negated with maximize, plus weight_decay*param where decay is coupled
+        g    = grad, times unscale, negated with maximize, plus weight_decay*param where decay is coupled
         c    = blend*m + (1-blend)*g
         p   <- p*decay - lr*sign(c)
         m   <- beta*m + (1-beta)*g
@@ -224,14 +257,17 @@ def lion_step_(
         momentum: [rows, cols] int8 codes, or fp32 where ``scales`` is None; updated in place.
         scales: [rows, blocks_per_row] fp32 or None; updated in place.
         hyper: the group's constants.
+        residual: [rows, cols] int8, what compensated weights hold below a bf16 ``param``; updated in place.
         seed, step, first_block: what stochastic rounding is a function of, see `random_bits`.
         row_blocks: blocks from one row to the next in the whole parameter, where these rows are a part of it.
 
     Returns:
         The number of elements skipped, a 0-dim int64 tensor.
     """
-    p, g = param.float(), grad.float()
+    p, g = param.float() if residual is None else from_compensated(param, residual), grad.float()
     m = momentum if scales is None else decode(momentum, scales, hyper.block_size)
+    if hyper.flags & UNSCALE:
+        g = g * hyper.unscale
     if hyper.flags & MAXIMIZE:
         g = -g
     if hyper.flags & COUPLED_DECAY:
@@ -248,6 +284,9 @@ def lion_step_(
 
     if param.dtype == torch.float32:
         param.copy_(moved)
+    elif residual is not None:
+        for part, value in zip((param, residual), to_compensated(moved)):
+            part.copy_(value)
     else:
         random = None
         if hyper.weight_rounding == _STOCHASTIC:

@@ -40,6 +40,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def roundings(param_dtype: torch.dtype) -> tuple[str, ...]:
+    """Those that make a difference to a parameter of this dtype."""
+    if param_dtype == torch.float32:
+        return ("nearest",)
+    return ("nearest", "stochastic", "compensated") if param_dtype == torch.bfloat16 else ("nearest", "stochastic")
+
+
 def assert_same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
     """Fails unless both tensors have equal bits, naming the first differing element and both values."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, what
@@ -75,9 +82,21 @@ def make_gradient(shape: tuple[int, int], dtype: torch.dtype, generator: torch.G
 class RowsState:
     """A [rows, cols] parameter with its state, steppable by the reference, or by a kernel through `descriptor`."""
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, block_size: int, quantized: bool, seed: int) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        block_size: int,
+        quantized: bool,
+        seed: int,
+        rounding: str = "",
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.param = (torch.randn(shape, generator=generator) * 0.02).to(dtype)
+        self.residual: torch.Tensor | None = None
+        if rounding == "compensated" and dtype == torch.bfloat16:
+            self.residual = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+            self.param[self.residual % 16 == 0] = 0.0  # where it must not be read
         self.scales: torch.Tensor | None = None
         if quantized:
             codes, self.scales = reference.encode(torch.zeros(shape), block_size)
@@ -87,11 +106,13 @@ class RowsState:
         self.seed = seed
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        named = {"param": self.param, "momentum": self.momentum}
-        return named if self.scales is None else {**named, "scales": self.scales}
+        named = {"param": self.param, "momentum": self.momentum, "scales": self.scales, "residual": self.residual}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def reference_step(self, grad: torch.Tensor, hyper: Hyper, step: int) -> int:
-        skipped = reference.lion_step_(self.param, grad, self.momentum, self.scales, hyper, seed=self.seed, step=step)
+        skipped = reference.lion_step_(
+            self.param, grad, self.momentum, self.scales, hyper, residual=self.residual, seed=self.seed, step=step
+        )
         return int(skipped)
 
     def descriptor(self, grad: torch.Tensor, step: int, hyper: int = 0) -> Tensor:
@@ -100,6 +121,7 @@ class RowsState:
             grad=grad.data_ptr(),
             momentum=self.momentum.data_ptr(),
             scales=0 if self.scales is None else self.scales.data_ptr(),
+            residual=0 if self.residual is None else self.residual.data_ptr(),
             rows=self.param.shape[0],
             cols=self.param.shape[1],
             seed=self.seed,

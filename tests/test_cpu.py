@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from cases import OPTIONS, PARAM_DTYPES, SHAPES, RowsState, assert_same, hyper_for, make_gradient
+from cases import OPTIONS, PARAM_DTYPES, SHAPES, RowsState, assert_same, hyper_for, make_gradient, roundings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,8 +41,7 @@ def check(shape: tuple[int, int], param_dtype: torch.dtype, grad_dtype: torch.dt
           option: str, rounding: str, quantized: bool, kernel: str, threads: int = 1, steps: int = 3, seed: int = 0,
           lr: float = 1e-3, bad: bool = True) -> None:  # fmt: skip
     hyper = hyper_for(option, block_size, rounding, lr)
-    ours = RowsState(shape, param_dtype, block_size, quantized, seed)
-    expected = RowsState(shape, param_dtype, block_size, quantized, seed)
+    ours, expected = (RowsState(shape, param_dtype, block_size, quantized, seed, rounding) for _ in range(2))
     generator = torch.Generator().manual_seed(seed)
     for step in range(1, steps + 1):
         grad = make_gradient(shape, grad_dtype, generator, bad)
@@ -59,8 +58,7 @@ def check(shape: tuple[int, int], param_dtype: torch.dtype, grad_dtype: torch.dt
 def test_kernel_equals_reference(
     kernel: str, quantized: bool, param_dtype: torch.dtype, grad_dtype: torch.dtype
 ) -> None:
-    roundings = ["nearest"] if param_dtype == torch.float32 else list(WEIGHT_ROUNDING)
-    cases = itertools.product(SHAPES, BLOCK_SIZES if quantized else [128], roundings)
+    cases = itertools.product(SHAPES, BLOCK_SIZES if quantized else [128], roundings(param_dtype))
     options = itertools.cycle(OPTIONS)  # every option meets every shape over the parametrised runs
     for seed, (shape, block_size, rounding) in enumerate(cases):
         check(
@@ -80,7 +78,11 @@ def test_kernel_equals_reference(
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_equal_reference(kernel: str, option: str) -> None:
-    for param_dtype, rounding in [(torch.float32, "nearest"), (torch.bfloat16, "stochastic")]:
+    for param_dtype, rounding in [
+        (torch.float32, "nearest"),
+        (torch.bfloat16, "stochastic"),
+        (torch.bfloat16, "compensated"),
+    ]:
         check((5, 300), param_dtype, param_dtype, 128, option=option, rounding=rounding, quantized=True,
               kernel=kernel, steps=6)  # fmt: skip
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OPTIONS, PARAM_DTYPES, SHAPES, RowsState, assert_same, hyper_for, make_gradient
+from cases import OPTIONS, PARAM_DTYPES, SHAPES, RowsState, assert_same, hyper_for, make_gradient, roundings
 
 from lion8bit import Lion8bit, cuda, reference
 from lion8bit.batch import hyper_array
@@ -118,14 +118,17 @@ class Pair:
     def __init__(
         self, shape: tuple[int, int], param_dtype: torch.dtype, grad_dtype: torch.dtype, block_size: int, *,
         quantized: bool = True, hyper: int = 0, seed: int = 0, shifts: tuple[int, int, int] = (0, 0, 0),
-        device: str = "cpu", bad: bool = True,
+        device: str = "cpu", bad: bool = True, rounding: str = "",
     ) -> None:  # fmt: skip
-        self.expected = RowsState(shape, param_dtype, block_size, quantized, seed)
-        self.actual = RowsState(shape, param_dtype, block_size, quantized, seed)
+        self.expected, self.actual = (
+            RowsState(shape, param_dtype, block_size, quantized, seed, rounding) for _ in range(2)
+        )
         self.actual.param = shifted(self.actual.param.to(device), shifts[0])
         self.actual.momentum = shifted(self.actual.momentum.to(device), shifts[1])
         if self.actual.scales is not None:
             self.actual.scales = self.actual.scales.to(device)
+        if self.actual.residual is not None:
+            self.actual.residual = shifted(self.actual.residual.to(device), shifts[1])
         self.grad_dtype, self.grad_shift, self.hyper, self.bad = grad_dtype, shifts[2], hyper, bad
         self.generator = torch.Generator().manual_seed(seed + 1)
         self.device, self.steps, self.skipped = device, 0, 0
@@ -169,18 +172,16 @@ SHIFTS = (ALIGNED, BY_ONE, (1, 0, 0), (0, 1, 0), (0, 0, 1), (8, 8, 8))
 LONG_SHAPES = (*SHAPES, (1, 2048), (1, 6007), (5, 2 * 256 + 24), (300, 12), (33, 136))
 
 
-def many_pairs(param_dtype: torch.dtype, grad_dtype: torch.dtype, block_size: int, device: str = "cpu") -> list[Pair]:
+def many_pairs(
+    param_dtype: torch.dtype, grad_dtype: torch.dtype, block_size: int, rounding: str = "", device: str = "cpu"
+) -> list[Pair]:
     """Every shape, quantized and not, with pointers aligned in every way, for two hypers."""
     shifts = itertools.cycle(SHIFTS)
     return [
         Pair(shape, param_dtype, grad_dtype, block_size, quantized=quantized, hyper=i % 2, seed=17 * i,
-             shifts=next(shifts), device=device)
+             shifts=next(shifts), rounding=rounding, device=device)
         for i, (shape, quantized) in enumerate(itertools.product(LONG_SHAPES, (True, True, False)))
     ]  # fmt: skip
-
-
-def roundings(param_dtype: torch.dtype) -> tuple[str, ...]:
-    return ("nearest",) if param_dtype == torch.float32 else ("nearest", "stochastic")
 
 
 COMBINATIONS = [
@@ -210,6 +211,7 @@ def test_nvrtc_compiles_for_every_architecture(arch: str) -> None:
         cuda.Kernel(0, 0, True, 64, 0, False, cuda.LARGE),
         cuda.Kernel(1, 1, True, 128, 0, False, cuda.LARGE),
         cuda.Kernel(1, 0, True, 256, 1, True, cuda.SMALL),
+        cuda.Kernel(1, 1, True, 128, 2, False, cuda.LARGE),
         cuda.Kernel(2, 2, False, 128, 1, False, cuda.SMALL),
     ):
         assert cuda.compile_kernel(kernel, arch)[:4] == (b"\x7fELF" if arch.startswith("sm") else b"//\n/")
@@ -292,23 +294,28 @@ def test_equals_reference(
     library: ctypes.CDLL, param_dtype: torch.dtype, grad_dtype: torch.dtype, rounding: str, block_size: int
 ) -> None:
     hypers = [hyper_for("plain", block_size, rounding), hyper_for("everything", block_size, rounding)]
-    run_steps(many_pairs(param_dtype, grad_dtype, block_size), hypers, on(Emulated(library)))
+    run_steps(many_pairs(param_dtype, grad_dtype, block_size, rounding), hypers, on(Emulated(library)))
 
 
 @needs_compiler
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_equals_reference(library: ctypes.CDLL, option: str) -> None:
-    for param_dtype, rounding in [(torch.float32, "nearest"), (torch.bfloat16, "stochastic")]:
-        pairs = [Pair((3, 1000), param_dtype, torch.float32, 128, quantized=quantized) for quantized in (True, False)]
+    for param_dtype, rounding in [
+        (torch.float32, "nearest"),
+        (torch.bfloat16, "stochastic"),
+        (torch.bfloat16, "compensated"),
+    ]:
+        pairs = [
+            Pair((3, 1000), param_dtype, torch.float32, 128, quantized=quantized, rounding=rounding)
+            for quantized in (True, False)
+        ]
         run_steps(pairs, [hyper_for(option, 128, rounding)], on(Emulated(library)), steps=6)
 
 
 @needs_compiler
-@pytest.mark.parametrize(("param_dtype", "grad_dtype", "rounding"), COMBINATIONS[::3])
-def test_parameters_that_are_not_finite(
-    library: ctypes.CDLL, param_dtype: torch.dtype, grad_dtype: torch.dtype, rounding: str
-) -> None:
-    pair, largest = Pair((3, 500), param_dtype, grad_dtype, 128), torch.finfo(param_dtype).max
+@pytest.mark.parametrize(("param_dtype", "rounding"), [(p, r) for p in PARAM_DTYPES for r in roundings(p)])
+def test_parameters_that_are_not_finite(library: ctypes.CDLL, param_dtype: torch.dtype, rounding: str) -> None:
+    pair, largest = Pair((3, 500), param_dtype, torch.float32, 128, rounding=rounding), torch.finfo(param_dtype).max
     for state in (pair.expected, pair.actual):
         state.param[0, ::7], state.param[1, ::7], state.param[2, ::7] = float("nan"), float("inf"), -largest
         state.param[2, 1::7] = torch.finfo(param_dtype).smallest_normal / 4
@@ -404,8 +411,8 @@ def test_one_call_takes_every_kind_of_tensor(library: ctypes.CDLL) -> None:
     pairs = []
     for i, (param, grad) in enumerate(itertools.islice(dtypes, 60)):
         hyper = i % len(hypers)
-        pair = Pair((2, 300), param, grad, hypers[hyper].block_size, quantized=i % 5 > 0, hyper=hyper, seed=i)
-        pairs.append(pair)
+        options = {"rounding": [*WEIGHT_ROUNDING][hypers[hyper].weight_rounding], "hyper": hyper, "seed": i}
+        pairs.append(Pair((2, 300), param, grad, hypers[hyper].block_size, quantized=i % 5 > 0, **options))
     run_steps(pairs, hypers, on(Emulated(library)))
 
 
@@ -550,7 +557,7 @@ def test_gpu_equals_reference(
     param_dtype: torch.dtype, grad_dtype: torch.dtype, rounding: str, block_size: int
 ) -> None:
     hypers = [hyper_for("plain", block_size, rounding), hyper_for("everything", block_size, rounding)]
-    run_steps(many_pairs(param_dtype, grad_dtype, block_size, "cuda"), hypers, cuda.update_)
+    run_steps(many_pairs(param_dtype, grad_dtype, block_size, rounding, "cuda"), hypers, cuda.update_)
 
 
 @needs_gpu

@@ -19,6 +19,7 @@ namespace {
 
 using emulator::Error;
 using lion8bit::kBfloat16;
+using lion8bit::kCompensated;
 using lion8bit::kFloat16;
 using lion8bit::kFloat32;
 
@@ -55,6 +56,11 @@ template <int32_t param, int32_t grad, bool quantized, int32_t block_size> Error
     if constexpr (param != kFloat32) {
         if (call.weight_rounding == lion8bit::kStochastic) {
             return with_rounding<param, grad, quantized, block_size, lion8bit::kStochastic>(call);
+        }
+    }
+    if constexpr (param == kBfloat16) {
+        if (call.weight_rounding == kCompensated) {
+            return with_rounding<param, grad, quantized, block_size, kCompensated>(call);
         }
     }
     return with_rounding<param, grad, quantized, block_size, lion8bit::kNearest>(call);

@@ -37,6 +37,7 @@ int32_t run_case(const Case& c, const std::string& fault) {
     Buffer param(count * param_bytes, c.shifted ? param_bytes : 0),
         grad(count * grad_bytes, c.shifted ? grad_bytes : 0);
     Buffer momentum(count * momentum_bytes, c.shifted ? momentum_bytes : 0), scales((blocks - short_by) * 4, 0);
+    Buffer residual(c.rounding == kCompensated ? count : 0, c.shifted ? 1 : 0);
     auto launch = std::make_unique<Small>();
     std::memset(static_cast<void*>(launch.get()), 0, sizeof(Small));
     unsigned long long nonfinite = 0;
@@ -48,13 +49,14 @@ int32_t run_case(const Case& c, const std::string& fault) {
     tensor.grad = fault == "unaligned" ? grad.data + 1 : grad.data;
     tensor.momentum = momentum.data;
     tensor.scales = c.quantized ? reinterpret_cast<float*>(scales.data) : nullptr;
+    tensor.residual = reinterpret_cast<int8_t*>(residual.data);
     tensor.rows = c.rows;
     tensor.cols = fault == "cols" ? c.cols + 1 : c.cols;
     tensor.seed = 7;
     tensor.step = 1;
     tensor.param_dtype = c.param_dtype;
     tensor.grad_dtype = c.grad_dtype;
-    launch->hypers[0] = {1e-3f, 1.0f, 0.0f, 0.9f, 0.1f, 0.99f, 0.01f, c.general ? 7u : 0u, kBlock, c.rounding};
+    launch->hypers[0] = {1e-3f, 1.0f, 0.0f, 0.9f, 0.1f, 0.99f, 0.01f, 0.5f, c.general ? 15u : 0u, kBlock, c.rounding};
     const int64_t tiles = (blocks * kBlock + 2047) / 2048;
     return emulate(c.param_dtype, c.grad_dtype, c.quantized, kBlock, c.rounding, c.general, 2, 0, tiles, launch.get());
 }
@@ -65,9 +67,11 @@ int main(int argc, char** argv) {
     const std::string fault = argc > 1 ? argv[1] : "";
     const int64_t shapes[][2] = {{1, 1}, {1, 127}, {1, 128}, {1, 129}, {3, 8}, {5, 17}, {2, 256}, {3, 200}, {1, 5000}};
     for (const auto& shape : shapes) {
-        for (int32_t bits = 0; bits < 64; ++bits) {
-            const Case c = {shape[0],      shape[1],      bits & 1,      bits >> 1 & 1,
-                            bits >> 2 & 1, bits >> 3 & 1, bits >> 4 & 1, (bits >> 5 & 1) != 0};
+        for (int32_t bits = 0; bits < 128; ++bits) {
+            const int32_t param_dtype = bits & 1, rounding = (bits >> 3 & 1) + (bits >> 6 & 1);
+            if (rounding == kCompensated && param_dtype != kBfloat16) continue;
+            const Case c = {shape[0],      shape[1], param_dtype,   bits >> 1 & 1,
+                            bits >> 2 & 1, rounding, bits >> 4 & 1, (bits >> 5 & 1) != 0};
             if (const int32_t error = run_case(c, fault)) {
                 std::printf("error %d\n", error);
                 return 1;
