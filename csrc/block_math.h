@@ -63,7 +63,7 @@ struct Hyper {
     float one_minus_blend;
     float beta;  // m <- beta * m + one_minus_beta * g
     float one_minus_beta;
-    float unscale;            // times the gradient, before all else (kUnscale)
+    float unscale;            // times the gradient, before all else: 1 without kUnscale
     uint32_t flags;           // Flag bits
     int32_t block_size;       // 64, 128 or 256
     int32_t weight_rounding;  // WeightRounding; parameters of 16 bits only, kCompensated of bf16 only
@@ -218,7 +218,7 @@ template <class F> LION8BIT_FN F decode(F code, const Codec& codec) {
 template <bool General, bool Trusted = false, class F>
 LION8BIT_FN auto lion_step(const Hyper& hyper, F& param, F& grad, F& momentum) {
     if constexpr (General) {
-        if (hyper.flags & kUnscale) grad = grad * hyper.unscale;
+        grad = grad * hyper.unscale;
         if (hyper.flags & kMaximize) grad = -grad;
         if (hyper.flags & kCoupledDecay) grad = grad + param * hyper.coupled_decay;
     }

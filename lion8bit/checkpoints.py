@@ -51,6 +51,7 @@ def convert_state_dict(state_dict: dict[str, Any], optimizer: Lion8bit) -> dict[
         if not theirs:
             continue
         ours = _new_state(param, group)
+        residual, saved_residual = ours.pop("residual", None), theirs.pop("residual", None)
         try:
             if "codes" in theirs and saved.get("format_version") != FORMAT_VERSION:
                 raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {saved.get('format_version')}")
@@ -62,6 +63,8 @@ def convert_state_dict(state_dict: dict[str, Any], optimizer: Lion8bit) -> dict[
                 _fill(ours, momentum, group["block_size"])
         except ValueError as error:
             raise ValueError(f"{error} (parameter {number}, shape {tuple(param.shape)})") from error
+        if residual is not None:
+            ours["residual"] = residual if saved_residual is None else saved_residual
         state[number] = ours
     groups = [_adopt(group, saved) for group, saved in zip(optimizer.param_groups, saved_groups, strict=True)]
     return {**state_dict, "state": state, "param_groups": groups}

@@ -85,6 +85,7 @@ def make_hyper(
         one_minus_blend=1.0 - blend,
         beta=beta,
         one_minus_beta=1.0 - beta,
+        unscale=1.0,
         flags=MAXIMIZE * maximize | COUPLED_DECAY * coupled | CAUTIOUS * cautious,
         block_size=block_size,
         weight_rounding=WEIGHT_ROUNDING[weight_rounding],

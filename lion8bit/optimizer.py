@@ -240,7 +240,7 @@ class Lion8bit(torch.optim.Optimizer):
                 if hasattr(param, "device_mesh"):
                     raise NotImplementedError("DTensor parameters are not implemented yet; use plain tensors")
                 group = self.param_groups[owner]
-                state = _with_residual(state or _new_state(param, group), param, group)
+                state = _with_residual(state, param, group) if state else _new_state(param, group)
                 assert param.grad is not None
                 entry, grad = make_entry(
                     param,
@@ -360,8 +360,8 @@ class Lion8bit(torch.optim.Optimizer):
                 rounded[name], residuals[param] = to_compensated(weights[name].to(param.device, torch.float32))
         model.load_state_dict(rounded)
         for owner, residual in residuals.items():
-            state = self.state.get(owner) or _new_state(owner, groups[owner])
-            self.state[owner] = state = _with_residual(state, owner, groups[owner])
+            state, group = self.state.get(owner), groups[owner]
+            self.state[owner] = state = _with_residual(state, owner, group) if state else _new_state(owner, group)
             state["residual"].copy_(residual)
 
     def memory_report(self) -> dict[str, float]:
@@ -458,13 +458,14 @@ def _hyper(group: dict[str, Any]) -> Hyper:
 
 def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     if group["optim_bits"] == 32 or param.numel() < group["min_8bit_size"]:
-        return {"step": 0, "momentum": torch.zeros_like(param, dtype=torch.float32, requires_grad=False)}
+        momentum = torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
+        return _with_residual({"step": 0, "momentum": momentum}, param, group)
     codes = torch.full_like(param, ZERO_CODE, dtype=torch.int8, requires_grad=False)
     order = memory_order(codes)
     assert order is not None  # full_like makes dense tensors
     rows, cols = rows_and_cols([param.shape[dim] for dim in order])
     scales = torch.zeros(rows, blocks_per_row(cols, group["block_size"]), dtype=torch.float32, device=param.device)
-    return {"step": 0, "codes": codes, "scales": scales}
+    return _with_residual({"step": 0, "codes": codes, "scales": scales}, param, group)
 
 
 def _is_compensated(param: Tensor, group: dict[str, Any]) -> bool:

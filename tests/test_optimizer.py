@@ -246,18 +246,20 @@ def test_zero_gradient_and_zero_lr_change_nothing() -> None:
         assert not optimizer.momentum(param).any()
 
 
-def test_weight_decay_moves_16_bit_weights_without_gradient() -> None:
+@pytest.mark.parametrize("lr", [1e-4, 1e-6])
+def test_weight_decay_moves_16_bit_weights_without_gradient(lr: float) -> None:
     """Decay far below half a unit in the last place acts in expectation, within 5 standard errors."""
     param = leaf(torch.full((400, 1000), 1.0).bfloat16())
-    optimizer = Lion8bit([param], lr=1e-4, weight_decay=0.1)
+    optimizer = Lion8bit([param], lr=lr, weight_decay=0.1)
     param.grad = torch.zeros_like(param)
     steps = 200
     for _ in range(steps):
         optimizer.step()
-    expected = (1 - 1e-5) ** steps
+    expected = float(torch.tensor(1 - lr * 0.1)) ** steps  # the factor is rounded to fp32
     standard_error = float(param.detach().double().std()) / param.numel() ** 0.5
     assert abs(float(param.detach().double().mean()) - expected) < 5 * standard_error
-    assert float((param != 1).double().mean()) > 0.1
+    assert float((param != 1).double().mean()) > 1000 * lr
+    assert 1 - expected > 40 * standard_error
 
 
 def test_nearest_freezes_where_stochastic_moves() -> None:
@@ -488,9 +490,7 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
         Lion8bit([{"params": [param], **options}])
 
 
-@pytest.mark.parametrize(
-    "options", [{"capturable": True}, {"fused": True}, {"is_paged": True}, {"weight_rounding": "compensated"}]
-)
+@pytest.mark.parametrize("options", [{"capturable": True}, {"fused": True}, {"is_paged": True}])
 def test_options_of_the_future_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(NotImplementedError, match="not implemented yet; "):
         Lion8bit([leaf(torch.randn(5))], **options)
@@ -805,7 +805,7 @@ def test_a_parameter_transposed_in_place_is_noticed() -> None:
         ("block_size", 512, ValueError),
         ("betas", (0.9, 1.5), ValueError),
         ("optim_bits", 4, ValueError),
-        ("weight_rounding", "compensated", NotImplementedError),
+        ("weight_rounding", "up", ValueError),
         ("fused", True, NotImplementedError),
     ],
 )
