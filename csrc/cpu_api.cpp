@@ -3,12 +3,7 @@
 #include <omp.h>
 
 #include "cpu_kernel.h"
-
-#if defined(_WIN32)
-#define LION8BIT_EXPORT extern "C" __declspec(dllexport)
-#else
-#define LION8BIT_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
+#include "export.h"
 
 namespace {
 

@@ -6,18 +6,21 @@ import ctypes
 import os
 from functools import cache
 from importlib import resources
+from typing import TYPE_CHECKING
 
 import torch
 
-from lion8bit.batch import Batch
 from lion8bit.layout import FORMAT_VERSION, Hyper
+
+if TYPE_CHECKING:
+    from lion8bit.batch import Batch
 
 KERNELS = ("baseline", "avx2", "avx512")  # in the order of kKernels in csrc/cpu_api.cpp
 ISA_VARIABLE = "LION8BIT_ISA"
 
 
 @cache
-def _library() -> ctypes.CDLL | str:
+def load_library() -> ctypes.CDLL | str:
     """The loaded library, or the reason why there is none."""
     name = "_cpu.dll" if os.name == "nt" else "_cpu.so"
     with resources.as_file(resources.files("lion8bit") / name) as path:
@@ -44,13 +47,13 @@ def _library() -> ctypes.CDLL | str:
 
 def unavailable_reason() -> str | None:
     """Why the native kernel cannot be used here, or None where it can."""
-    library = _library()
+    library = load_library()
     return library if isinstance(library, str) else None
 
 
 def available_kernels() -> tuple[str, ...]:
     """The instruction sets that this processor can run, the best last; empty without the native library."""
-    library = _library()
+    library = load_library()
     return () if isinstance(library, str) else KERNELS[: library.lion8bit_kernels()]
 
 
@@ -81,7 +84,7 @@ def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor) ->
     Raises:
         RuntimeError: the native library is not available.
     """
-    library = _library()
+    library = load_library()
     if isinstance(library, str):
         raise RuntimeError(f"the native CPU kernel is not available: {library}")
     skipped = library.lion8bit_update(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class Lion8bit(torch.optim.Optimizer):
             "is_paged": is_paged,
         }
         _check_options(defaults)
-        self._batches: dict[torch.device, Batch] = {}
+        self._plan: _Plan | None = None
         self._counters: dict[torch.device, Tensor] = {}
         super().__init__(params, defaults)
 
@@ -148,7 +149,7 @@ class Lion8bit(torch.optim.Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             group.setdefault("format_version", FORMAT_VERSION)
-        self._batches = {}
+        self._plan = None
         self.__dict__.setdefault("_counters", {})
 
     # ---- Stepping --------------------------------------------------------------------------------------------------
@@ -171,23 +172,17 @@ class Lion8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params: list[Tensor] = []
-        owners: list[int] = []
-        for index, group in enumerate(self.param_groups):
-            ready = [param for param in group["params"] if param.grad is not None]
-            params += ready
-            owners += [index] * len(ready)
+        params, grads, counts = _ready(self.param_groups)
         hypers = [_hyper(group) for group in self.param_groups]
-        devices = {param.device for param in params}
-        batches = []
-        for device in devices:
-            if len(devices) == 1:
-                here, owners_here = params, owners
-            else:
-                here = [param for param in params if param.device == device]
-                owners_here = [owner for param, owner in zip(params, owners, strict=True) if param.device == device]
-            batches.append(self._batch(device, here, owners_here, hypers))
-        self._run(batches, hypers)
+        key = (counts, [(hyper.block_size, hyper.weight_rounding) for hyper in hypers])
+        plan = self._plan
+        if plan is None or not plan.refresh(key, self.state.values(), params, grads):
+            self._plan = None
+            batches = self._build(params, counts, hypers)
+            plan = _Plan(key, self.state.values(), batches)
+            if all(batch.reusable for batch in plan.batches):
+                self._plan = plan
+        self._run(plan.batches, hypers)
         return loss
 
     @torch.no_grad()
@@ -199,7 +194,8 @@ class Lion8bit(torch.optim.Optimizer):
         if owner is None:
             raise ValueError("group must be one of this optimizer's param_groups")
         hypers = [_hyper(candidate) for candidate in self.param_groups]
-        self._run([self._build(param.device, [param], [owner], hypers)], hypers)
+        counts = [int(index == owner) for index in range(len(hypers))]
+        self._run(self._build([param], counts, hypers), hypers)
 
     def step_parameter(self, param: Tensor, group: dict[str, Any], index: int) -> None:
         """`step_param` with the parameter's index in its group, as some trainers call it."""
@@ -212,26 +208,10 @@ class Lion8bit(torch.optim.Optimizer):
             update_(batch, constants, self._counter(batch.device))
             batch.finish()
 
-    def _batch(
-        self, device: torch.device, params: Sequence[Tensor], owners: Sequence[int], hypers: Sequence[Hyper]
-    ) -> Batch:
-        identity = self._identity(params, owners, hypers)
-        batch = self._batches.get(device)
-        if batch is None or not batch.refresh(params, identity):
-            self._batches.pop(device, None)
-            batch = self._build(device, params, owners, hypers)
-            if batch.reusable:
-                self._batches[device] = batch
-        return batch
-
-    def _identity(self, params: Sequence[Tensor], owners: Sequence[int], hypers: Sequence[Hyper]) -> list[int]:
-        options = [option for hyper in hypers for option in (hyper.block_size, hyper.weight_rounding)]
-        return [*map(id, params), *owners, *map(id, self.state.values()), *options]
-
-    def _build(
-        self, device: torch.device, params: Sequence[Tensor], owners: Sequence[int], hypers: Sequence[Hyper]
-    ) -> Batch:
+    def _build(self, params: Sequence[Tensor], counts: Sequence[int], hypers: Sequence[Hyper]) -> list[Batch]:
+        """Checks parameters, gradients and state, makes the state that is missing; a batch for each device."""
         numbers = {id(param): n for n, param in enumerate(p for group in self.param_groups for p in group["params"])}
+        owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
         entries: list[Entry] = []
         grads: list[Tensor] = []
         for param, owner in zip(params, owners, strict=True):
@@ -259,7 +239,12 @@ class Lion8bit(torch.optim.Optimizer):
                 raise type(error)(f"{error} {where}") from error
         for entry in entries:
             self.state[entry.source] = entry.state
-        return Batch(device, entries, grads, self._identity(params, owners, hypers))
+        places: dict[torch.device, list[int]] = {}
+        for place, entry in enumerate(entries):
+            places.setdefault(entry.param.device, []).append(place)
+        if len(places) == 1:
+            return [Batch(device, entries, grads) for device in places]
+        return [Batch(device, [entries[i] for i in at], [grads[i] for i in at], at) for device, at in places.items()]
 
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._counters:
@@ -437,6 +422,35 @@ class Lion8bit(torch.optim.Optimizer):
 
 
 _PIECE = 1 << 22  # elements at a time where a parameter is looked at in fp32
+
+
+class _Plan:
+    """The batches of a step, and what must be the same for another step to take them again."""
+
+    def __init__(self, key: Any, states: Iterable[dict[str, Any]], batches: Sequence[Batch]) -> None:
+        self.key = key  # parameters and storage of each group
+        self.states = list(states)
+        self.batches = batches
+
+    def refresh(self, key: Any, states: Collection[dict[str, Any]], params: list[Tensor], grads: list[Tensor]) -> bool:
+        """Takes in another step's parameters and gradients; False where a new plan is needed."""
+        if key != self.key or len(states) != len(self.states) or not all(map(is_, states, self.states)):
+            return False
+        return all(batch.refresh(params, grads) for batch in self.batches)
+
+
+def _ready(groups: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """The parameters that have gradients, these gradients, and how many each group has."""
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    counts: list[int] = []
+    for group in groups:
+        here = group["params"]
+        found = [grad for param in here if (grad := param.grad) is not None]
+        params += here if len(found) == len(here) else [param for param in here if param.grad is not None]
+        grads += found
+        counts.append(len(found))
+    return params, grads, counts
 
 
 def _hyper(group: dict[str, Any]) -> Hyper:

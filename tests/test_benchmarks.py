@@ -17,7 +17,7 @@ pytest.importorskip("rich", reason="needs the extra named demo")
 pytest.importorskip("matplotlib", reason="needs the extra named demo")
 
 REPOSITORY = Path(__file__).parent.parent
-SCRIPTS = ("fidelity", "step_time", "footprint")
+SCRIPTS = ("fidelity", "step_time", "footprint", "overhead")
 
 
 def run_script(name: str, *arguments: str) -> str:
@@ -213,6 +213,20 @@ def test_goals_have_verdicts(footprint: dict[str, Any]) -> None:
     met = {goal["goal"]: goal["met"] for goal in footprint["goals"]}
     assert met["state"] and met["allocations"] and met["light import"]
     assert met["install"] is None
+
+
+# ---- Overhead --------------------------------------------------------------------------------------------------------
+
+
+def test_overhead_leaves_the_kernel_out(tmp_path: Path) -> None:
+    record, printed = run_quick("overhead", tmp_path, "--tensors", "20")
+    assert [run["gradients"] for run in record["runs"]] == ["kept", "new", "from backward"]
+    for run in record["runs"]:
+        assert run["goal_us"] == pytest.approx(107)
+        assert run["met"] == (run["rows"]["lion8bit-no-kernel"]["us"]["min"] <= run["goal_us"])
+        assert {"lion8bit", "adamw-fused", "foreach-mul"} < run["rows"].keys()
+        assert all(row["us"]["repeats"] == 10 for row in run["rows"].values())
+    assert "goal 107 us without the kernel" in printed
 
 
 # ---- The command lines -----------------------------------------------------------------------------------------------

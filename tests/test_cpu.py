@@ -31,7 +31,7 @@ def test_library_was_built() -> None:
 
 
 def native_update(rows: list[Tensor], hypers: list[Hyper], kernel: str, threads: int) -> int:
-    library = cpu._library()
+    library = cpu.load_library()
     assert isinstance(library, ctypes.CDLL)
     table = (Tensor * len(rows))(*rows)
     return int(library.lion8bit_update(table, len(table), hyper_array(hypers), cpu.KERNELS.index(kernel), threads))
