@@ -72,11 +72,11 @@ def test_what_has_no_memory_raises(look: str) -> None:
 Params = list[torch.nn.Parameter]
 
 
-def make(dtype: torch.dtype = torch.float32) -> tuple[Params, Lion8bit]:
+def make(dtype: torch.dtype = torch.float32, weight_rounding: str = "auto") -> tuple[Params, Lion8bit]:
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
     groups = [{"params": params[:3]}, {"params": params[3:], "lr": 1e-2}]
-    return params, Lion8bit(groups, lr=1e-3, weight_decay=0.1)
+    return params, Lion8bit(groups, lr=1e-3, weight_decay=0.1, weight_rounding=weight_rounding)
 
 
 def give_gradients(params: Params, seed: int) -> None:
@@ -200,6 +200,10 @@ def block_size_changed(params: Params, optimizer: Lion8bit) -> None:
     optimizer.param_groups[0]["block_size"] = 64
 
 
+def rounding_changed(params: Params, optimizer: Lion8bit) -> None:
+    optimizer.param_groups[1]["weight_rounding"] = "compensated"
+
+
 def parameter_moved_to_another_group(params: Params, optimizer: Lion8bit) -> None:
     optimizer.param_groups[1]["params"].insert(0, optimizer.param_groups[0]["params"].pop())
 
@@ -234,18 +238,23 @@ CHANGES: list[Callable[[Params, Lion8bit], None]] = [
     steps_recounted,
     all_steps_recounted,
     block_size_changed,
+    rounding_changed,
     parameter_moved_to_another_group,
     parameter_replaced,
 ]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_change_is_noticed(change: Callable[[Params, Lion8bit], None], dtype: torch.dtype, look: str) -> None:
+@pytest.mark.parametrize(
+    "storage", [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "compensated")], ids=str
+)
+def test_every_change_is_noticed(
+    change: Callable[[Params, Lion8bit], None], storage: tuple[torch.dtype, str], look: str
+) -> None:
     """A warmed optimizer does what one does that describes everything anew at every step, down to the error."""
     results: list[list[Any]] = []
     for forgetful in (False, True):
-        params, optimizer = make(dtype)
+        params, optimizer = make(*storage)
         outcome: list[Any] = []
         for seed in range(4):
             give_gradients(params, seed)

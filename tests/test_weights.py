@@ -102,7 +102,7 @@ def test_kernel_splits_every_bfloat16_as_the_reference(kernel: str, lr: float) -
             row = Tensor(param=param.data_ptr(), grad=grad.data_ptr(), momentum=momentum.data_ptr(),
                          scales=scales.data_ptr(), residual=below.data_ptr(), rows=1, cols=2**16, step=1,
                          param_dtype=1)  # fmt: skip
-            cpu._library().lion8bit_update((Tensor * 1)(row), 1, hyper_array([hyper]), cpu.KERNELS.index(kernel), 1)  # type: ignore[union-attr]
+            cpu.load_library().lion8bit_update((Tensor * 1)(row), 1, hyper_array([hyper]), cpu.KERNELS.index(kernel), 1)  # type: ignore[union-attr]
         else:
             reference.lion_step_(param, grad.view(1, -1), momentum, scales, hyper, residual=below)
         results.append((param.view(-1), below.view(-1)))
