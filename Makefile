@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/CMakeLists.txt)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format bench-check clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -31,12 +31,15 @@ lint: $(VENV)/.dev  ## formatting, style and types, as CI checks them
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu $(wildcard tests/emulator/*.h tests/emulator/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu $(wildcard tests/emulator/*.h tests/emulator/*.cpp benchmarks/*.cpp)
+
+bench-check: $(VENV)/.dev  ## instructions per element of the CPU kernel against the committed counts (needs valgrind)
+	$(BIN)/python benchmarks/instructions.py --check
 
 format: $(VENV)/.dev  ## rewrite the sources in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu $(wildcard tests/emulator/*.h tests/emulator/*.cpp)
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu $(wildcard tests/emulator/*.h tests/emulator/*.cpp benchmarks/*.cpp)
 
 clean:
 	rm -rf build dist $(VENV) demo-results .mypy_cache .pytest_cache .ruff_cache .hypothesis

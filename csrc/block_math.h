@@ -63,7 +63,7 @@ struct Hyper {
     float one_minus_blend;
     float beta;  // m <- beta * m + one_minus_beta * g
     float one_minus_beta;
-    float unscale;            // times the gradient, before all else: 1 without kUnscale
+    float unscale;            // times the gradient, before all else (kUnscale)
     uint32_t flags;           // Flag bits
     int32_t block_size;       // 64, 128 or 256
     int32_t weight_rounding;  // WeightRounding; parameters of 16 bits only, kCompensated of bf16 only
@@ -91,6 +91,13 @@ static_assert(sizeof(Tensor) == 80, "mirrored by lion8bit/layout.py");
 LION8BIT_FN int64_t blocks_per_row(int64_t cols, int32_t block_size) { return (cols + block_size - 1) / block_size; }
 
 // ---- Lanes: what differs between a float and a vector of floats ----------------------------------------------------
+
+template <class To, class From> LION8BIT_FN To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+    To to;
+    memcpy(&to, &from, sizeof(to));
+    return to;
+}
 
 template <class F> struct LanesOf;  // what F needs besides operators; the SIMD specialisation stands in the CPU kernel
 #if defined(__CUDACC__) || defined(LION8BIT_EMULATED)
@@ -121,6 +128,8 @@ template <> struct LanesOf<float> {
         return __fmaf_rn(__fmaf_rn(-root, root, x), y * 0.5f, root);
     }
     static LION8BIT_FN int32_t truncate(float x) { return __float2int_rz(x); }
+    // To nearest even; the low byte is that of the integer, which 1.5 * 2^23 brings to the end of the significand.
+    static LION8BIT_FN int32_t round(float x) { return bit_cast<int32_t>(x + 12582912.0f); }
     // A*A / scale; both are divided by 4, so that the reciprocal never underflows. Exact for every significand, also
     // where the approximation is off by 4 units in the last place: tests/emulator tries them all.
     static LION8BIT_FN float range_over(float scale) {
@@ -143,13 +152,6 @@ template <> struct LanesOf<float> {
 #endif
 template <class F> using Int = typename LanesOf<F>::Int;
 template <class F> using Uint = typename LanesOf<F>::Uint;
-
-template <class To, class From> LION8BIT_FN To bit_cast(From from) {
-    static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
-    To to;
-    memcpy(&to, &from, sizeof(to));
-    return to;
-}
 
 template <class F> LION8BIT_FN Int<F> bits(F x) { return bit_cast<Int<F>>(x); }
 template <class F> LION8BIT_FN F magnitude(F x) { return bit_cast<F>(bits(x) & 0x7fffffff); }
@@ -197,9 +199,7 @@ LION8BIT_FN float decayed_scale(float scale, float beta) {
 template <class F> LION8BIT_FN Int<F> encode(F momentum, const Codec& codec) {
     const F scaled = magnitude(momentum) * codec.encode_gain;
     const F level = copy_sign(LanesOf<F>::square_root(scaled), momentum) + codec.dither;
-    const Int<F> rounded =
-        bits(level + 12582912.0f);  // 1.5 * 2^23: to nearest even, the integer in the low mantissa bits
-    return scaled == 0.0f ? Int<F>{} + kZeroCode : rounded;
+    return LanesOf<F>::round(scaled == 0.0f ? F{} + static_cast<float>(kZeroCode) : level);
 }
 
 // m = t*|t| * (s * 1/(A*A)), t = code - u
@@ -215,10 +215,11 @@ template <class F> LION8BIT_FN F decode(F code, const Codec& codec) {
 // comes back as it enters the formulas; where it is zero in all of a block, the block's codes stay and its scale
 // decays. General is false where no flag is set: the same arithmetic without the tests. Trusted: the caller knows that
 // the gradient is finite.
-template <bool General, bool Trusted = false, class F>
-LION8BIT_FN auto lion_step(const Hyper& hyper, F& param, F& grad, F& momentum) {
+// H is Hyper, or has the same fields in lanes.
+template <bool General, bool Trusted = false, class H, class F>
+LION8BIT_FN auto lion_step(const H& hyper, F& param, F& grad, F& momentum) {
     if constexpr (General) {
-        grad = grad * hyper.unscale;
+        if (hyper.flags & kUnscale) grad = grad * hyper.unscale;
         if (hyper.flags & kMaximize) grad = -grad;
         if (hyper.flags & kCoupledDecay) grad = grad + param * hyper.coupled_decay;
     }

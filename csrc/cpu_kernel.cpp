@@ -1,13 +1,15 @@
 // Owns the CPU loops over blocks, vectorised for one instruction set; built once per set, with LION8BIT_ISA naming it.
 //
 // A block goes through two loops: one dequantizes, steps and finds the largest new momentum, which waits in a buffer of
-// the first-level cache; the other requantizes it.
+// the first-level cache; the other requantizes it. Both take groups of four vectors. Before them the gradients of the
+// block are joined by a bitwise or, which tells whether the block is idle and whether any gradient needs a closer look.
 #include "cpu_kernel.h"
 
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
-#if defined(__AVX2__)
+#if defined(LION8BIT_X86)
 #include <immintrin.h>
 #endif
 
@@ -20,6 +22,7 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
+constexpr int kGroup = 4 * kLanes;  // elements of four vectors; divides every block size
 
 namespace {
 
@@ -39,123 +42,212 @@ template <> struct LanesOf<Floats> {
         return _mm512_sqrt_ps(x);
 #elif defined(__AVX2__)
         return _mm256_sqrt_ps(x);
+#elif defined(LION8BIT_X86)
+        return _mm_sqrt_ps(x);
 #else
         for (int lane = 0; lane < kLanes; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
         return x;
 #endif
     }
     static LION8BIT_FN Int truncate(Floats x) { return __builtin_convertvector(x, Int); }
+    static LION8BIT_FN Int round(Floats x) {  // to nearest even
+#if defined(__AVX512F__)
+        return bit_cast<Int>(_mm512_cvtps_epi32(x));
+#elif defined(__AVX2__)
+        return bit_cast<Int>(_mm256_cvtps_epi32(x));
+#elif defined(LION8BIT_X86)
+        return bit_cast<Int>(_mm_cvtps_epi32(x));
+#else
+        return bit_cast<Int>(x + 12582912.0f) - 0x4b400000;  // 1.5 * 2^23
+#endif
+    }
 };
 
 namespace {
 
-// Elements of a vector that lies wholly inside the block, or of its last one, padded.
-template <class T> LION8BIT_FN Vector<T> load(const T* from, int count, T padding = 0) {
-    Vector<T> vector = Vector<T>{} + padding;
-    std::memcpy(&vector, from, count * sizeof(T));
+using Ints = Int<Floats>;
+using Uints = Uint<Floats>;
+
+// ---- Groups of four vectors in memory -------------------------------------------------------------------------------
+//
+// Narrow elements are widened and narrowed again by instructions that work inside parts of 128 bits. Where they take
+// part, a group is in woven order: of each two vectors the first holds the even and the second the odd runs of four
+// elements. With four lanes that is the plain order.
+
+template <class T> struct Pair {
+    T first, second;
+};
+
+template <class V, class T> LION8BIT_FN V load(const T* from) {
+    V vector;
+    std::memcpy(&vector, from, sizeof(vector));
     return vector;
 }
-template <class T> LION8BIT_FN void store(T* to, Vector<T> vector, int count) {
-    std::memcpy(to, &vector, count * sizeof(T));
-}
+template <class V, class T> LION8BIT_FN void store(T* to, V vector) { std::memcpy(to, &vector, sizeof(vector)); }
 
-// Conversions between lanes of 8, 16 and 32 bits; narrowing keeps the low bits. Compilers turn the plain form into
-// scalar code.
-LION8BIT_FN Int<Floats> widen(Vector<int8_t> bytes) {
 #if defined(__AVX512F__)
-    return bit_cast<Int<Floats>>(_mm512_cvtepi8_epi32(bit_cast<__m128i>(bytes)));
+using Whole = __m512i;  // a register
 #elif defined(__AVX2__)
-    return bit_cast<Int<Floats>>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(bytes))));
+using Whole = __m256i;
+#elif defined(LION8BIT_X86)
+using Whole = __m128i;
+#endif
+
+// Two vectors between plain and woven order.
+LION8BIT_FN Pair<Floats> weave(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return {_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)};
+#elif defined(__AVX2__)
+    return {_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)};
 #else
-    return __builtin_convertvector(bytes, Int<Floats>);
+    return {a, b};
 #endif
 }
-LION8BIT_FN Floats to_floats(Vector<int8_t> codes) { return __builtin_convertvector(widen(codes), Floats); }
-LION8BIT_FN Uint<Floats> widen(Vector<uint16_t> patterns) {
+LION8BIT_FN Pair<Floats> unweave(Floats even, Floats odd) {
 #if defined(__AVX512F__)
-    return bit_cast<Uint<Floats>>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(patterns)));
-#elif defined(__AVX2__)
-    return bit_cast<Uint<Floats>>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(patterns)));
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_add_epi64(low, _mm512_set1_epi64(4));
+    const __m512d a = _mm512_castps_pd(even), b = _mm512_castps_pd(odd);
+    return {_mm512_castpd_ps(_mm512_permutex2var_pd(a, low, b)), _mm512_castpd_ps(_mm512_permutex2var_pd(a, high, b))};
 #else
-    return __builtin_convertvector(patterns, Uint<Floats>);
-#endif
-}
-LION8BIT_FN Vector<int8_t> low_bytes(Int<Floats> levels) {
-#if defined(__AVX512F__)
-    return bit_cast<Vector<int8_t>>(_mm512_cvtepi32_epi8(bit_cast<__m512i>(levels)));
-#elif defined(__AVX2__)
-    const __m256i places = _mm256_set1_epi32(0x0c080400);
-    const __m256i packed = _mm256_shuffle_epi8(bit_cast<__m256i>(levels), places);
-    const __m128i joined = _mm_unpacklo_epi32(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
-    return bit_cast<Vector<int8_t>>(_mm_cvtsi128_si64(joined));
-#else
-    return __builtin_convertvector(levels, Vector<int8_t>);
-#endif
-}
-LION8BIT_FN Vector<uint16_t> narrow(Uint<Floats> patterns) {  // each below 2^16
-#if defined(__AVX512F__)
-    return bit_cast<Vector<uint16_t>>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(patterns)));
-#elif defined(__AVX2__)
-    const __m256i wide = bit_cast<__m256i>(patterns);
-    return bit_cast<Vector<uint16_t>>(
-        _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
-#else
-    return __builtin_convertvector(patterns, Vector<uint16_t>);
+    return weave(even, odd);
 #endif
 }
 
-// How a parameter or gradient of each dtype is read, and how a parameter is written.
+// 16-bit patterns, each in the low half of its lane or, with `high`, in the high half with zeros below; woven.
+template <bool high> LION8BIT_FN Pair<Uints> from_words(const uint16_t* from) {
+#if defined(LION8BIT_X86)
+    const auto words = load<Whole>(from);
+    const Whole zero = {};
+#if defined(__AVX512F__)
+    const auto low_half = [](Whole a, Whole b) { return bit_cast<Uints>(_mm512_unpacklo_epi16(a, b)); };
+    const auto high_half = [](Whole a, Whole b) { return bit_cast<Uints>(_mm512_unpackhi_epi16(a, b)); };
+#elif defined(__AVX2__)
+    const auto low_half = [](Whole a, Whole b) { return bit_cast<Uints>(_mm256_unpacklo_epi16(a, b)); };
+    const auto high_half = [](Whole a, Whole b) { return bit_cast<Uints>(_mm256_unpackhi_epi16(a, b)); };
+#else
+    const auto low_half = [](Whole a, Whole b) { return bit_cast<Uints>(_mm_unpacklo_epi16(a, b)); };
+    const auto high_half = [](Whole a, Whole b) { return bit_cast<Uints>(_mm_unpackhi_epi16(a, b)); };
+#endif
+    if constexpr (high) return {low_half(zero, words), high_half(zero, words)};
+    return {low_half(words, zero), high_half(words, zero)};
+#else
+    const auto words = [from](int at) {
+        return __builtin_convertvector(load<Vector<uint16_t> >(from + at), Uints) << (high ? 16 : 0);
+    };
+    return {words(0), words(kLanes)};
+#endif
+}
+
+// The low halves of woven lanes, each below 2^16.
+LION8BIT_FN void to_words(uint16_t* to, Pair<Uints> patterns) {
+#if defined(LION8BIT_X86)
+    const auto a = bit_cast<Whole>(patterns.first), b = bit_cast<Whole>(patterns.second);
+#if defined(__AVX512F__)
+    store(to, _mm512_packus_epi32(a, b));
+#elif defined(__AVX2__)
+    store(to, _mm256_packus_epi32(a, b));
+#else  // only the signed form, which keeps what has been sign-extended
+    store(to, _mm_packs_epi32(_mm_srai_epi32(_mm_slli_epi32(a, 16), 16), _mm_srai_epi32(_mm_slli_epi32(b, 16), 16)));
+#endif
+#else
+    store(to, __builtin_convertvector(patterns.first, Vector<uint16_t>));
+    store(to + kLanes, __builtin_convertvector(patterns.second, Vector<uint16_t>));
+#endif
+}
+
+// Bytes, sign-extended.
+template <bool woven> LION8BIT_FN Pair<Ints> from_bytes(const int8_t* from) {
+#if defined(__AVX512F__)
+    __m256i bytes = load<__m256i>(from);
+    if constexpr (woven) bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    return {bit_cast<Ints>(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes))),
+            bit_cast<Ints>(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)))};
+#elif defined(__AVX2__)
+    __m128i bytes = load<__m128i>(from);
+    if constexpr (woven) bytes = _mm_shuffle_epi32(bytes, _MM_SHUFFLE(3, 1, 2, 0));
+    return {bit_cast<Ints>(_mm256_cvtepi8_epi32(bytes)),
+            bit_cast<Ints>(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
+#elif defined(LION8BIT_X86)
+    const __m128i bytes = _mm_unpacklo_epi8(__m128i{}, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    return {bit_cast<Ints>(_mm_srai_epi32(_mm_unpacklo_epi16(__m128i{}, bytes), 24)),
+            bit_cast<Ints>(_mm_srai_epi32(_mm_unpackhi_epi16(__m128i{}, bytes), 24))};
+#else
+    return {__builtin_convertvector(load<Vector<int8_t> >(from), Ints),
+            __builtin_convertvector(load<Vector<int8_t> >(from + kLanes), Ints)};
+#endif
+}
+
+// A group of integers in [-128, 127] as bytes.
+template <bool woven> LION8BIT_FN void to_bytes(int8_t* to, const Ints (&group)[4]) {
+#if defined(LION8BIT_X86)
+    Whole v[4];
+    for (int i = 0; i < 4; ++i) v[i] = bit_cast<Whole>(group[i]);
+#if defined(__AVX512F__)
+    const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
+    const __m512i order = woven ? _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)
+                                : _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    store(to, _mm512_permutexvar_epi32(order, packed));
+#elif defined(__AVX2__)
+    const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+    const __m256i order = woven ? _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7) : _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    store(to, _mm256_permutevar8x32_epi32(packed, order));
+#else
+    store(to, _mm_packs_epi16(_mm_packs_epi32(v[0], v[1]), _mm_packs_epi32(v[2], v[3])));
+#endif
+#else
+    for (int i = 0; i < 4; ++i) store(to + i * kLanes, __builtin_convertvector(group[i], Vector<int8_t>));
+#endif
+}
+
+// How a parameter or gradient of each dtype is read, and how a parameter is written, two vectors at a time.
 struct Float32 {
     using Element = float;
-    static LION8BIT_FN Floats read(const float* from, int count) { return load(from, count); }
-    template <int32_t> static LION8BIT_FN void write(float* to, Floats x, Uint<Floats>, int count) {
-        store(to, x, count);
+    static constexpr uint32_t kSign = 0x80000000u, kLarge = 0x40000000u;  // of a word in memory; large: at least 2
+    template <bool woven> static LION8BIT_FN Pair<Floats> read(const float* from) {
+        const auto a = load<Floats>(from), b = load<Floats>(from + kLanes);
+        return woven ? weave(a, b) : Pair<Floats>{a, b};
+    }
+    template <bool woven, int32_t> static LION8BIT_FN void write(float* to, Floats a, Floats b, Pair<Uints>) {
+        const Pair<Floats> plain = woven ? unweave(a, b) : Pair<Floats>{a, b};
+        store(to, plain.first);
+        store(to + kLanes, plain.second);
     }
 };
 struct Bfloat16 {
     using Element = uint16_t;
-    static LION8BIT_FN Floats read(const uint16_t* from, int count) {
-        return from_bfloat16<Floats>(widen(load(from, count)));
+    static constexpr uint32_t kSign = 0x80008000u, kLarge = 0x40004000u;
+    template <bool> static LION8BIT_FN Pair<Floats> read(const uint16_t* from) {
+        const Pair<Uints> patterns = from_words<true>(from);
+        return {bit_cast<Floats>(patterns.first), bit_cast<Floats>(patterns.second)};
     }
     // A NaN here comes from a bf16 NaN, whose low 16 bits are zero: it stays one without care.
-    template <int32_t rounding> static LION8BIT_FN void write(uint16_t* to, Floats x, Uint<Floats> random, int count) {
-        store(to, narrow(to_bfloat16<rounding, true>(x, random)), count);
+    template <bool, int32_t rounding>
+    static LION8BIT_FN void write(uint16_t* to, Floats a, Floats b, Pair<Uints> random) {
+        to_words(to, {to_bfloat16<rounding, true>(a, random.first), to_bfloat16<rounding, true>(b, random.second)});
     }
 };
 struct Float16 {
     using Element = uint16_t;
-    static LION8BIT_FN Floats read(const uint16_t* from, int count) {
-        return from_float16<Floats>(widen(load(from, count)));
+    static constexpr uint32_t kSign = 0x80008000u, kLarge = 0x40004000u;
+    template <bool> static LION8BIT_FN Pair<Floats> read(const uint16_t* from) {
+        const Pair<Uints> patterns = from_words<false>(from);
+        return {from_float16<Floats>(patterns.first), from_float16<Floats>(patterns.second)};
     }
-    template <int32_t rounding> static LION8BIT_FN void write(uint16_t* to, Floats x, Uint<Floats> random, int count) {
-        store(to, narrow(to_float16<rounding>(x, random)), count);
+    template <bool, int32_t rounding>
+    static LION8BIT_FN void write(uint16_t* to, Floats a, Floats b, Pair<Uints> random) {
+        to_words(to, {to_float16<rounding>(a, random.first), to_float16<rounding>(b, random.second)});
     }
 };
 
-#define LION8BIT_INLINE __attribute__((always_inline))
+// ---- Reductions -----------------------------------------------------------------------------------------------------
 
-// Calls body(position, lanes) for each vector in [at, length); `lanes` is constant for all but a short last one.
-template <class Body> LION8BIT_FN void for_each_vector(int at, int length, const Body& body) {
-#pragma GCC unroll 2
-    for (; at + kLanes <= length; at += kLanes) body(at, kLanes);
-    if (at < length) body(at, length - at);
-}
-
-// Whether some lane is not zero.
-LION8BIT_FN bool any(Int<Floats> x) {
-#if defined(__AVX512F__)
-    return _mm512_test_epi32_mask(bit_cast<__m512i>(x), bit_cast<__m512i>(x)) != 0;
-#elif defined(__AVX2__)
-    return !_mm256_testz_si256(bit_cast<__m256i>(x), bit_cast<__m256i>(x));
-#else
+LION8BIT_FN int32_t horizontal_or(Ints x) {
     int32_t joined = 0;
     for (int lane = 0; lane < kLanes; ++lane) joined |= x[lane];
-    return joined != 0;
-#endif
+    return joined;
 }
 
-// The largest lane.
-LION8BIT_FN int32_t horizontal_max(Int<Floats> x) {
+LION8BIT_FN int32_t horizontal_max(Ints x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_epi32(bit_cast<__m512i>(x));
 #elif defined(__AVX2__)
@@ -171,123 +263,249 @@ LION8BIT_FN int32_t horizontal_max(Int<Floats> x) {
 #endif
 }
 
-// A block that has been stepped and waits to be encoded.
-struct Stepped {
-    alignas(64) float momentum[kMaxBlockSize];
-    Codec codec;
-    int8_t* codes;
-    int length = 0;
-};
-
-LION8BIT_FN void encode_block(const Stepped& block) {
-    const Codec codec = block.codec;
-    int start = 0;
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    // Four vectors at a time: their low bytes meet in one register without leaving its 128-bit halves.
-    for (; start + 4 * kLanes <= block.length; start += 4 * kLanes) {
-        const auto codes = [&](int vector) LION8BIT_INLINE {
-            const Floats momentum = load(block.momentum + start + vector * kLanes, kLanes);
-            return _mm256_and_si256(bit_cast<__m256i>(encode(momentum, codec)), _mm256_set1_epi32(0xff));
-        };
-        const __m256i first = _mm256_packus_epi32(codes(0), codes(1));
-        const __m256i second = _mm256_packus_epi32(codes(2), codes(3));
-        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        const __m256i packed = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), order);
-        std::memcpy(block.codes + start, &packed, sizeof(packed));
-    }
+LION8BIT_FN bool any_set(Ints x, uint32_t mask) {
+    const Ints masked = x & static_cast<int32_t>(mask);
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask(bit_cast<__m512i>(masked), bit_cast<__m512i>(masked)) != 0;
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256(bit_cast<__m256i>(masked), bit_cast<__m256i>(masked));
+#else
+    return horizontal_or(masked) != 0;
 #endif
-    for_each_vector(start, block.length, [&](int at, int count) LION8BIT_INLINE {
-        store(block.codes + at, low_bytes(encode(load(block.momentum + at, kLanes), codec)), count);
-    });
+}
+
+// ---- The loops ------------------------------------------------------------------------------------------------------
+
+#define LION8BIT_INLINE __attribute__((always_inline))
+
+// Hyper with a lane for each element: constants that stay in memory, ready to be operands.
+struct WideHyper {
+    Floats lr, decay, coupled_decay, blend, one_minus_blend, beta, one_minus_beta, unscale;
+    uint32_t flags;
+    float scalar_beta;
+};
+LION8BIT_FN WideHyper widen(const Hyper& hyper) {
+    const auto wide = [](float x) { return x - Floats{}; };
+    return {wide(hyper.lr),
+            wide(hyper.decay),
+            wide(hyper.coupled_decay),
+            wide(hyper.blend),
+            wide(hyper.one_minus_blend),
+            wide(hyper.beta),
+            wide(hyper.one_minus_beta),
+            wide(hyper.unscale),
+            hyper.flags,
+            hyper.beta};
+}
+
+// Encodes a block that has been stepped; `length` is a multiple of kGroup.
+template <bool woven>
+LION8BIT_FN void encode_block(const float* momentum, const Codec& codec, int8_t* codes, int length) {
+    for (int at = 0; at < length; at += kGroup) {
+        Ints levels[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) levels[i] = encode(load<Floats>(momentum + at + i * kLanes), codec);
+        to_bytes<woven>(codes + at, levels);
+    }
 }
 
 // 16 random bits for each element of a block.
 LION8BIT_FN void fill_random(uint16_t* random, uint32_t key, int length) {
-    Uint<Floats> pair;
+    Uints pair;
     for (int lane = 0; lane < kLanes; ++lane) pair[lane] = lane;
     for (int at = 0; at < length; at += 2 * kLanes, pair += kLanes) {
-        const Uint<Floats> words = random_word(key, pair);
-        std::memcpy(random + at, &words, sizeof(words));  // little-endian: the even element is the low half
+        store(random + at, random_word(key, pair));  // little-endian: the even element is the low half
     }
+}
+
+// The bits of the gradients of a block, joined by or.
+template <class Element> LION8BIT_FN Ints join(const Element* grad, int length) {
+    Ints joined = {};
+    for (int at = 0; at < length; at += kGroup) {
+        const auto* const from = reinterpret_cast<const char*>(grad + at);
+#pragma GCC unroll 4
+        for (int i = 0; i < static_cast<int>(sizeof(Element)); ++i) joined |= load<Ints>(from + i * sizeof(Ints));
+    }
+    return joined;
+}
+
+// Where blocks that follow each other in memory lie.
+template <class Param, class Grad, class Momentum> struct Blocks {
+    Param* param;
+    const Grad* grad;
+    Momentum* momentum;
+    int8_t* residual;
+    float* scale;
+    int64_t index;  // of the first block in the whole parameter
+};
+
+// Steps `count` blocks of `length` elements each, a multiple of kGroup.
+template <class Param, class Grad, bool quantized, bool general, int32_t rounding, class Momentum>
+__attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, typename Grad::Element, Momentum> at,
+                                              int length, int64_t count, const RandomKey& key, const WideHyper& hyper) {
+    constexpr bool woven = sizeof(typename Param::Element) == 2 || sizeof(typename Grad::Element) == 2;
+    int64_t skipped = 0;
+    alignas(64) uint16_t random[kMaxBlockSize];
+    // A block is encoded after the next one is stepped, which hides the latency of its scale.
+    alignas(64) float momenta[2][kMaxBlockSize];
+    float *stepped = momenta[0], *waiting = momenta[1];
+    Codec waiting_codec = {};
+    bool waits = false;
+    for (; count > 0; --count) {
+        const float old_scale = quantized ? *at.scale : 0.0f;
+        const Codec codec = decoder(old_scale);
+        if constexpr (rounding == kStochastic) fill_random(random, block_key(key, at.index++), length);
+
+        Ints largest = {}, touched = {}, skipped_lanes = {};  // a true lane is -1
+        const auto step_pair = [&](auto trusted, int place, Ints* residuals) LION8BIT_INLINE {
+            const Pair<Floats> grads = Grad::template read<woven>(at.grad + place);
+            Floats p[2], g[2] = {grads.first, grads.second}, m[2];
+            if constexpr (quantized) {
+                const Pair<Ints> codes = from_bytes<woven>(at.momentum + place);
+                m[0] = decode(__builtin_convertvector(codes.first, Floats), codec);
+                m[1] = decode(__builtin_convertvector(codes.second, Floats), codec);
+            } else {
+                const Pair<Floats> values = Float32::read<woven>(at.momentum + place);
+                m[0] = values.first, m[1] = values.second;
+            }
+            if constexpr (rounding == kCompensated) {
+                const Pair<Uints> patterns = from_words<false>(at.param + place);
+                const Pair<Ints> below = from_bytes<woven>(at.residual + place);
+                p[0] = from_compensated<Floats>(patterns.first, bit_cast<Uints>(below.first));
+                p[1] = from_compensated<Floats>(patterns.second, bit_cast<Uints>(below.second));
+            } else {
+                const Pair<Floats> params = Param::template read<woven>(at.param + place);
+                p[0] = params.first, p[1] = params.second;
+            }
+            for (int i = 0; i < 2; ++i) {
+                const auto bad = lion_step<general, decltype(trusted)::value>(hyper, p[i], g[i], m[i]);
+                if constexpr (!decltype(trusted)::value) {
+                    skipped_lanes += bad;
+                    touched |= bits(g[i]);
+                }
+                if constexpr (quantized) {
+                    store(stepped + place + i * kLanes, m[i]);
+                    const Ints size = bits(magnitude(m[i]));
+                    largest = size > largest ? size : largest;
+                }
+            }
+            if constexpr (!quantized) Float32::write<woven, kNearest>(at.momentum + place, m[0], m[1], Pair<Uints>());
+            if constexpr (rounding == kCompensated) {
+                const Uints a = to_24_bits(p[0]), b = to_24_bits(p[1]);
+                to_words(at.param + place, Pair<Uints>{bfloat16_part(a), bfloat16_part(b)});
+                residuals[0] = bit_cast<Ints>(residual_part(a)) << 24 >> 24;
+                residuals[1] = bit_cast<Ints>(residual_part(b)) << 24 >> 24;
+            } else {
+                Pair<Uints> bits16 = {Uints{}, Uints{}};
+                if constexpr (rounding == kStochastic) bits16 = from_words<false>(random + place);
+                Param::template write<woven, rounding>(at.param + place, p[0], p[1], bits16);
+            }
+        };
+        const auto step_block = [&](auto trusted) LION8BIT_INLINE {
+            for (int place = 0; place < length; place += kGroup) {
+                Ints residuals[4];
+                step_pair(trusted, place, residuals);
+                step_pair(trusted, place + 2 * kLanes, residuals + 2);
+                if constexpr (rounding == kCompensated) to_bytes<woven>(at.residual + place, residuals);
+            }
+        };
+        bool idle;
+        if constexpr (general) {
+            step_block(std::false_type());
+            idle = !any_set(touched, 0x7fffffffu);
+        } else {
+            const Ints joined = join(at.grad, length);
+            idle = !any_set(joined, ~Grad::kSign);
+            if (any_set(joined, Grad::kLarge)) {
+                step_block(std::false_type());
+            } else {
+                step_block(std::true_type());
+            }
+        }
+
+        if constexpr (quantized) {
+            if (waits) encode_block<woven>(waiting, waiting_codec, at.momentum - length, length);
+            float scale = decayed_scale(old_scale, hyper.scalar_beta);
+            waits = !(idle && scale >= kMinScale);
+            if (waits) {
+                scale = stored_scale(bit_cast<float>(horizontal_max(largest)));
+                waiting_codec = encoder(scale);
+                std::swap(stepped, waiting);
+            }
+            *at.scale++ = scale;
+        }
+        if (general || any_set(skipped_lanes, ~0u)) {
+            for (int lane = 0; lane < kLanes; ++lane) skipped -= skipped_lanes[lane];
+        }
+        at.param += length;
+        at.grad += length;
+        at.momentum += length;
+        if constexpr (rounding == kCompensated) at.residual += length;
+    }
+    if constexpr (quantized) {
+        if (waits) encode_block<woven>(waiting, waiting_codec, at.momentum - length, length);
+    }
+    return skipped;
 }
 
 template <class Param, class Grad, bool quantized, bool general, int32_t rounding>
 int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, int64_t last) {
-    const Hyper hyper = options;  // a copy that no store can alias
-    const int64_t row_blocks = blocks_per_row(tensor.cols, hyper.block_size);
+    using Momentum = std::conditional_t<quantized, int8_t, float>;
+    using ParamElement = typename Param::Element;
+    using GradElement = typename Grad::Element;
+    const WideHyper hyper = widen(options);
     const RandomKey key = random_key(tensor.seed, tensor.step);
-    int64_t row = first / row_blocks, in_row = first % row_blocks;
+    const int64_t block_size = options.block_size, cols = tensor.cols;
+    const int64_t row_blocks = blocks_per_row(cols, options.block_size);
+    const auto blocks = [&](int64_t block, int64_t offset) {
+        return Blocks<ParamElement, GradElement, Momentum>{static_cast<ParamElement*>(tensor.param) + offset,
+                                                           static_cast<const GradElement*>(tensor.grad) + offset,
+                                                           static_cast<Momentum*>(tensor.momentum) + offset,
+                                                           tensor.residual + (rounding == kCompensated ? offset : 0),
+                                                           tensor.scales + (quantized ? block : 0),
+                                                           tensor.first_block + block};
+    };
+    const auto step = [&](const auto& at, int length, int64_t count) {
+        return step_blocks<Param, Grad, quantized, general, rounding>(at, length, count, key, hyper);
+    };
+    if (cols % block_size == 0)
+        return step(blocks(first, first * block_size), static_cast<int>(block_size), last - first);
+
     int64_t skipped = 0;
-    alignas(64) uint16_t random[kMaxBlockSize];
-    Stepped stepped[2];  // a block is encoded after the next one is stepped, which hides the latency of its scale
-    for (int64_t block = first; block < last; ++block) {
-        const int64_t start = in_row * hyper.block_size;
-        const int64_t offset = row * tensor.cols + start;
-        const int64_t left = tensor.cols - start;
-        const int length = static_cast<int>(left < hyper.block_size ? left : hyper.block_size);
-        auto* const param = static_cast<typename Param::Element*>(tensor.param) + offset;
-        const auto* const grad = static_cast<const typename Grad::Element*>(tensor.grad) + offset;
-        auto* const codes = static_cast<int8_t*>(tensor.momentum) + offset;
-        auto* const values = static_cast<float*>(tensor.momentum) + offset;
-        int8_t* const residual = tensor.residual + (rounding == kCompensated ? offset : 0);
-        Stepped& current = stepped[block & 1];
-        const Codec codec = quantized ? decoder(tensor.scales[block]) : Codec{};
-        if constexpr (rounding == kStochastic) fill_random(random, block_key(key, tensor.first_block + block), length);
-
-        Int<Floats> largest = {}, touched = {}, skipped_lanes = {};  // a true lane is -1
-        for_each_vector(0, length, [&](int at, int count) LION8BIT_INLINE {
-            Floats m;
-            if constexpr (quantized) {
-                m = decode(to_floats(load(codes + at, count, int8_t{kZeroCode})), codec);
-            } else {
-                m = load(values + at, count);
-            }
-            Floats p, g = Grad::read(grad + at, count);
-            if constexpr (rounding == kCompensated) {
-                p = from_compensated<Floats>(widen(load(param + at, count)),
-                                             bit_cast<Uint<Floats>>(widen(load(residual + at, count))));
-            } else {
-                p = Param::read(param + at, count);
-            }
-            skipped_lanes += lion_step<general>(hyper, p, g, m);
-            if constexpr (quantized) touched |= bits(g) << 1;  // without the sign of a zero
-            if constexpr (rounding == kCompensated) {
-                const Uint<Floats> rounded = to_24_bits(p);
-                store(param + at, narrow(bfloat16_part(rounded)), count);
-                store(residual + at, low_bytes(bit_cast<Int<Floats>>(residual_part(rounded))), count);
-            } else {
-                Uint<Floats> bits16 = {};
-                if constexpr (rounding == kStochastic) bits16 = widen(load(random + at, count));
-                Param::template write<rounding>(param + at, p, bits16, count);
-            }
-            if constexpr (quantized) {
-                store(current.momentum + at, m, kLanes);
-                const Int<Floats> size = bits(magnitude(m));
-                largest = size > largest ? size : largest;
-            } else {
-                store(values + at, m, count);
-            }
-        });
-
-        if constexpr (quantized) {
-            float scale = decayed_scale(tensor.scales[block], hyper.beta);
-            const bool idle = !any(touched) && scale >= kMinScale;
-            if (!idle) scale = stored_scale(bit_cast<float>(horizontal_max(largest)));
-            tensor.scales[block] = scale;
-            current.codec = encoder(scale);
-            current.codes = codes;
-            current.length = idle ? 0 : length;
-            encode_block(stepped[~block & 1]);
+    for (int64_t block = first; block < last;) {
+        const int64_t in_row = block % row_blocks, offset = block / row_blocks * cols + in_row * block_size;
+        const auto at = blocks(block, offset);
+        const int64_t whole = cols / block_size - in_row;
+        if (whole > 0) {
+            const int64_t count = whole < last - block ? whole : last - block;
+            skipped += step(at, static_cast<int>(block_size), count);
+            block += count;
+            continue;
         }
-        if (horizontal_max(-skipped_lanes) > 0) {
-            for (int lane = 0; lane < kLanes; ++lane) skipped -= skipped_lanes[lane];
+        // The short block at the end of a row: a copy, padded with elements that change nothing.
+        const auto length = static_cast<size_t>(cols % block_size);
+        alignas(64) ParamElement param[kMaxBlockSize];
+        alignas(64) GradElement grad[kMaxBlockSize];
+        alignas(64) Momentum momentum[kMaxBlockSize];
+        alignas(64) int8_t residual[kMaxBlockSize];
+        const int padded = static_cast<int>((length + kGroup - 1) / kGroup * kGroup);
+        std::memset(param + length, 0, (padded - length) * sizeof(ParamElement));
+        std::memset(grad + length, 0, (padded - length) * sizeof(GradElement));
+        std::memset(momentum + length, quantized ? kZeroCode : 0, (padded - length) * sizeof(Momentum));
+        std::memcpy(param, at.param, length * sizeof(ParamElement));
+        std::memcpy(grad, at.grad, length * sizeof(GradElement));
+        std::memcpy(momentum, at.momentum, length * sizeof(Momentum));
+        if constexpr (rounding == kCompensated) {
+            std::memset(residual + length, 0, padded - length);
+            std::memcpy(residual, at.residual, length);
         }
-        if (++in_row == row_blocks) {
-            in_row = 0;
-            ++row;
-        }
+        const Blocks<ParamElement, GradElement, Momentum> copy = {param, grad, momentum, residual, at.scale, at.index};
+        skipped += step(copy, padded, 1);
+        std::memcpy(at.param, param, length * sizeof(ParamElement));
+        std::memcpy(at.momentum, momentum, length * sizeof(Momentum));
+        if constexpr (rounding == kCompensated) std::memcpy(at.residual, residual, length);
+        ++block;
     }
-    if constexpr (quantized) encode_block(stepped[~last & 1]);
     return skipped;
 }
 
@@ -300,7 +518,6 @@ int64_t with_flags(const Tensor& tensor, const Hyper& hyper, int64_t first, int6
     }
     return update_range<Param, Grad, quantized, true, rounding>(tensor, hyper, first, last);
 }
-
 template <class Param, class Grad, bool quantized>
 int64_t with_rounding(const Tensor& tensor, const Hyper& hyper, int64_t first, int64_t last) {
     if constexpr (sizeof(typename Param::Element) == 2) {

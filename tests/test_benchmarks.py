@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -237,3 +238,12 @@ def test_help_teaches(name: str) -> None:
     text = run_script(name, "--help")
     assert "examples:" in text
     assert "--json" in text and "--quick" in text
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None or shutil.which("g++") is None, reason="needs valgrind and g++")
+def test_instructions(tmp_path: Path) -> None:
+    """The counts are those of whole vectors of work: more than one instruction per element at four lanes, not 100."""
+    record, printed = run_quick("instructions", tmp_path)
+    assert "instructions per element" in printed
+    for counts in record["instructions_per_element"].values():
+        assert 1 < counts["fp32"] < 100
