@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any
@@ -23,8 +22,10 @@ from lion8bit.layout import (
     memory_order,
     rows_and_cols,
 )
+from lion8bit.loading import keeping_dtypes, pair
 from lion8bit.reference import (
     check_block_size,
+    check_rates,
     dequantize,
     from_compensated,
     to_bfloat16,
@@ -145,6 +146,7 @@ class Lion8bit(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it to every optimizer's, whatever its arguments are
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -380,45 +382,32 @@ class Lion8bit(torch.optim.Optimizer):
             ValueError: the state is not a Lion's, has another format version, or does not fit the parameters; nothing
                 has changed.
         """
-        hidden: dict[Tensor, dict[str, Tensor]] = {}
-
-        def hide(optimizer: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            if any("format_version" not in group for group in incoming["param_groups"]):
-                from lion8bit.checkpoints import convert_state_dict
-
-                incoming = convert_state_dict(incoming, self)
-            shown = dict(incoming)
-            shown["state"] = dict(incoming["state"])
-            for number, param, group in _pair(self.param_groups, incoming["param_groups"]):
-                state = incoming["state"].get(number)
-                if not state:
-                    continue
-                version = group.get("format_version")
-                try:
-                    if version != FORMAT_VERSION:
-                        raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {version}")
-                    check_state(state, param, group["block_size"])
-                except ValueError as error:
-                    raise ValueError(f"{error} (parameter {number}, shape {tuple(param.shape)})") from error
-                hidden[param] = {name: state[name] for name in STATE_TENSORS if name in state}
-                shown["state"][number] = {name: value for name, value in state.items() if name not in STATE_TENSORS}
-            return shown
-
-        def restore(optimizer: torch.optim.Optimizer) -> None:
-            for param, tensors in hidden.items():
-                for name, value in tensors.items():
-                    copied = value.detach().to(device=param.device, copy=True)
-                    self.state[param][name] = copied.contiguous() if name == "scales" else copied
-
-        hooks = [
-            self.register_load_state_dict_pre_hook(hide),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        try:
+        with keeping_dtypes(self, STATE_TENSORS, self._loadable):
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for state in self.state.values():
+            if "scales" in state:
+                state["scales"] = state["scales"].contiguous()
+            if isinstance(state.get("step"), Tensor):  # as torch's own optimizers count
+                state["step"] = int(state["step"])
+
+    def _loadable(self, incoming: dict[str, Any]) -> dict[str, Any]:
+        """The state dict in the present format, checked against the parameters."""
+        if any("format_version" not in group for group in incoming["param_groups"]):
+            from lion8bit.checkpoints import convert_state_dict
+
+            incoming = convert_state_dict(incoming, self)
+        for number, param, group in pair(self.param_groups, incoming["param_groups"]):
+            state = incoming["state"].get(number)
+            if not state:
+                continue
+            version = group.get("format_version")
+            try:
+                if version != FORMAT_VERSION:
+                    raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {version}")
+                check_state(state, param, group["block_size"])
+            except ValueError as error:
+                raise ValueError(f"{error} (parameter {number}, shape {tuple(param.shape)})") from error
+        return incoming
 
 
 _PIECE = 1 << 22  # elements at a time where a parameter is looked at in fp32
@@ -521,24 +510,8 @@ def _nbytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
-def _check_lr(lr: float | Tensor) -> None:
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Invalid learning rate: a tensor lr must have one element, got shape {tuple(lr.shape)}")
-    value = float(lr)
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"Invalid learning rate: {value} (lr must be finite and at least 0)")
-
-
 def _check_options(options: dict[str, Any]) -> None:
-    _check_lr(options["lr"])
-    betas = options["betas"]
-    if len(betas) != 2:
-        raise ValueError(f"betas must be two numbers, got {betas!r}")
-    for name, beta in zip(("beta1", "beta2"), betas, strict=True):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid {name}: {beta} (it must be in [0, 1))")
-    if not 0.0 <= options["weight_decay"] < math.inf:
-        raise ValueError(f"Invalid weight_decay: {options['weight_decay']} (it must be finite and at least 0)")
+    check_rates(options)
     check_block_size(options["block_size"])
     if options["min_8bit_size"] < 0:
         raise ValueError(f"min_8bit_size must be at least 0, got {options['min_8bit_size']}")
@@ -550,12 +523,3 @@ def _check_options(options: dict[str, Any]) -> None:
     for name, message in _LATER.items():
         if options[name]:
             raise NotImplementedError(f"{name}=True: {message}")
-
-
-def _pair(
-    groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[str, Any]]
-) -> Iterable[tuple[int, Tensor, dict[str, Any]]]:
-    # Groups that do not match are left to torch, which refuses them before it changes anything.
-    for group, saved in zip(groups, saved_groups, strict=False):
-        for param, number in zip(group["params"], saved["params"], strict=False):
-            yield number, param, saved

@@ -7,6 +7,7 @@ with, and the update rule that the project's original listing defines in prose.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from lion8bit.layout import (
     blocks_per_row,
     memory_order,
 )
+from lion8bit.loading import keeping_dtypes
 
 RANGE_SQUARED = 126.5 * 126.5  # A * A; |A + dither| rounds to at most 127
 DITHER_MASK = 0xFF  # the scale's bits that hold the dither
@@ -397,6 +399,22 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
 
 
+def check_rates(options: dict[str, Any]) -> None:
+    """Raises ValueError unless lr, betas and weight_decay are in their ranges."""
+    lr, betas, weight_decay = options["lr"], options["betas"], options["weight_decay"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    if not 0.0 <= float(lr) < math.inf:
+        raise ValueError(f"Invalid learning rate: {float(lr)} (lr must be finite and at least 0)")
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
+    for name, beta in zip(("beta1", "beta2"), betas, strict=True):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid {name}: {beta} (it must be in [0, 1))")
+    if not 0.0 <= weight_decay < math.inf:
+        raise ValueError(f"Invalid weight_decay: {weight_decay} (it must be finite and at least 0)")
+
+
 # ---- Optimizers to compare with -------------------------------------------------------------------------------------
 
 
@@ -409,10 +427,14 @@ class Lion(torch.optim.Optimizer):
         m &\leftarrow \beta_2 m + (1-\beta_2) g
 
     Args:
-        params: parameters or groups of them.
-        lr: step length, in units of the parameters.
-        betas: (beta1, beta2).
-        weight_decay: the lambda above.
+        params: parameters, named parameters or groups of either. Every option below may be set per group.
+        lr: step length, in units of the parameters; a float or a tensor of one element.
+        betas: (beta1, beta2), each in [0, 1).
+        weight_decay: the lambda above, at least 0.
+        maximize: ascend.
+
+    Raises:
+        ValueError: an option out of its range.
 
     Source: Chen et al., Symbolic Discovery of Optimization Algorithms, arXiv 2302.06675, program 1.
     """
@@ -420,15 +442,36 @@ class Lion(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-4,
+        lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        check_rates(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters with options of its own; see `torch.optim.Optimizer.add_param_group`."""
+        if isinstance(param_group, dict):
+            check_rates({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch adds it to every optimizer's, whatever its arguments are
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Performs one step; ``closure`` re-evaluates the model and returns the loss."""
+        """Performs one step; ``closure`` re-evaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: a gradient is sparse or complex; the parameters before it have been stepped.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -438,14 +481,21 @@ class Lion(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
+                if p.grad.layout != torch.strided or p.grad.is_complex():
+                    raise RuntimeError(f"Lion does not support sparse or complex gradients, got {p.grad.layout}")
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p, dtype=torch.float32)
-                g, m = p.grad.float(), state["momentum"]
+                g, m = p.grad.float() * (-1 if group["maximize"] else 1), state["momentum"]
                 c = m * beta1 + g * (1 - beta1)
                 p.copy_(p.float() * (1 - lr * group["weight_decay"]) - lr * c.sign())
                 m.copy_(m * beta2 + g * (1 - beta2))
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned; the momentum stays in fp32, whatever the parameter's dtype is."""
+        with keeping_dtypes(self, ("momentum",)):
+            super().load_state_dict(state_dict)
 
 
 def listing_definition(

@@ -287,7 +287,7 @@ def test_tensor_lr_and_scheduler() -> None:
             optimizer.step()
             schedule.step()
     assert torch.allclose(param, other, rtol=1e-6)
-    with pytest.raises(ValueError, match="one element"):
+    with pytest.raises(ValueError, match="must be 1-element"):
         Lion8bit([param], lr=torch.tensor([1e-2, 1e-3]))
 
 
