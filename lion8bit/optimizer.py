@@ -122,6 +122,7 @@ class Lion8bit(torch.optim.Optimizer):
         }
         _check_options(defaults)
         self._plan: _Plan | None = None
+        self._plans: dict[Tensor, _Plan] = {}  # of the parameters that are stepped alone
         self._counters: dict[torch.device, Tensor] = {}
         super().__init__(params, defaults)
 
@@ -152,6 +153,7 @@ class Lion8bit(torch.optim.Optimizer):
                 group.setdefault(name, default)
             group.setdefault("format_version", FORMAT_VERSION)
         self._plan = None
+        self._plans = {}
         self.__dict__.setdefault("_counters", {})
 
     # ---- Stepping --------------------------------------------------------------------------------------------------
@@ -180,7 +182,7 @@ class Lion8bit(torch.optim.Optimizer):
         plan = self._plan
         if plan is None or not plan.refresh(key, self.state.values(), params, grads):
             self._plan = None
-            batches = self._build(params, counts, hypers)
+            batches = self._build(self.param_groups, params, counts, hypers)
             plan = _Plan(key, self.state.values(), batches)
             if all(batch.reusable for batch in plan.batches):
                 self._plan = plan
@@ -189,15 +191,31 @@ class Lion8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_param(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Steps one parameter of ``group`` alone, for trainers that step while gradients arrive."""
+        """Steps one parameter alone, for trainers that step while gradients arrive.
+
+        Args:
+            param: with its gradient; without one nothing happens.
+            group: the one that holds it. A group from before `load_state_dict`, which makes new ones, will do.
+
+        Raises:
+            ValueError: ``param`` is in no group; and what `step` raises.
+        """
         if param.grad is None:
             return
-        owner = next((i for i, candidate in enumerate(self.param_groups) if candidate is group), None)
-        if owner is None:
-            raise ValueError("group must be one of this optimizer's param_groups")
-        hypers = [_hyper(candidate) for candidate in self.param_groups]
-        counts = [int(index == owner) for index in range(len(hypers))]
-        self._run(self._build([param], counts, hypers), hypers)
+        if not any(group is present for present in self.param_groups):
+            group = self._group_of(param)
+        hypers = [_hyper(group)]
+        key = (id(group), hypers[0].block_size, hypers[0].weight_rounding)
+        states = [self.state[param]] if param in self.state else []
+        plan = self._plans.get(param)
+        if plan is None or not plan.refresh(key, states, [param], [param.grad]):
+            present = {param for group in self.param_groups for param in group["params"]}
+            self._plans = {other: plan for other, plan in self._plans.items() if other in present - {param}}
+            batches = self._build([group], [param], [1], hypers)
+            plan = _Plan(key, [self.state[param]], batches)
+            if batches[0].reusable:
+                self._plans[param] = plan
+        self._run(plan.batches, hypers)
 
     def step_parameter(self, param: Tensor, group: dict[str, Any], index: int) -> None:
         """`step_param` with the parameter's index in its group, as some trainers call it."""
@@ -210,7 +228,13 @@ class Lion8bit(torch.optim.Optimizer):
             update_(batch, constants, self._counter(batch.device))
             batch.finish()
 
-    def _build(self, params: Sequence[Tensor], counts: Sequence[int], hypers: Sequence[Hyper]) -> list[Batch]:
+    def _build(
+        self,
+        groups: Sequence[dict[str, Any]],
+        params: Sequence[Tensor],
+        counts: Sequence[int],
+        hypers: Sequence[Hyper],
+    ) -> list[Batch]:
         """Checks parameters, gradients and state, makes the state that is missing; a batch for each device."""
         numbers = {id(param): n for n, param in enumerate(p for group in self.param_groups for p in group["params"])}
         owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
@@ -221,7 +245,7 @@ class Lion8bit(torch.optim.Optimizer):
             try:
                 if hasattr(param, "device_mesh"):
                     raise NotImplementedError("DTensor parameters are not implemented yet; use plain tensors")
-                group = self.param_groups[owner]
+                group = groups[owner]
                 state = _with_residual(state, param, group) if state else _new_state(param, group)
                 assert param.grad is not None
                 entry, grad = make_entry(
@@ -235,9 +259,9 @@ class Lion8bit(torch.optim.Optimizer):
                 entries.append(entry)
                 grads.append(grad)
             except (TypeError, ValueError, RuntimeError) as error:
-                group = self.param_groups[owner]
-                index = next((i for i, other in enumerate(group["params"]) if other is param), None)
-                where = f"(parameter {index} of group {owner}, shape {tuple(param.shape)})"
+                index = next((i for i, other in enumerate(groups[owner]["params"]) if other is param), None)
+                number = next(i for i, group in enumerate(self.param_groups) if group is groups[owner])
+                where = f"(parameter {index} of group {number}, shape {tuple(param.shape)})"
                 raise type(error)(f"{error} {where}") from error
         for entry in entries:
             self.state[entry.source] = entry.state
@@ -247,6 +271,12 @@ class Lion8bit(torch.optim.Optimizer):
         if len(places) == 1:
             return [Batch(device, entries, grads) for device in places]
         return [Batch(device, [entries[i] for i in at], [grads[i] for i in at], at) for device, at in places.items()]
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        for group in self.param_groups:
+            if any(other is param for other in group["params"]):
+                return group
+        raise ValueError(f"param must be one of this optimizer's parameters, got shape {tuple(param.shape)}")
 
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._counters:
@@ -264,9 +294,7 @@ class Lion8bit(torch.optim.Optimizer):
         Raises:
             ValueError: ``param`` is not one of this optimizer's.
         """
-        group = next((g for g in self.param_groups if any(p is param for p in g["params"])), None)
-        if group is None:
-            raise ValueError(f"param must be one of this optimizer's parameters, got shape {tuple(param.shape)}")
+        group = self._group_of(param)
         state = self.state.get(param)
         if not state:
             return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -188,6 +189,66 @@ def test_micro_batches(last_outside: bool) -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert_same_training(ordinary, released)
+
+
+# ---- step_param -----------------------------------------------------------------------------------------------------
+
+
+def test_parameters_are_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = build(torch.bfloat16)
+    fuse_into_backward(model, optimizer)
+    train(model, optimizer, steps=1)
+    monkeypatch.setattr(Lion8bit, "_build", None)  # a call would fail
+    train(model, optimizer, steps=2)
+
+
+def test_changes_are_noticed() -> None:
+    """Memory, state and options that change between steps of one parameter, against whole steps."""
+    params = [nn.Parameter(torch.randn(70, 90).bfloat16()) for _ in range(2)]
+    params[1].data.copy_(params[0].data)
+    optimizers = [Lion8bit([param], lr=1e-3) for param in params]
+    changes: list[Callable[[Any, Lion8bit], object]] = [
+        lambda p, o: None,
+        lambda p, o: o.state[p].update(codes=o.state[p]["codes"].clone()),
+        lambda p, o: o.state.__setitem__(p, dict(o.state[p])),
+        lambda p, o: o.param_groups[0].update(weight_rounding="compensated"),
+        lambda p, o: o.param_groups[0].update(lr=3e-3, weight_decay=0.3, weight_rounding="nearest"),
+        lambda p, o: p.__setattr__("data", p.data.clone()),
+        lambda p, o: o.load_state_dict(copy.deepcopy(o.state_dict())),
+        lambda p, o: o.param_groups[0].update(lr=1e-2),
+    ]
+    stale = optimizers[0].param_groups[0]
+    for seed, change in enumerate(changes):
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+            change(param, optimizer)
+        optimizers[0].step_param(params[0], stale)
+        optimizers[1].step()
+        assert_same(params[0].detach(), params[1].detach(), f"parameter after change {seed}")
+        assert_same(optimizers[0].momentum(params[0]), optimizers[1].momentum(params[1]), "momentum")
+        assert optimizers[0].state[params[0]]["step"] == seed + 1
+    assert optimizers[0].param_groups[0] is not stale
+    param, optimizer = copy.deepcopy((params[0], optimizers[0]))
+    param.grad = params[0].grad.clone()
+    for p, o in ((param, optimizer), (params[0], optimizers[0])):
+        o.step_param(p, stale)
+    assert_same(param.detach(), params[0].detach(), "copied parameter")
+
+
+def test_parameters_that_are_gone_are_let_go_of() -> None:
+    params = [nn.Parameter(torch.randn(70, 90)) for _ in range(2)]
+    optimizer = Lion8bit(params)
+    group = optimizer.param_groups[0]
+    for param in params:
+        param.grad = torch.ones_like(param)
+        optimizer.step_param(param, group)
+    gone = weakref.ref(params[0])
+    group["params"][0] = params[0] = param = nn.Parameter(torch.randn(70, 90))
+    optimizer.state.pop(gone())
+    param.grad = torch.ones_like(param)
+    optimizer.step_param(param, group)
+    gc.collect()
+    assert gone() is None
 
 
 # ---- What it refuses ------------------------------------------------------------------------------------------------
