@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/CMakeLists.txt)
 
-.PHONY: demo test lint format bench-check clean
+.PHONY: demo test lint format bench-check gpu clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -32,6 +32,9 @@ lint: $(VENV)/.dev  ## formatting, style and types, as CI checks them
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu $(wildcard tests/emulator/*.h tests/emulator/*.cpp benchmarks/*.cpp)
+
+gpu:  ## CUDA tests, compute-sanitizer and benchmarks on this machine's GPU, with the given python; needs no network
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 bench-check: $(VENV)/.dev  ## instructions per element of the CPU kernel against the committed counts (needs valgrind)
 	$(BIN)/python benchmarks/instructions.py --check

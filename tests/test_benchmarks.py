@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ pytest.importorskip("matplotlib", reason="needs the extra named demo")
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = ("fidelity", "step_time", "footprint", "overhead")
+TESTS = Path(__file__).parent
 
 
 def run_script(name: str, *arguments: str) -> str:
@@ -145,7 +148,7 @@ def test_bitsandbytes_row_is_its_own_optimizer_bit_for_bit(fidelity_module: Any)
         assert torch.equal(optimizer.state[param]["state1"].view(-1), store.codes.view(-1))
 
 
-def test_flashoptim_row_is_its_own_code(fidelity_module: Any) -> None:
+def test_gpu_row_of_flashoptim_is_its_own_code(fidelity_module: Any) -> None:
     if not torch.cuda.is_available():
         pytest.skip("flashoptim quantizes on an NVIDIA GPU only")
     pytest.importorskip("flashoptim", reason="flashoptim is not installed")
@@ -228,6 +231,152 @@ def test_overhead_leaves_the_kernel_out(tmp_path: Path) -> None:
         assert {"lion8bit", "adamw-fused", "foreach-mul"} < run["rows"].keys()
         assert all(row["us"]["repeats"] == 10 for row in run["rows"].values())
     assert "goal 107 us without the kernel" in printed
+
+
+# ---- The run on a GPU ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`benchmarks/gpu.py` as a module."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    return importlib.import_module("gpu")
+
+
+def test_model_lists_have_the_published_sizes(gpu: Any) -> None:
+    models, common = importlib.import_module("models"), importlib.import_module("common")
+    published = {
+        "gpt2": 124_439_808,
+        "1B": 2**30,
+        "llama": 8_030_261_248,
+        "lora": 41_943_040,
+        "vit": 86_567_656,
+        "sdxl": 2_567_463_684,
+    }
+    assert {key: common.numel(shapes) for key, (_, shapes) in models.GPU_MODELS.items()} == published
+    assert models.QUICK_GPU_MODELS.keys() == published.keys() == set(gpu.BENCHMARKS)
+
+
+def test_single_tensor_shrinks_to_the_memory_and_a_model_does_not(gpu: Any) -> None:
+    gpu_step = importlib.import_module("gpu_step")
+    assert gpu_step.fitted([(32768, 32768)], 10.0, 24e9) == [(32768, 32768)]
+    assert gpu_step.fitted([(32768, 32768)], 10.0, 8e9) == [(16384, 32768)]
+    assert gpu_step.fitted([(32768, 32768), (1,)], 10.0, 8e9) == []
+
+
+def test_parts_are_dropped_when_their_time_is_up(gpu: Any) -> None:
+    now, limits = [0.0], {}
+
+    def run(part: Any, limit: float) -> dict[str, str]:
+        limits[part.name] = limit
+        now[0] += 50
+        return {"status": "passed", "detail": ""}
+
+    parts = [gpu.Part("a", 10, 40), gpu.Part("b", 10, 90), gpu.Part("c", 30, 90), gpu.Part("d", 10, 90)]
+    records = gpu.run_parts(parts, 120, run, lambda: now[0])
+    assert [record["status"] for record in records] == ["passed", "passed", "dropped", "passed"]
+    assert limits == {"a": 40, "b": 70, "d": 20}
+    assert records[2]["detail"] == "needs 30 s, 20 s were left"
+
+
+def test_process_is_ended_at_its_limit_with_what_it_printed(gpu: Any, tmp_path: Path) -> None:
+    done = gpu.call([sys.executable, "-c", "print('begun', flush=True); 1 / 0"], dict(os.environ), tmp_path, 60.0)
+    assert done.status == 1 and done.output.startswith("begun\n") and gpu.last_line(done.output).startswith("ZeroDiv")
+    script = "import time; print('begun', flush=True); time.sleep(50)"
+    begin = time.monotonic()
+    assert gpu.call([sys.executable, "-c", script], dict(os.environ), tmp_path, 3.0) == gpu.Finished(124, "begun\n")
+    assert time.monotonic() - begin < 40
+
+
+def test_counts_of_a_test_report(gpu: Any, tmp_path: Path) -> None:
+    report = tmp_path / "tests.xml"
+    report.write_text('<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"/></testsuites>')
+    assert gpu.count_tests(report) == {"passed": 5, "failed": 2, "skipped": 2}
+
+
+def made_up_row(model: str, dtype: str, contender: str, ms: float, share: float) -> dict[str, Any]:
+    """A row as `gpu_step.py` writes it, with figures that nobody measured."""
+    times = {"median": ms, "min": ms, "max": ms, "repeats": 1}
+    return {
+        "model": model, "name": model, "dtype": dtype, "contender": contender, "label": contender, "parameters": 10**9,
+        "tensors": 1, "status": "measured", "gpu_ms": times, "wall_ms": times, "copy_gb_per_s": 4000.0,
+        "bytes_per_parameter": 8.0, "gb_per_s": 4000 * share, "share_of_copy": share,
+    }  # fmt: skip
+
+
+def test_page_and_verdicts_of_a_made_up_record(gpu: Any, tmp_path: Path) -> None:
+    rows = [
+        made_up_row("1B", "fp32", "lion8bit", 4.0, 0.93),
+        made_up_row("1B", "bf16", "lion8bit", 2.0, 0.84),
+        made_up_row("gpt2", "bf16", "lion8bit", 1.0, 0.5),
+        made_up_row("gpt2", "bf16", "bitsandbytes", 5.5, 0.1),
+        made_up_row("gpt2", "bf16", "flashlion", 0.9, 0.6),
+        {**made_up_row("gpt2", "fp32", "flashlion", 1, 1), "status": "failed", "reason": "TypeError: a | b"},
+    ]
+    start = {"first_process": {"first_step": 2.5}, "second_process": {"first_step": 0.2}}
+    parts = [
+        {"part": "start", "status": "passed", "detail": "", "seconds": 3, "start": start},
+        {"part": "vit", "status": "dropped", "detail": "needs 20 s, 1 s were left"},
+    ]
+    machine = {"gpu": {"name": "Made-up GPU", "cuda": "0.0"}, "driver": "0", "versions": {"torch": "0", "x": None}}
+    record = {"environment": machine, "parts": parts, "rows": rows, "trial": False}
+    page = gpu.write(record, tmp_path)
+    met = {goal["goal"]: goal["met"] for goal in record["goals"]}
+    assert met["1B fp32: share of copy bandwidth"] is True
+    assert met["1B bf16: share of copy bandwidth"] is False
+    assert met["1B bf16, stochastic: share of copy bandwidth"] is None
+    assert met["gpt2 bf16: wall time over bitsandbytes's"] is True
+    assert met["gpt2 bf16: wall time over flashlion's"] is False
+    assert met["llama bf16: wall time over flashlion's"] is None
+    assert (met["first step of the first process"], met["first step of the second process"]) == (False, True)
+    assert met["slower than a peer"] is False
+    assert "gpt2 bf16 flashlion gpu 1.11x; gpt2 bf16 flashlion wall 1.11x" in page
+    assert "# Made-up GPU" in page and "| vit | dropped |  | needs 20 s, 1 s were left |" in page
+    assert "| bf16 | bitsandbytes | 5.500 | 5.500 | 8.00 | 400 | 10.0% | 5.50x |" in page
+    assert "| fp32 | flashlion | TypeError: a / b |" in page
+    assert json.loads((tmp_path / "gpu.json").read_text())["goals"] == record["goals"]
+    assert (tmp_path / "gpu.md").read_text() == page
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_trial_run_goes_through_every_process(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "nonsense-1-py3-none-any.whl").write_bytes(b"no wheel")
+    output = tmp_path / "results"
+    arguments = ["--part", "start", "memcheck", "vit", "--contender", "lion8bit", "adamw", "--budget", "200"]
+    places = ["--output", str(output), "--wheels", str(wheels)]
+    printed = run_script("gpu", "--device", "cpu", "--quick", *arguments, *places)
+    record = json.loads((output / "gpu.json").read_text())
+    assert [(part["part"], part["status"]) for part in record["parts"]] == [
+        ("start", "passed"),
+        ("memcheck", "skipped"),
+        ("vit", "passed"),
+    ]
+    assert [(row["dtype"], row["contender"], row["status"]) for row in record["rows"]] == [
+        ("bf16", "lion8bit", "measured"),
+        ("bf16", "adamw", "measured"),
+        ("fp32", "lion8bit", "measured"),
+        ("fp32", "adamw", "measured"),
+    ]
+    assert all(goal["met"] is None for goal in record["goals"]), "a trial proves no goal"
+    assert record["environment"]["installed"][1].startswith("nonsense-1-py3-none-any.whl: ERROR")
+    assert "none of these figures is a result" in printed and "not run: memcheck" in printed
+
+
+def test_run_on_a_gpu_refuses_what_it_cannot_do(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.parse(["--budget", "0"])
+    assert "--budget must be positive, got 0.0" in capsys.readouterr().err
+    assert gpu.parse(["--part", "1B"]).part == ["1B"]
+
+
+def test_tests_that_need_a_gpu_are_named_so(gpu: Any) -> None:
+    """`make gpu` selects them by name."""
+    for path in TESTS.glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("needs_gpu" in ast.unparse(d) for d in node.decorator_list):
+                assert node.name.startswith("test_gpu"), f"{path.name}: {node.name}"
 
 
 # ---- The command lines -----------------------------------------------------------------------------------------------
