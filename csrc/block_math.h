@@ -81,7 +81,7 @@ struct Tensor {
     int64_t cols;
     int64_t first_block;  // index of the first block here within the whole parameter, of which this may be a shard
     uint32_t seed;        // tells parameters apart in stochastic rounding
-    uint32_t step;        // counts this parameter's updates from 1
+    uint32_t step;        // counts this parameter's updates from 1; or indexes Launch::counters of the CUDA kernel
     int16_t param_dtype;  // Dtype
     int16_t grad_dtype;   // Dtype
     int32_t hyper;        // index into the array of Hyper

@@ -12,14 +12,32 @@ constexpr int32_t kThreads = 256;  // of a CUDA block
 constexpr int32_t kPerLane = 8;    // consecutive elements of a thread
 constexpr uint32_t kFullWarp = 0xffffffffu;
 
+// A learning rate in device memory, of one parameter group.
+struct Rate {
+    const float* lr;  // [1]; null where Hyper has the rate already
+    double divisor;   // decay = 1 - lr / divisor * weight_decay
+    double weight_decay;
+};
+
+// The updates of one parameter, where the device decides whether there is one.
+struct Counter {
+    unsigned long long updates;
+    unsigned long long arrived;  // of the launch whose first tensor this is: CUDA blocks that have read their counter
+};
+
 // All that one launch works on, passed by value: no table on the device, no copy, and a CUDA graph keeps it.
+// What stands after `nonfinite` up to `counters`, and `rates`, is read where the kernel is compiled for it (on_device).
 template <int32_t tensor_capacity, int32_t hyper_capacity> struct Launch {
     unsigned long long* nonfinite;        // [1], counts elements skipped for a bad gradient
+    const float* grad_scale;              // [1], what gradients are to be divided by; or null
+    const float* found_inf;               // [1], nothing is written where it is not 0; or null
+    Counter* counters;                    // indexed by Tensor::step
     int32_t count;                        // tensors in use, at least 1
     int32_t passes;                       // a CUDA block steps passes * kThreads * kPerLane elements
     int32_t first_tile[tensor_capacity];  // index of the first CUDA block of each tensor, ascending from 0
-    Tensor tensors[tensor_capacity];      // none of them empty
+    Tensor tensors[tensor_capacity];      // none of them empty, unless on_device
     Hyper hypers[hyper_capacity];         // indexed by Tensor::hyper
+    Rate rates[hyper_capacity];           // likewise
 };
 
 // ---- Eight consecutive elements of a thread, as they lie in memory --------------------------------------------------
@@ -148,11 +166,36 @@ LION8BIT_FN bool aligned(const void* pointer, uint64_t bytes) {
     return reinterpret_cast<uint64_t>(pointer) % bytes == 0;
 }
 
+// ---- What device memory decides -------------------------------------------------------------------------------------
+
+struct Decision {
+    Hyper hyper;
+    uint32_t step;
+    bool last;  // this is the CUDA block that counts the update: all others have read their counters
+};
+
+template <class Launch> LION8BIT_FN Decision decide(const Launch& launch, const Tensor& tensor) {
+    Decision decision = {launch.hypers[tensor.hyper], 0, false};
+    Hyper& hyper = decision.hyper;
+    const Rate& rate = launch.rates[tensor.hyper];
+    if (rate.lr) {  // the formulas of make_hyper in lion8bit/layout.py
+        hyper.lr = *rate.lr;
+        hyper.decay = static_cast<float>(1.0 - static_cast<double>(hyper.lr) / rate.divisor * rate.weight_decay);
+    }
+    if (launch.grad_scale) hyper.unscale = static_cast<float>(1.0 / static_cast<double>(*launch.grad_scale));
+    decision.step = static_cast<uint32_t>(launch.counters[tensor.step].updates) + 1;
+    __threadfence();  // the counter is read before this block is seen to have arrived
+    unsigned long long& arrived = launch.counters[launch.tensors[0].step].arrived;
+    decision.last = atomicAdd(&arrived, 1ull) == gridDim.x - 1;
+    if (decision.last) arrived = 0;
+    return decision;
+}
+
 // ---- The kernel -----------------------------------------------------------------------------------------------------
 
 // The share of one CUDA block. The template arguments are what all tensors of a launch have in common.
 template <int32_t param_dtype, int32_t grad_dtype, bool quantized, int32_t block_size, int32_t rounding, bool general,
-          class Launch>
+          bool on_device, class Launch>
 LION8BIT_FN void update_tile(const Launch& launch) {
     using Param = ElementOf<param_dtype>;
     using Grad = ElementOf<grad_dtype>;
@@ -168,7 +211,21 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         (launch.first_tile[middle] <= tile ? index : end) = middle;
     }
     const Tensor& tensor = launch.tensors[index];
-    const Hyper hyper = launch.hypers[tensor.hyper];
+    Hyper hyper = launch.hypers[tensor.hyper];
+    uint32_t update = tensor.step;
+    if constexpr (on_device) {
+        if (launch.found_inf && *launch.found_inf != 0.0f) return;
+        __shared__ Decision decision;
+        if (threadIdx.x == 0) decision = decide(launch, tensor);
+        __syncthreads();
+        hyper = decision.hyper;
+        update = decision.step;
+        if (decision.last) {
+            for (int32_t i = threadIdx.x; i < launch.count; i += kThreads) {
+                ++launch.counters[launch.tensors[i].step].updates;
+            }
+        }
+    }
     auto* const param = static_cast<Param*>(tensor.param);
     const auto* const grad = static_cast<const Grad*>(tensor.grad);
     auto* const momentum = static_cast<Momentum*>(tensor.momentum);
@@ -181,7 +238,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     const int64_t run = flat ? tensor.rows * cols : cols;          // elements from one short block to the next
     const bool vector = (tensor.rows == 1 || cols % kPerLane == 0) && aligned(param, 16) && aligned(grad, 16) &&
                         aligned(momentum, quantized ? 8 : 16) && (rounding != kCompensated || aligned(residual, 8));
-    RandomKey key = random_key(tensor.seed, tensor.step);
+    RandomKey key = random_key(tensor.seed, update);
 #if defined(__CUDA_ARCH__)
     asm volatile("" : "+r"(key.low), "+r"(key.high));  // or the compiler computes it anew in every pass
 #endif
@@ -349,6 +406,6 @@ LION8BIT_FN void update_tile(const Launch& launch) {
 extern "C" __global__ void __launch_bounds__(lion8bit::kThreads)
     lion8bit_update(const __grid_constant__ lion8bit::Launch<LION8BIT_TENSORS, LION8BIT_HYPERS> launch) {
     lion8bit::update_tile<LION8BIT_PARAM_DTYPE, LION8BIT_GRAD_DTYPE, LION8BIT_QUANTIZED, LION8BIT_BLOCK_SIZE,
-                          LION8BIT_WEIGHT_ROUNDING, LION8BIT_GENERAL>(launch);
+                          LION8BIT_WEIGHT_ROUNDING, LION8BIT_GENERAL, LION8BIT_ON_DEVICE>(launch);
 }
 #endif

@@ -11,24 +11,35 @@ import torch
 
 from lion8bit import cpu, portable
 from lion8bit.batch import Batch
+from lion8bit.control import Control
 from lion8bit.layout import Hyper
 
-Update = Callable[[Batch, "ctypes.Array[Hyper]", torch.Tensor], None]
+Update = Callable[..., None]
 
 
 class SlowBackendWarning(UserWarning):
     """Says once per kind of device that a fallback costs speed; results stay the same."""
 
 
-def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> None:
+def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor, control: Control | None = None) -> None:
     """One Lion step in place for every parameter of the batch, by the backend of its device.
 
     Args:
         batch: parameters of one device.
         hypers: constants of the groups.
         counter: [1] int64 on that device; the number of skipped elements is added to it.
+        control: what the device decides by itself, where it `decides`; None where the host has decided it all.
     """
-    select(batch.device.type)[1](batch, hypers, counter)
+    update = select(batch.device.type)[1]
+    if control is None:
+        update(batch, hypers, counter)
+    else:
+        update(batch, hypers, counter, control)
+
+
+def decides(device_type: str) -> bool:
+    """Whether the kernel for such devices can read what it needs from their memory, so that the host need not wait."""
+    return select(device_type)[0] == "cuda"
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lion8bit.control import UpdateCounts
 from lion8bit.describe import describe
 from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols
 
@@ -225,6 +226,10 @@ class Batch:
             for state, step in zip(self._states, steps, strict=True):
                 state["step"] = step + 1
             self._columns["step"] = np.array(steps, np.int64) + 1  # modulo 2^32
+
+    def advance_on(self, counts: UpdateCounts, live: Collection[dict[str, Any]]) -> None:
+        """Leaves it to the device to count this step's updates; ``live`` is the state of all parameters."""
+        self._columns["step"] = counts.places(self._states, live)
 
     def finish(self) -> None:
         """Writes copied parameters back, tells autograd that the parameters have changed, lets go of the gradients."""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from lion8bit.control import Control
 from lion8bit.layout import Hyper, Tensor, blocks_per_row
 
 THREADS = 256  # kThreads of cuda_kernel.cu
@@ -37,8 +38,8 @@ class Capacity(NamedTuple):
     hypers: int
 
 
-SMALL = Capacity(tensors=40, hypers=16)
-LARGE = Capacity(tensors=372, hypers=32)
+SMALL = Capacity(tensors=36, hypers=14)
+LARGE = Capacity(tensors=362, hypers=32)
 
 
 class Kernel(NamedTuple):
@@ -51,6 +52,7 @@ class Kernel(NamedTuple):
     weight_rounding: int
     general: bool  # some flag of the Hyper is set
     capacity: Capacity
+    on_device: bool = False  # rates, GradScaler's tensors and update counts are read from device memory
 
     def macros(self) -> list[str]:
         """The definitions that select this combination in `cuda_kernel.cu`."""
@@ -63,6 +65,7 @@ class Kernel(NamedTuple):
             "GENERAL": int(self.general),
             "TENSORS": self.capacity.tensors,
             "HYPERS": self.capacity.hypers,
+            "ON_DEVICE": int(self.on_device),
         }
         return [f"-DLION8BIT_{name}={value}" for name, value in values.items()]
 
@@ -88,16 +91,26 @@ class Runner(Protocol):
 # ---- Packing -------------------------------------------------------------------------------------------------------
 
 
+class Rate(ctypes.Structure):
+    """`struct Rate` of `cuda_kernel.cu`."""
+
+    _fields_ = [("lr", ctypes.c_void_p), ("divisor", ctypes.c_double), ("weight_decay", ctypes.c_double)]
+
+
 @cache
 def launch_type(capacity: Capacity) -> type[ctypes.Structure]:
     """The ctypes mirror of ``struct Launch`` of `cuda_kernel.cu`."""
     fields = [
         ("nonfinite", ctypes.c_void_p),
+        ("grad_scale", ctypes.c_void_p),
+        ("found_inf", ctypes.c_void_p),
+        ("counters", ctypes.c_void_p),
         ("count", ctypes.c_int32),
         ("passes", ctypes.c_int32),
         ("first_tile", ctypes.c_int32 * capacity.tensors),
         ("tensors", Tensor * capacity.tensors),
         ("hypers", Hyper * capacity.hypers),
+        ("rates", Rate * capacity.hypers),
     ]
     return type("Launch", (ctypes.Structure,), {"_fields_": fields})
 
@@ -118,23 +131,37 @@ class _Packed:
         for i, amount in enumerate(passes):
             self.launch.first_tile[i] = self.grid
             self.grid += -(-amount // per_tile)
+        self.grid = max(1, self.grid)  # which counts the updates of tensors without elements
         self._tensors = np.frombuffer(self.launch.tensors, dtype=np.dtype(Tensor))[: len(rows)]
         self._local_hypers = np.array([self.hypers.index(hyper) for hyper in hypers], dtype=np.int32)
 
-    def refresh(self, table: Any, hypers: ctypes.Array[Hyper], nonfinite: int) -> None:
+    def refresh(self, table: Any, hypers: ctypes.Array[Hyper], nonfinite: int, control: Control | None) -> None:
         """Takes in what changes from step to step."""
         self.launch.nonfinite = nonfinite
         self._tensors[:] = table[self.rows]
         self._tensors["hyper"] = self._local_hypers
         for i, hyper in enumerate(self.hypers):
             self.launch.hypers[i] = hypers[hyper]
+        if control is not None:
+            self.launch.grad_scale, self.launch.found_inf = _address(control.grad_scale), _address(control.found_inf)
+            self.launch.counters = control.counts.table.data_ptr()
+            for i, hyper in enumerate(self.hypers):
+                rate = control.rates[hyper]
+                self.launch.rates[i] = Rate(_address(rate.lr), rate.divisor, rate.weight_decay)
 
 
-def _pack(table: Any, hypers: ctypes.Array[Hyper], runner: Runner) -> list[_Packed]:
-    """Sorts the tensors that have elements by the kernel they need, as many to a launch as it holds."""
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _pack(table: Any, hypers: ctypes.Array[Hyper], runner: Runner, on_device: bool) -> list[_Packed]:
+    """Sorts tensors by the kernel they need, as many to a launch as it holds.
+
+    Those without elements are left out, unless the device is to count their updates too.
+    """
     buckets: dict[tuple[Any, ...], list[tuple[int, int, int]]] = {}
     for index, tensor in enumerate(table):
-        if tensor.rows * tensor.cols == 0:
+        if tensor.rows * tensor.cols == 0 and not on_device:
             continue
         hyper = hypers[tensor.hyper]
         rounding = hyper.weight_rounding if tensor.param_dtype else 0  # fp32 parameters are not rounded
@@ -145,7 +172,7 @@ def _pack(table: Any, hypers: ctypes.Array[Hyper], runner: Runner) -> list[_Pack
         buckets.setdefault(key, []).append((index, passes, tensor.hyper))
     packed = []
     for key, members in buckets.items():
-        kernel = Kernel(*key, capacity=runner.capacity(len(members)))
+        kernel = Kernel(*key, capacity=runner.capacity(len(members)), on_device=on_device)
         part: list[tuple[int, int, int]] = []
         seen: set[int] = set()
         for member in members:
@@ -158,25 +185,34 @@ def _pack(table: Any, hypers: ctypes.Array[Hyper], runner: Runner) -> list[_Pack
     return packed
 
 
-def launches(batch: Batch, hypers: ctypes.Array[Hyper], nonfinite: int, runner: Runner) -> list[_Packed]:
+def launches(
+    batch: Batch, hypers: ctypes.Array[Hyper], nonfinite: int, runner: Runner, control: Control | None = None
+) -> list[_Packed]:
     """The launches that step a batch, packed anew only where more than gradients, steps and constants have changed."""
     import numpy as np
 
-    kinds = tuple((hyper.block_size, hyper.weight_rounding, hyper.flags != 0) for hyper in hypers)
+    on_device = control is not None
+    kinds = (on_device, *((hyper.block_size, hyper.weight_rounding, hyper.flags != 0) for hyper in hypers))
     cached = batch.cuda_cache.get(kinds)
     if cached is None:
         batch.cuda_cache.clear()
         table = np.frombuffer(batch.table, dtype=np.dtype(Tensor)) if len(batch.table) else None
-        cached = batch.cuda_cache[kinds] = table, _pack(batch.table, hypers, runner)
+        cached = batch.cuda_cache[kinds] = table, _pack(batch.table, hypers, runner, on_device)
     table, packed = cached
     for each in packed:
-        each.refresh(table, hypers, nonfinite)
+        each.refresh(table, hypers, nonfinite, control)
     return list(packed)
 
 
-def step_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor, runner: Runner) -> None:
+def step_(
+    batch: Batch,
+    hypers: ctypes.Array[Hyper],
+    counter: torch.Tensor,
+    runner: Runner,
+    control: Control | None = None,
+) -> None:
     """`update_` on a runner of the caller's choice."""
-    for packed in launches(batch, hypers, counter.data_ptr(), runner):
+    for packed in launches(batch, hypers, counter.data_ptr(), runner, control):
         runner.run(packed.kernel, packed.grid, packed.launch)
 
 
@@ -431,7 +467,7 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> None:
+def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor, control: Control | None = None) -> None:
     """One Lion step in place for every parameter of the batch, on torch's current stream, without synchronisation.
 
     The first step of each combination of dtypes and options compiles its kernel; CUDA graphs may capture later ones.
@@ -440,11 +476,12 @@ def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor) ->
         batch: parameters of one CUDA device.
         hypers: constants of the groups.
         counter: [1] int64 on that device; the number of skipped elements is added to it.
+        control: what the device decides by itself; None where the host has decided it all.
 
     Raises:
         RuntimeError: the kernel cannot be compiled, loaded or launched, or would have to be compiled during capture.
     """
-    step_(batch, hypers, counter, device_of(batch))
+    step_(batch, hypers, counter, device_of(batch), control)
 
 
 def prepare(batch: Batch, hypers: ctypes.Array[Hyper]) -> None:

@@ -75,11 +75,11 @@ def make_hyper(
     """
     beta1, beta2 = (float(beta) for beta in betas)
     blend, beta = (beta1 * beta2, beta1) if momentum_first else (beta1, beta2)
-    rate = lr if initial_lr is None else (lr / initial_lr if initial_lr else 0.0)
+    divisor, decoupled = decay_terms(weight_decay, decoupled_weight_decay, initial_lr)
     coupled = not decoupled_weight_decay and weight_decay != 0
     return Hyper(
         lr=lr,
-        decay=1.0 - rate * weight_decay if decoupled_weight_decay else 1.0,
+        decay=1.0 - lr / divisor * decoupled,
         coupled_decay=weight_decay if coupled else 0.0,
         blend=blend,
         one_minus_blend=1.0 - blend,
@@ -90,6 +90,15 @@ def make_hyper(
         block_size=block_size,
         weight_rounding=WEIGHT_ROUNDING[weight_rounding],
     )
+
+
+def decay_terms(
+    weight_decay: float, decoupled_weight_decay: bool, initial_lr: float | None = None
+) -> tuple[float, float]:
+    """(divisor, weight decay) of the factor on the parameter, ``decay = 1 - lr / divisor * weight_decay``."""
+    if not decoupled_weight_decay or initial_lr == 0:
+        return 1.0, 0.0
+    return (1.0 if initial_lr is None else initial_lr), weight_decay
 
 
 class Tensor(ctypes.Structure):

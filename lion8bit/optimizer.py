@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lion8bit.backend import update_
+from lion8bit.backend import decides, update_
 from lion8bit.batch import STATE_TENSORS, Batch, Entry, check_state, hyper_array, make_entry
+from lion8bit.control import Control, Rate, UpdateCounts
 from lion8bit.layout import (
     DTYPES,
     FORMAT_VERSION,
+    UNSCALE,
     WEIGHT_ROUNDING,
     ZERO_CODE,
     Hyper,
     blocks_per_row,
+    decay_terms,
     make_hyper,
     memory_order,
     rows_and_cols,
@@ -33,11 +36,7 @@ from lion8bit.reference import (
     to_float16,
 )
 
-_LATER = {
-    "capturable": "reading lr from the device inside a CUDA graph is not implemented yet; leave it False",
-    "fused": "unscaling inside the kernel is not implemented yet; leave it False, GradScaler then unscales by itself",
-    "is_paged": "momentum in host memory is not implemented yet; leave it False",
-}
+_LATER = {"is_paged": "momentum in host memory is not implemented yet; leave it False"}
 
 
 class Lion8bit(torch.optim.Optimizer):
@@ -74,7 +73,11 @@ class Lion8bit(torch.optim.Optimizer):
         cautious: skip an update whose sign is not the gradient's (Liang et al., arXiv 2411.16085, without the
             rescaling by the share of kept updates, which would need a pass over the whole tensor).
         maximize: ascend.
-        capturable, fused, is_paged: not implemented yet; True raises NotImplementedError.
+        capturable: CUDA graphs may capture `step`: a tensor lr (fp32, on the GPU) is read, and updates are counted, by
+            each replay. The first step must come before the capture.
+        fused: `torch.amp.GradScaler` leaves unscaling, and skipping after an overflow, to the kernel: no pass over the
+            gradients to unscale them, and no waiting for the GPU.
+        is_paged: not implemented yet; True raises NotImplementedError.
 
     Raises:
         ValueError: an option out of its range.
@@ -124,6 +127,7 @@ class Lion8bit(torch.optim.Optimizer):
         self._plan: _Plan | None = None
         self._plans: dict[Tensor, _Plan] = {}  # of the parameters that are stepped alone
         self._counters: dict[torch.device, Tensor] = {}
+        self._update_counts: dict[torch.device, UpdateCounts] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -155,6 +159,7 @@ class Lion8bit(torch.optim.Optimizer):
         self._plan = None
         self._plans = {}
         self.__dict__.setdefault("_counters", {})
+        self.__dict__.setdefault("_update_counts", {})
 
     # ---- Stepping --------------------------------------------------------------------------------------------------
 
@@ -186,7 +191,7 @@ class Lion8bit(torch.optim.Optimizer):
             plan = _Plan(key, self.state.values(), batches)
             if all(batch.reusable for batch in plan.batches):
                 self._plan = plan
-        self._run(plan.batches, hypers)
+        self._run(plan.batches, self.param_groups, hypers)
         return loss
 
     @torch.no_grad()
@@ -215,18 +220,68 @@ class Lion8bit(torch.optim.Optimizer):
             plan = _Plan(key, [self.state[param]], batches)
             if batches[0].reusable:
                 self._plans[param] = plan
-        self._run(plan.batches, hypers)
+        self._run(plan.batches, [group], hypers)
 
     def step_parameter(self, param: Tensor, group: dict[str, Any], index: int) -> None:
         """`step_param` with the parameter's index in its group, as some trainers call it."""
         self.step_param(param, group)
 
-    def _run(self, batches: Sequence[Batch], hypers: Sequence[Hyper]) -> None:
-        constants = hyper_array(hypers)
+    def _run(self, batches: Sequence[Batch], groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> None:
+        grad_scale, found_inf = self._from_scaler()
+        if grad_scale is not None:
+            for hyper in hypers:
+                hyper.flags |= UNSCALE
         for batch in batches:
-            batch.advance()
-            update_(batch, constants, self._counter(batch.device))
+            counts = self._counts_on(batch.device, grad_scale is not None or found_inf is not None)
+            if counts is None:
+                if found_inf is not None and found_inf.item():
+                    batch.grads = []
+                    continue
+                _complete(hypers, groups, grad_scale)
+                batch.advance()
+                update_(batch, hyper_array(hypers), self._counter(batch.device))
+            else:
+                batch.advance_on(counts, self.state.values())
+                rates = [_rate(group, batch.device) for group in groups]
+                control = Control(rates, _on(batch.device, grad_scale), _on(batch.device, found_inf), counts)
+                update_(batch, hyper_array(hypers), self._counter(batch.device), control)
             batch.finish()
+
+    def _from_scaler(self) -> tuple[Tensor | None, Tensor | None]:
+        """The scale and the verdict of GradScaler, which sets both where this optimizer supports it."""
+        if not self._step_supports_amp_scaling:
+            return None, None
+        found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        grad_scale, found_inf = (None if value is None else torch.as_tensor(value) for value in found)
+        return grad_scale, found_inf
+
+    def _counts_on(self, device: torch.device, scaled: bool) -> UpdateCounts | None:
+        """Where the device counts this step's updates; None where the host does and knows all that a step needs."""
+        capturable = [group["capturable"] for group in self.param_groups]
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if not all(capturable):
+                raise RuntimeError(
+                    "capturable must be True while a CUDA graph is captured, got False; "
+                    "each replay would repeat this step's learning rate and random numbers"
+                )
+            if any(isinstance(group["lr"], Tensor) and group["lr"].device.type == "cpu" for group in self.param_groups):
+                raise RuntimeError(
+                    f"lr must be a number or a tensor on {device} while a CUDA graph is captured, got a CPU tensor; "
+                    "each replay would take its present value"
+                )
+        fused = [group["fused"] for group in self.param_groups]
+        if (scaled or any(capturable) or any(fused)) and decides(device.type):
+            if device not in self._update_counts:
+                self._update_counts[device] = UpdateCounts(device)
+            return self._update_counts[device]
+        if device in self._update_counts:
+            self._update_counts[device].settle()
+        return None
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler hands over its scale and its verdict as ``grad_scale`` and ``found_inf``."""
+        return vars(self).get("_step_supports_amp_scaling", False) or any(group["fused"] for group in self.param_groups)
 
     def _build(
         self,
@@ -400,6 +455,19 @@ class Lion8bit(torch.optim.Optimizer):
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """See `torch.optim.Optimizer.state_dict`; waits for devices that count updates (``fused``, ``capturable``)."""
+        self._settle()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return super().__getstate__()
+
+    def _settle(self) -> None:
+        for counts in self._update_counts.values():
+            counts.settle()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned; codes, scales and momentum keep their dtypes, whatever the parameter's is.
 
@@ -470,9 +538,11 @@ def _ready(groups: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]
     return params, grads, counts
 
 
-def _hyper(group: dict[str, Any]) -> Hyper:
+def _hyper(group: dict[str, Any], lr: float | None = None) -> Hyper:
+    """The kernels' constants of a group; ``lr`` in place of its own, which may be in device memory."""
     _check_options(group)  # anyone may write to a group, and the kernels trust what they are given
-    lr = float(group["lr"])
+    if lr is None:
+        lr = float(group["lr"]) if _device_lr(group) is None else 0.0
     return make_hyper(
         lr=lr,
         betas=group["betas"],
@@ -481,10 +551,49 @@ def _hyper(group: dict[str, Any]) -> Hyper:
         weight_rounding="stochastic" if group["weight_rounding"] == "auto" else group["weight_rounding"],
         momentum_first=group["momentum_first"],
         decoupled_weight_decay=group["decoupled_weight_decay"],
-        initial_lr=group.setdefault("initial_lr", lr) if group["decouple_lr"] else None,
+        initial_lr=_initial_lr(group),
         cautious=group["cautious"],
         maximize=group["maximize"],
     )
+
+
+def _initial_lr(group: dict[str, Any]) -> float | None:
+    if not group["decouple_lr"]:
+        return None
+    initial_lr = group.setdefault("initial_lr", group["lr"])
+    if isinstance(initial_lr, Tensor):  # a scheduler's: read once
+        group["initial_lr"] = initial_lr = float(initial_lr)
+    return float(initial_lr)
+
+
+def _device_lr(group: dict[str, Any]) -> Tensor | None:
+    """A learning rate that the host need not read, because the kernel will."""
+    lr = group["lr"]
+    if not (group["capturable"] and isinstance(lr, Tensor) and lr.numel() == 1 and decides(lr.device.type)):
+        return None
+    if lr.dtype != torch.float32:
+        raise ValueError(f"lr must be a float32 tensor with capturable=True, got {lr.dtype}; pass lr.float()")
+    return lr
+
+
+def _rate(group: dict[str, Any], device: torch.device) -> Rate:
+    divisor, weight_decay = decay_terms(group["weight_decay"], group["decoupled_weight_decay"], _initial_lr(group))
+    return Rate(_on(device, _device_lr(group)), divisor, weight_decay)
+
+
+def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
+    return None if scalar is None else scalar.detach().to(device, torch.float32, non_blocking=True)
+
+
+def _complete(hypers: Sequence[Hyper], groups: Sequence[dict[str, Any]], grad_scale: Tensor | None) -> None:
+    """Reads on the host what a `Control` would leave to the device."""
+    for hyper, group in zip(hypers, groups, strict=True):
+        lr = _device_lr(group)
+        if lr is not None:
+            read = _hyper(group, float(lr))
+            hyper.lr, hyper.decay = read.lr, read.decay
+        if grad_scale is not None:
+            hyper.unscale = float(grad_scale.double().reciprocal())  # as GradScaler; rounded to fp32 here
 
 
 def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -539,7 +648,7 @@ def _nbytes(tensor: Tensor | None) -> int:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    check_rates(options)
+    check_rates(options if _device_lr(options) is None else {**options, "lr": 0.0})
     check_block_size(options["block_size"])
     if options["min_8bit_size"] < 0:
         raise ValueError(f"min_8bit_size must be at least 0, got {options['min_8bit_size']}")

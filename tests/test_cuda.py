@@ -80,7 +80,9 @@ class Emulated:
             error = self.library.emulate_large(ctypes.c_int64(grid), ctypes.byref(launch))
         else:
             first, last = ctypes.c_int64(self.first), ctypes.c_int64(grid)
-            error = self.library.emulate(*map(int, kernel[:6]), self.order, first, last, ctypes.byref(launch))
+            error = self.library.emulate(
+                *map(int, kernel[:6]), int(kernel.on_device), self.order, first, last, ctypes.byref(launch)
+            )
         if error:
             raise RuntimeError(f"the emulator reports: {ERRORS.get(error, error)}")
 
@@ -212,6 +214,7 @@ def test_nvrtc_compiles_for_every_architecture(arch: str) -> None:
         cuda.Kernel(1, 1, True, 128, 0, False, cuda.LARGE),
         cuda.Kernel(1, 0, True, 256, 1, True, cuda.SMALL),
         cuda.Kernel(1, 1, True, 128, 2, False, cuda.LARGE),
+        cuda.Kernel(1, 1, True, 128, 1, True, cuda.LARGE, on_device=True),
         cuda.Kernel(2, 2, False, 128, 1, False, cuda.SMALL),
     ):
         assert cuda.compile_kernel(kernel, arch)[:4] == (b"\x7fELF" if arch.startswith("sm") else b"//\n/")
@@ -422,11 +425,12 @@ def test_more_tensors_than_one_launch_holds(library: ctypes.CDLL) -> None:
     pairs = [Pair((1, 1 + i % 300), torch.bfloat16, torch.bfloat16, 128, seed=i) for i in range(101)]
     pairs.insert(50, Pair((0, 0), torch.bfloat16, torch.bfloat16, 128))
     run_steps(pairs, [hyper_for("plain", 128)], on(emulated), steps=1)
-    assert [count for _, count, _ in emulated.log] == [40, 40, 21]
+    held = cuda.SMALL.tensors
+    assert [count for _, count, _ in emulated.log] == [held, held, 101 - 2 * held]
     large = Emulated(library, large=True)
     pairs = [Pair((1, 1 + i % 300), torch.bfloat16, torch.bfloat16, 128, seed=i) for i in range(400)]
     run_steps(pairs, [hyper_for("decay", 128)], on(large), steps=1)
-    assert [count for _, count, _ in large.log] == [372, 28]
+    assert [count for _, count, _ in large.log] == [cuda.LARGE.tensors, 400 - cuda.LARGE.tensors]
 
 
 @needs_compiler
@@ -435,7 +439,8 @@ def test_more_groups_than_one_launch_holds(library: ctypes.CDLL) -> None:
     hypers = [hyper_for("decay", 128, lr=1e-3 * (1 + i)) for i in range(37)]
     pairs = [Pair((1, 150), torch.float32, torch.float32, 128, hyper=i, seed=i) for i in range(37)]
     run_steps(pairs, hypers, on(emulated), steps=2)
-    assert [count for _, count, _ in emulated.log] == [16, 16, 5] * 2
+    held = cuda.SMALL.hypers
+    assert [count for _, count, _ in emulated.log] == [held, held, 37 - 2 * held] * 2
 
 
 @needs_compiler

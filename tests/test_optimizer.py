@@ -491,7 +491,7 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
         Lion8bit([{"params": [param], **options}])
 
 
-@pytest.mark.parametrize("options", [{"capturable": True}, {"fused": True}, {"is_paged": True}])
+@pytest.mark.parametrize("options", [{"is_paged": True}])
 def test_options_of_the_future_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(NotImplementedError, match="not implemented yet; "):
         Lion8bit([leaf(torch.randn(5))], **options)
@@ -807,7 +807,7 @@ def test_a_parameter_transposed_in_place_is_noticed() -> None:
         ("betas", (0.9, 1.5), ValueError),
         ("optim_bits", 4, ValueError),
         ("weight_rounding", "up", ValueError),
-        ("fused", True, NotImplementedError),
+        ("is_paged", True, NotImplementedError),
     ],
 )
 @pytest.mark.parametrize("warm", [False, True])

@@ -23,12 +23,12 @@ using lion8bit::kCompensated;
 using lion8bit::kFloat16;
 using lion8bit::kFloat32;
 
-using Small = lion8bit::Launch<40, 16>;   // SMALL of lion8bit/cuda.py
-using Large = lion8bit::Launch<372, 32>;  // LARGE
+using Small = lion8bit::Launch<36, 14>;   // SMALL of lion8bit/cuda.py
+using Large = lion8bit::Launch<362, 32>;  // LARGE
 
 // The arguments of `emulate`.
 struct Call {
-    int32_t param_dtype, grad_dtype, quantized, block_size, weight_rounding, general, order;
+    int32_t param_dtype, grad_dtype, quantized, block_size, weight_rounding, general, on_device, order;
     int64_t first, last;
     const void* launch;
 };
@@ -39,15 +39,24 @@ template <class Body> Error run(int64_t first, int64_t last, int32_t threads, in
     return block.launch(first, last, threads, order, body);
 }
 
-template <class Launch, int32_t param, int32_t grad, bool quantized, int32_t block_size, int32_t rounding, bool general>
+template <class Launch, int32_t param, int32_t grad, bool quantized, int32_t block_size, int32_t rounding, bool general,
+          bool on_device = false>
 Error with_all(const Call& call) {
     const auto& launch = *static_cast<const Launch*>(call.launch);
-    return run(call.first, call.last, lion8bit::kThreads, call.order,
-               [&launch] { lion8bit::update_tile<param, grad, quantized, block_size, rounding, general>(launch); });
+    return run(call.first, call.last, lion8bit::kThreads, call.order, [&launch] {
+        lion8bit::update_tile<param, grad, quantized, block_size, rounding, general, on_device>(launch);
+    });
 }
 
 template <int32_t param, int32_t grad, bool quantized, int32_t block_size, int32_t rounding>
 Error with_rounding(const Call& call) {
+    if constexpr (param == grad && block_size == 128) {  // the rest is not built
+        if (call.on_device) {
+            return call.general ? with_all<Small, param, grad, quantized, block_size, rounding, true, true>(call)
+                                : with_all<Small, param, grad, quantized, block_size, rounding, false, true>(call);
+        }
+    }
+    if (call.on_device) return emulator::kUnknown;
     return call.general ? with_all<Small, param, grad, quantized, block_size, rounding, true>(call)
                         : with_all<Small, param, grad, quantized, block_size, rounding, false>(call);
 }
@@ -96,10 +105,10 @@ template <int32_t param> Error with_param(const Call& call) {
 
 // Runs the CUDA blocks [first, last) of one launch of the small capacity and returns an emulator::Error.
 extern "C" int32_t emulate(int32_t param_dtype, int32_t grad_dtype, int32_t quantized, int32_t block_size,
-                           int32_t weight_rounding, int32_t general, int32_t order, int64_t first, int64_t last,
-                           const void* launch) {
-    const Call call = {param_dtype, grad_dtype, quantized, block_size, weight_rounding,
-                       general,     order,      first,     last,       launch};
+                           int32_t weight_rounding, int32_t general, int32_t on_device, int32_t order, int64_t first,
+                           int64_t last, const void* launch) {
+    const Call call = {param_dtype, grad_dtype, quantized, block_size, weight_rounding, general,
+                       on_device,   order,      first,     last,       launch};
     switch (param_dtype) {
         case kFloat32: return with_param<kFloat32>(call);
         case kBfloat16: return with_param<kBfloat16>(call);
@@ -112,7 +121,7 @@ extern "C" int32_t emulate(int32_t param_dtype, int32_t grad_dtype, int32_t quan
 
 // Runs a launch of the large capacity, of the one combination that is built for it.
 extern "C" int32_t emulate_large(int64_t last, const void* launch) {
-    const Call call = {kBfloat16, kBfloat16, 1, 128, lion8bit::kNearest, 0, 0, 0, last, launch};
+    const Call call = {kBfloat16, kBfloat16, 1, 128, lion8bit::kNearest, 0, 0, 0, 0, last, launch};
     return with_all<Large, kBfloat16, kBfloat16, true, 128, lion8bit::kNearest, false>(call);
 }
 

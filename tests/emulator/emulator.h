@@ -20,6 +20,7 @@
 
 #define __global__
 #define __device__
+#define __shared__ static  // one CUDA block runs at a time
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -266,6 +267,7 @@ inline uint32_t __ballot_sync(uint32_t mask, int32_t predicate) {
 inline void __syncwarp(uint32_t mask = 0xffffffffu) {
     emulator::running->meet(emulator::Operation::kSyncWarp, mask, 0, 0);
 }
+inline void __threadfence() {}
 inline void __syncthreads() { emulator::running->meet(emulator::Operation::kSyncThreads, 0xffffffffu, 0, 0); }
 inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
     const unsigned long long old = *address;

@@ -24,7 +24,7 @@ struct Buffer {
 
 struct Case {
     int64_t rows, cols;
-    int32_t param_dtype, grad_dtype, quantized, rounding, general;
+    int32_t param_dtype, grad_dtype, quantized, rounding, general, on_device;
     bool shifted;  // pointers aligned to one element only
 };
 
@@ -57,8 +57,15 @@ int32_t run_case(const Case& c, const std::string& fault) {
     tensor.param_dtype = c.param_dtype;
     tensor.grad_dtype = c.grad_dtype;
     launch->hypers[0] = {1e-3f, 1.0f, 0.0f, 0.9f, 0.1f, 0.99f, 0.01f, 0.5f, c.general ? 15u : 0u, kBlock, c.rounding};
+    Buffer counters(2 * sizeof(lion8bit::Counter), 0);
+    float lr = 1e-3f, grad_scale = 2.0f, found_inf = 0.0f;
+    launch->counters = reinterpret_cast<lion8bit::Counter*>(counters.data);
+    launch->grad_scale = &grad_scale;
+    launch->found_inf = &found_inf;
+    launch->rates[0] = {&lr, 1.0, 0.1};
     const int64_t tiles = (blocks * kBlock + 2047) / 2048;
-    return emulate(c.param_dtype, c.grad_dtype, c.quantized, kBlock, c.rounding, c.general, 2, 0, tiles, launch.get());
+    return emulate(c.param_dtype, c.grad_dtype, c.quantized, kBlock, c.rounding, c.general, c.on_device, 2, 0, tiles,
+                   launch.get());
 }
 
 }  // namespace
@@ -67,11 +74,14 @@ int main(int argc, char** argv) {
     const std::string fault = argc > 1 ? argv[1] : "";
     const int64_t shapes[][2] = {{1, 1}, {1, 127}, {1, 128}, {1, 129}, {3, 8}, {5, 17}, {2, 256}, {3, 200}, {1, 5000}};
     for (const auto& shape : shapes) {
-        for (int32_t bits = 0; bits < 128; ++bits) {
-            const int32_t param_dtype = bits & 1, rounding = (bits >> 3 & 1) + (bits >> 6 & 1);
+        for (int32_t bits = 0; bits < 256; ++bits) {
+            const int32_t param_dtype = bits & 1, grad_dtype = bits >> 1 & 1, on_device = bits >> 7 & 1;
+            const int32_t rounding = (bits >> 3 & 1) + (bits >> 6 & 1);
+            if ((bits & 0x48) == 0x40) continue;  // the same rounding as 0x08
             if (rounding == kCompensated && param_dtype != kBfloat16) continue;
-            const Case c = {shape[0],      shape[1], param_dtype,   bits >> 1 & 1,
-                            bits >> 2 & 1, rounding, bits >> 4 & 1, (bits >> 5 & 1) != 0};
+            if (on_device && param_dtype != grad_dtype) continue;
+            const Case c = {shape[0], shape[1],      param_dtype, grad_dtype,          bits >> 2 & 1,
+                            rounding, bits >> 4 & 1, on_device,   (bits >> 5 & 1) != 0};
             if (const int32_t error = run_case(c, fault)) {
                 std::printf("error %d\n", error);
                 return 1;

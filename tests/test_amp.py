@@ -1,0 +1,511 @@
+"""GradScaler, plain and fused, and capturable steps: what device memory decides has the bits of what the host does.
+
+Each test runs on the CPU, in plain torch, through the CUDA kernel on the emulator, and on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_same
+from test_cuda import COMPILER, Emulated, library, needs_gpu  # noqa: F401
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lion8bit import Lion8bit, cuda, portable
+from lion8bit.control import UpdateCounts
+
+ON_EMULATOR = pytest.param("emulated", marks=pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"))
+ON_GPU = pytest.param("cuda", marks=needs_gpu)
+on_device = pytest.mark.parametrize("place", [ON_EMULATOR, ON_GPU], indirect=True)
+
+
+class Place:
+    """Where a test steps: a device, and the backend that takes its batches."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.device = "cuda" if name == "cuda" else "cpu"
+        self.launches: list[tuple[cuda.Kernel, int, ctypes.Structure]] = []
+
+
+@pytest.fixture(params=["cpu", "portable", ON_EMULATOR, ON_GPU])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+    where = Place(request.param)
+    if where.name == "portable":
+        monkeypatch.setattr("lion8bit.optimizer.update_", portable.update_)
+    if where.name == "emulated":
+        runner = Emulated(request.getfixturevalue("library"))
+
+        class Recorder:
+            def capacity(self, tensors: int) -> cuda.Capacity:
+                return runner.capacity(tensors)
+
+            def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure) -> None:
+                where.launches.append((kernel, grid, type(launch).from_buffer_copy(launch)))
+                runner.run(kernel, grid, launch)
+
+        def step_(batch: Any, hypers: Any, counter: torch.Tensor, control: Any = None) -> None:
+            cuda.step_(batch, hypers, counter, Recorder(), control)
+
+        monkeypatch.setattr("lion8bit.optimizer.update_", step_)
+        monkeypatch.setattr("lion8bit.optimizer.decides", lambda device_type: True)
+    return where
+
+
+def parameters(place: Place, *dtypes: torch.dtype) -> list[torch.Tensor]:
+    """Quantized and small ones of each dtype, and one without elements."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(70, 90), (30,), (0, 5)]
+    return [
+        torch.randn(shape, generator=generator).to(place.device, dtype).requires_grad_()
+        for dtype in dtypes
+        for shape in shapes
+    ]
+
+
+def set_grads(params: list[torch.Tensor], seed: int, scale: float = 1.0, inf: bool = False) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        grad = torch.randn(param.shape, generator=generator).to(param.dtype) * scale
+        if inf and grad.numel():
+            grad.view(-1)[3] = float("inf")
+        param.grad = grad.to(param.device)
+
+
+def contents(optimizer: Lion8bit) -> list[Any]:
+    """Copies of all that a checkpoint holds, and of the parameters."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    state = optimizer.state_dict()["state"]
+    values = [param.detach().cpu().clone() for param in params]
+    for number in sorted(state):
+        for name in sorted(state[number]):
+            value = state[number][name]
+            values.append(value.cpu().clone() if isinstance(value, torch.Tensor) else value)
+    return values
+
+
+def assert_same_contents(one: list[Any], other: list[Any]) -> None:
+    assert len(one) == len(other)
+    for index, (a, b) in enumerate(zip(one, other, strict=True)):
+        assert type(a) is type(b)
+        if isinstance(a, torch.Tensor):
+            assert_same(a, b, f"value {index}")
+        else:
+            assert a == b
+
+
+def scaler_for(place: Place, scale: float) -> torch.amp.GradScaler:
+    scaler = torch.amp.GradScaler(place.device, init_scale=scale, growth_interval=3)
+    scaler.scale(torch.zeros((), device=place.device))  # makes the scale's tensor
+    return scaler
+
+
+# ---- GradScaler -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "scale"),
+    [((torch.float32, torch.bfloat16), 2.0**16), ((torch.float32,), 1000.0), ((torch.float32,), 3.7e-3)],
+    ids=["power of two", "1000", "0.0037"],
+)
+def test_fused_unscaling_equals_gradscalers(place: Place, dtypes: tuple[torch.dtype, ...], scale: float) -> None:
+    """Any scale with fp32 gradients, powers of two with others; an overflow in between halves the scale of both."""
+    results = []
+    for fused in (False, True):
+        params = parameters(place, *dtypes)
+        optimizer = Lion8bit(params, lr=1e-3, weight_decay=0.1, fused=fused, maximize=True)
+        scaler = scaler_for(place, scale)
+        for step in range(6):
+            set_grads(params, step, scaler.get_scale(), inf=step == 2)
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == torch.tensor(scale).item()  # halved once, doubled once
+        assert optimizer.nonfinite_count() == 0
+        results.append(contents(optimizer))
+        assert optimizer.state[params[0]]["step"] == 5
+        assert optimizer.state_dict()["state"][2]["step"] == 5  # no elements
+    assert_same_contents(*results)
+
+
+@pytest.mark.parametrize("options", [{}, {"optim_bits": 32}, {"weight_rounding": "compensated"}], ids=str)
+def test_an_overflow_changes_nothing(place: Place, options: dict[str, Any]) -> None:
+    """Not the parameters, the state, the update counts, nor what comes after."""
+    params, copies = parameters(place, torch.bfloat16), parameters(place, torch.bfloat16)
+    optimizer = Lion8bit(params, lr=1e-3, weight_decay=0.1, fused=True, **options)
+    undisturbed = Lion8bit(copies, lr=1e-3, weight_decay=0.1, **options)
+    scaler = scaler_for(place, 2.0**10)
+    for step in range(4):
+        for overflow in (True, False) if step != 1 else (False,):
+            before = contents(optimizer)
+            set_grads(params, step, scaler.get_scale(), inf=overflow)
+            scaler.step(optimizer)
+            if overflow and step:
+                assert_same_contents(contents(optimizer), before)
+            scaler.update()
+        set_grads(copies, step)
+        undisturbed.step()
+        assert_same_contents(contents(optimizer), contents(undisturbed))
+    assert optimizer.nonfinite_count() == 0
+
+
+def test_bad_elements_are_still_skipped_where_there_is_no_overflow_check(place: Place) -> None:
+    """found_inf of 0 with an infinite gradient, as where one sets `grad_scale` by hand: it is skipped and counted."""
+    params = parameters(place, torch.float32)
+    optimizer = Lion8bit(params, lr=1e-3, fused=True)
+    before = params[0].detach().clone()
+    set_grads(params, 0, 8.0, inf=True)
+    optimizer.grad_scale = torch.full((), 8.0, device=place.device)
+    optimizer.found_inf = torch.zeros((), device=place.device)
+    optimizer.step()
+    assert optimizer.nonfinite_count() == 2
+    changed = (params[0].detach() != before).view(-1)
+    assert not bool(changed[3]) and int(changed.sum()) == before.numel() - 1
+    assert torch.allclose(optimizer.momentum(params[1]).cpu()[:3], params[1].grad.cpu()[:3] / 8 * 0.01, rtol=1e-6)
+
+
+def test_explicit_unscaling_and_clipping(place: Place) -> None:
+    results = []
+    for fused in (False, True):
+        params = parameters(place, torch.float32)
+        optimizer, scaler = Lion8bit(params, lr=1e-3, fused=fused), scaler_for(place, 256.0)
+        for step in range(3):
+            set_grads(params, step, scaler.get_scale())
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(params, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(contents(optimizer))
+    assert_same_contents(*results)
+
+
+def test_a_disabled_scaler_and_none_at_all(place: Place) -> None:
+    results = []
+    for scaler in (torch.amp.GradScaler(place.device, enabled=False), None):
+        params = parameters(place, torch.bfloat16)
+        optimizer = Lion8bit(params, lr=1e-3, fused=scaler is None)
+        for step in range(2):
+            set_grads(params, step)
+            optimizer.step() if scaler is None else scaler.step(optimizer)
+        results.append(contents(optimizer))
+    assert_same_contents(*results)
+
+
+def test_gradients_are_let_go_of_after_an_overflow(place: Place) -> None:
+    params = parameters(place, torch.float32)
+    optimizer, scaler = Lion8bit(params, fused=True), scaler_for(place, 4.0)
+    set_grads(params, 0, inf=True)
+    grads = [weakref.ref(param.grad) for param in params]
+    scaler.step(optimizer)
+    optimizer.zero_grad()
+    scaler.update()
+    assert [grad() for grad in grads] == [None] * len(grads)
+    scaler.scale(torch.zeros((), device=place.device))
+    scaler.step(optimizer)  # without any gradient
+
+
+@pytest.mark.parametrize("name", ["step_param", "step"])
+def test_every_way_to_step_unscales(place: Place, name: str) -> None:
+    params = parameters(place, torch.float32)
+    optimizer = Lion8bit(params, lr=1e-3, fused=True)
+    set_grads(params, 0, 8.0)
+    optimizer.grad_scale = torch.full((), 8.0, device=place.device)
+    optimizer.found_inf = torch.zeros((), device=place.device)
+    if name == "step":
+        optimizer.step()
+    for param in params if name == "step_param" else []:
+        optimizer.step_param(param, optimizer.param_groups[0])
+    twins = parameters(place, torch.float32)
+    twin = Lion8bit(twins, lr=1e-3)
+    set_grads(twins, 0)
+    twin.step()
+    assert_same_contents(contents(optimizer), contents(twin))
+
+
+def test_fused_in_one_group_is_fused_in_all(place: Place) -> None:
+    """GradScaler either unscales an optimizer's gradients or leaves that to it."""
+    assert not Lion8bit(parameters(place, torch.float32))._step_supports_amp_scaling
+    first, second = parameters(place, torch.float32)[:2]
+    optimizer = Lion8bit([{"params": [first], "fused": True}, {"params": [second]}], lr=1e-3)
+    assert optimizer._step_supports_amp_scaling
+    scaler = scaler_for(place, 4.0)
+    set_grads([first, second], 0, 4.0)
+    scaler.step(optimizer)
+    expected = second.grad.cpu() / 4 * torch.tensor(1 - 0.99)
+    assert torch.equal(optimizer.momentum(second).cpu(), expected)
+
+
+# ---- Capturable -----------------------------------------------------------------------------------------------------
+
+DECAYS: dict[str, dict[str, Any]] = {
+    "decoupled": {"weight_decay": 0.1},
+    "coupled": {"weight_decay": 0.1, "decoupled_weight_decay": False},
+    "decouple_lr": {"weight_decay": 1e-3, "decouple_lr": True},
+}
+
+
+def schedule(step: int) -> float:
+    return 1e-3 / (1 + step)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_a_tensor_lr_gives_the_bits_of_a_number(place: Place, decay: str) -> None:
+    results = []
+    for capturable in (False, True):
+        params = parameters(place, torch.float32, torch.bfloat16)
+        lr = torch.tensor(schedule(0), device=place.device)
+        optimizer = Lion8bit(params, lr=lr if capturable else float(lr), capturable=capturable, **DECAYS[decay])
+        for step in range(4):
+            lr.fill_(schedule(step))
+            if not capturable:
+                optimizer.param_groups[0]["lr"] = float(lr)
+            set_grads(params, step)
+            optimizer.step()
+        results.append(contents(optimizer))
+    assert_same_contents(*results)
+
+
+def test_the_decay_is_the_hosts_for_any_numbers(place: Place) -> None:
+    """A parameter of ones without gradient becomes its group's decay, formed from lr on the device."""
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    draws = torch.rand(60, 3, generator=generator, dtype=torch.float64)
+    for capturable in (False, True):
+        groups, lrs = [], []
+        for i, (rate, decay, initial) in enumerate(draws.tolist()):
+            lrs.append(torch.tensor(rate, device=place.device))
+            extra = {"decouple_lr": True, "initial_lr": initial if i % 6 else 0.0} if i % 2 else {}
+            lr = lrs[-1] if capturable else float(lrs[-1])
+            groups.append({"params": [torch.ones(3, device=place.device)], "lr": lr, "weight_decay": decay, **extra})
+        optimizer = Lion8bit(groups, capturable=capturable)
+        for group in groups:
+            group["params"][0].grad = torch.zeros(3, device=place.device)
+        optimizer.step()
+        results.append(contents(optimizer))
+    assert_same_contents(*results)
+
+
+def test_counts_survive_everything(place: Place) -> None:
+    """Gradients that come and go, checkpoints, copies, counts set by hand, flags switched: as where the host counts."""
+    results = []
+    for flags in ({}, {"capturable": True}, {"fused": True}):
+        params = parameters(place, torch.bfloat16)
+        extra = torch.randn(80, 80, generator=torch.Generator().manual_seed(9)).bfloat16().to(place.device)
+        lr = torch.tensor(1e-3, device=place.device) if "capturable" in flags else float(torch.tensor(1e-3))
+        optimizer = Lion8bit(params, lr=lr, **flags)
+        values = []
+        for step in range(12):
+            set_grads(params, step)
+            if step % 3 == 1:
+                params[0].grad = None
+            if step == 3:
+                saved = copy.deepcopy(optimizer.state_dict())
+                assert all(type(state["step"]) is int for state in saved["state"].values())
+            if step == 5:
+                optimizer.load_state_dict(saved)
+            if step == 6:
+                params, optimizer = pickle.loads(pickle.dumps((params, optimizer)))
+                set_grads(params, step)
+            if step == 7:
+                optimizer.state_dict()  # a count set by hand holds from there on
+                optimizer.state[params[0]]["step"] = 100
+            if step in (8, 9):
+                for name in flags:
+                    optimizer.param_groups[0][name] = step == 9
+            if step == 10:
+                params.append(extra.requires_grad_())
+                optimizer.add_param_group({"params": [extra]})
+                set_grads(params, step)
+            optimizer.step()
+            values += contents(optimizer) if step in (2, 6, 11) else []
+        results.append(values)
+    assert_same_contents(results[0], results[1])
+    assert_same_contents(results[0], results[2])
+
+
+def test_the_host_reads_what_it_needs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters on the CPU beside others on a GPU, where lr and the scale are: here the GPU's part is left out."""
+    results = []
+    for elsewhere in (False, True):
+        place = Place("cpu")
+        params = parameters(place, torch.float32)
+        monkeypatch.setattr("lion8bit.optimizer.decides", lambda device_type, elsewhere=elsewhere: elsewhere)
+        monkeypatch.setattr(Lion8bit, "_counts_on", lambda *arguments: None)
+        optimizer = Lion8bit(params, lr=torch.tensor(1e-3), weight_decay=0.1, capturable=True, fused=True)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+        for step in range(2):
+            set_grads(params, step)
+            optimizer.step()
+        results.append(contents(optimizer))
+    assert_same_contents(*results)
+
+
+@needs_gpu
+def test_gpu_and_cpu_parameters_in_one_optimizer() -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        params = [*parameters(Place("cpu"), torch.bfloat16), *parameters(Place("cuda"), torch.bfloat16)]
+        lr = torch.tensor(1e-3, device=device)
+        optimizer = Lion8bit(params, lr=lr, weight_decay=0.1, capturable=device == "cuda", fused=True)
+        scaler = scaler_for(Place("cuda"), 2.0**10)
+        for step in range(4):
+            set_grads(params, step, scaler.get_scale(), inf=step == 1)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(contents(optimizer))
+    assert_same_contents(*results)
+
+
+def test_counts_move_to_more_room() -> None:
+    """States that are no longer the optimizer's make room; counts that the device has made meanwhile are kept."""
+    counts = UpdateCounts(torch.device("cpu"))
+    states = [{"step": n} for n in range(5)]
+    places = counts.places(states[:3], states)
+    counts.table[places, 0] += 10
+    assert counts.table[places, 0].tolist() == [10, 11, 12]
+    first = counts.table
+    more = [*states[1:], *({"step": 50 + n} for n in range(20))]
+    places = counts.places(more, more)
+    assert counts.table is not first
+    assert counts.table[places, 0].tolist() == [11, 12, 3, 4, *range(50, 70)]
+    counts.table[:, 0] += 1
+    states[1]["step"] = 7  # set from outside: neither lost nor overwritten
+    counts.settle()
+    assert [state["step"] for state in more] == [7, 13, 4, 5, *range(51, 71)]
+    assert states[0]["step"] == 0
+    assert counts.table[counts.places(more[:2], more), 0].tolist() == [7, 13]
+    assert len({*counts.places(more, more)}) == len(more)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where a value is read from a tensor, for which a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "_local_scalar_dense" not in str(func) and "_to_copy" not in str(func), func
+        return func(*args, **(kwargs or {}))
+
+
+@on_device
+def test_the_device_is_not_waited_for(place: Place) -> None:
+    params = parameters(place, torch.float32, torch.bfloat16)
+    lr = torch.tensor(1e-3, device=place.device)
+    optimizer = Lion8bit(params, lr=lr, weight_decay=0.1, capturable=True, fused=True)
+    optimizer.grad_scale = torch.full((), 8.0, device=place.device)
+    optimizer.found_inf = torch.zeros((), device=place.device)
+    set_grads(params, 0)
+    optimizer.step()
+    with NoWaiting():
+        if place.device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            if place.device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(AssertionError), NoWaiting():
+        float(lr)
+
+
+def replayed(place: Place, optimizer: Lion8bit, request: pytest.FixtureRequest) -> Callable[[], None]:
+    """One step of the optimizer as a CUDA graph: captured, or on the emulator its launches as they were."""
+    if place.name == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        return graph.replay
+    emulator = Emulated(request.getfixturevalue("library"))
+    place.launches.clear()
+    optimizer.step()
+    recorded = [*place.launches]
+
+    def replay() -> None:
+        for kernel, grid, launch in recorded:
+            emulator.run(kernel, grid, launch)
+
+    return replay
+
+
+@on_device
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_graph_replays_with_a_changing_lr(place: Place, fused: bool, request: pytest.FixtureRequest) -> None:
+    """Also with overflows in between, and with eager steps of some parameters: as the host deciding everything."""
+    params, twins = (parameters(place, torch.float32, torch.bfloat16) for _ in range(2))
+    lr = torch.tensor(1e-3, device=place.device)
+    optimizer = Lion8bit(params, lr=lr, weight_decay=0.1, capturable=True, fused=fused)
+    twin = Lion8bit(twins, lr=0.0, weight_decay=0.1)
+    if fused:
+        optimizer.grad_scale = torch.full((), 8.0, device=place.device)
+        optimizer.found_inf = torch.zeros((), device=place.device)
+    scale = 8.0 if fused else 1.0
+    set_grads(params, 0, scale)
+    static = [param.grad for param in params]
+    replay = None
+    for step in range(8):
+        overflow = fused and step in (3, 4)
+        lr.fill_(schedule(step))
+        set_grads(twins, step)
+        for grad, other in zip(static, twins, strict=True):
+            grad.copy_(other.grad * scale)
+        if fused:
+            optimizer.found_inf.fill_(float(overflow))
+        alone = step == 6
+        if alone:
+            for param in params[1:]:
+                param.grad = None
+            optimizer.step()
+            for param, grad in zip(params, static, strict=True):
+                param.grad = grad
+            for other in twins[1:]:
+                other.grad = None
+        elif step < 2:
+            optimizer.step()  # the state must exist
+        elif replay is None:
+            replay = replayed(place, optimizer, request)
+            if place.name == "cuda":
+                replay()  # capturing does not run
+        else:
+            replay()
+        if not overflow:
+            twin.param_groups[0]["lr"] = float(lr)
+            twin.step()
+        assert_same_contents(contents(optimizer), contents(twin))
+
+
+def test_capturable_options_are_checked() -> None:
+    param = torch.randn(10, requires_grad=True)
+    with pytest.raises(ValueError, match="1-element"):
+        Lion8bit([param], lr=torch.ones(2), capturable=True)
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+        Lion8bit([param], lr=torch.tensor(-1.0), capturable=True)
+
+
+@on_device
+def test_the_kernel_reads_rates_in_single_precision(place: Place) -> None:
+    with pytest.raises(ValueError, match=r"lr must be a float32 tensor with capturable=True, got torch.float64; pass"):
+        Lion8bit(
+            parameters(place, torch.float32),
+            lr=torch.tensor(1e-3, dtype=torch.float64, device=place.device),
+            capturable=True,
+        )
+
+
+@needs_gpu
+@pytest.mark.parametrize("fault", ["capturable", "lr", "first step"])
+def test_captures_that_would_go_wrong_are_refused(fault: str) -> None:
+    place = Place("cuda")
+    params = parameters(place, torch.bfloat16)
+    lr = torch.tensor(1e-3, device="cpu" if fault == "lr" else "cuda")
+    optimizer = Lion8bit(params, lr=lr, capturable=fault != "capturable")
+    set_grads(params, 0)
+    if fault != "first step":
+        optimizer.step()
+    message = {"capturable": "capturable must be True", "lr": "got a CPU tensor", "first step": "must exist before"}
+    with pytest.raises(RuntimeError, match=message[fault]), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
