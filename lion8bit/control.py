@@ -91,7 +91,7 @@ class UpdateCounts:
             place = self._held[key].place if key in self._held else next(free)
             self._held[key] = _Held(state, place, state["step"])
         places = torch.tensor([self._held[key].place for key in adopted], device=self._device)
-        steps = torch.tensor([state["step"] for state in adopted.values()], device=self._device)
+        steps = torch.tensor([state["step"] for state in adopted.values()], dtype=torch.int64, device=self._device)
         self.table[:, 0].index_copy_(0, places, steps)
 
 

@@ -176,8 +176,8 @@ def test_explicit_unscaling_and_clipping(place: Place) -> None:
     for fused in (False, True):
         params = parameters(place, torch.float32)
         optimizer, scaler = Lion8bit(params, lr=1e-3, fused=fused), scaler_for(place, 256.0)
-        for step in range(3):
-            set_grads(params, step, scaler.get_scale())
+        for step in range(4):
+            set_grads(params, step, scaler.get_scale(), inf=step == 2)
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(params, 1.0)
             scaler.step(optimizer)

@@ -11,6 +11,7 @@ import torch
 from cases import assert_same, hyper_for
 from torch import nn
 
+import lion8bit
 from lion8bit import Lion8bit, cpu, portable, reference
 from lion8bit.batch import hyper_array
 from lion8bit.layout import Tensor
@@ -326,6 +327,22 @@ def test_a_residual_belongs_to_bfloat16() -> None:
     optimizer.step()
     with pytest.raises(ValueError, match=r"must belong to a bfloat16 parameter, got torch.float32; .*fp32_weights"):
         compensated([wide]).load_state_dict(optimizer.state_dict())
+
+
+def test_conversion_to_another_block_size_keeps_the_residual() -> None:
+    model = small_model()
+    optimizer = compensated([*model.parameters()])
+    train(model, optimizer, 3, seed=1)
+    other = compensated([*model.parameters()], block_size=64)
+    other.load_state_dict(lion8bit.convert_state_dict(optimizer.state_dict(), other))
+    for param in model.parameters():
+        assert_same(other.state[param]["residual"], optimizer.state[param]["residual"], "residual")
+    plain = Lion8bit([*model.parameters()], block_size=64)
+    plain.load_state_dict(lion8bit.convert_state_dict(optimizer.state_dict(), plain))
+    assert not any("residual" in state for state in plain.state.values())
+    back = compensated([*model.parameters()])
+    back.load_state_dict(lion8bit.convert_state_dict(plain.state_dict(), back))
+    assert all(not state["residual"].any() for state in back.state.values())
 
 
 def test_fp32_weights_round_trip() -> None:
