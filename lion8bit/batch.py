@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,17 @@ import torch
 from lion8bit.control import UpdateCounts
 from lion8bit.describe import describe
 from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols
+from lion8bit.sharding import Position, is_dtensor, local, local_state, position
 
 STATE_TENSORS = ("codes", "scales", "momentum", "residual")
 
 
 @dataclass(slots=True)
 class Entry:
-    """One parameter of a step. Its tensors but ``scales`` are dense with the memory order of ``momentum``."""
+    """One parameter of a step, as much of it as lies in this process.
+
+    Its tensors but ``scales`` are dense with the memory order of ``momentum``.
+    """
 
     param: torch.Tensor  # fp32, bf16 or fp16
     momentum: torch.Tensor  # int8 codes, or fp32 where scales is None
@@ -29,16 +33,26 @@ class Entry:
     order: tuple[int, ...]  # memory order of the dimensions
     rows: int
     cols: int
+    position: Position
     seed: int
     hyper: int  # index into the step's Hypers
     state: dict[str, Any]
-    source: torch.Tensor  # the optimizer's own parameter, whose copy `param` is where their memory differs
+    source: torch.Tensor  # the optimizer's own parameter; its local tensor is `param`, or has been copied to it
+    in_place: bool  # neither parameter nor gradient is a copy
 
 
 def make_entry(
     param: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], *, block_size: int, seed: int, hyper: int
 ) -> tuple[Entry, torch.Tensor]:
     """Checks a parameter, its gradient and its state against each other; copies what is laid out differently in memory.
+
+    Args:
+        param: the optimizer's parameter, plain or a DTensor.
+        grad: its gradient in this process, from `sharding.gradients`.
+        state: its state, placed as the parameter.
+        block_size: of the group.
+        seed: tells parameters apart in stochastic rounding.
+        hyper: index of the group.
 
     Returns:
         The entry, and the gradient in its memory order.
@@ -48,39 +62,46 @@ def make_entry(
         RuntimeError: a sparse gradient, freed memory, or a device or shape that does not fit the parameter.
         ValueError: elements of the parameter share memory, or the state does not fit it.
     """
+    if any(placement.is_partial() for placement in getattr(param, "placements", ())):
+        raise ValueError("parameters must be sharded or replicated, got a DTensor that is a partial sum")
+    source, param = param, local(param)
     _check_param(param)
     _check_grad(grad, param)
-    order, (rows, cols) = check_state(state, param, block_size)
-    scales: torch.Tensor | None = state.get("scales")
-    momentum: torch.Tensor = state["momentum"] if scales is None else state["codes"]
-    for name in state.keys() & STATE_TENSORS:
-        if state[name].device != param.device:
-            raise RuntimeError(f"state must be on the parameter's device {param.device}, got {state[name].device}")
-        if state[name].numel() and not state[name].data_ptr():
+    order, (rows, cols) = check_state(state, source, block_size)
+    tensors = local_state(state, STATE_TENSORS, source, block_size)
+    scales = tensors.get("scales")
+    momentum = tensors["momentum"] if scales is None else tensors["codes"]
+    for name, tensor in tensors.items():
+        if tensor.device != param.device:
+            raise RuntimeError(f"state must be on the parameter's device {param.device}, got {tensor.device}")
+        if tensor.numel() and not tensor.data_ptr():
             raise RuntimeError(f"state must have memory, got {name} without storage")
     if scales is not None and not scales.is_contiguous():
         raise ValueError(f"scales must be contiguous, got strides {scales.stride()}")
+    ordered, ordered_grad = _in_order(param, order, momentum), _in_order(grad, order, momentum)
     entry = Entry(
-        param=_in_order(param, order, momentum),
+        param=ordered,
         momentum=momentum,
         scales=scales,
-        residual=state.get("residual"),
+        residual=tensors.get("residual"),
         order=order,
         rows=rows,
         cols=cols,
+        position=position(source, cols, block_size),
         seed=seed,
         hyper=hyper,
         state=state,
-        source=param,
+        source=source,
+        in_place=ordered is param and ordered_grad is grad,
     )
-    return entry, _in_order(grad, order, momentum)
+    return entry, ordered_grad
 
 
 def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> tuple[tuple[int, ...], tuple[int, int]]:
     """Checks that a parameter's state is complete and has the dtypes and shapes of the format.
 
     Returns:
-        The memory order of the momentum, and its [rows, cols].
+        The memory order of the momentum in this process, and its [rows, cols].
 
     Raises:
         ValueError: it does not; the message says what differs.
@@ -89,15 +110,16 @@ def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> 
     known = names - {"residual"} in ({"codes", "scales"}, {"momentum"}) and "step" in state
     if not known or not all(isinstance(state[name], torch.Tensor) for name in names):
         raise ValueError(f"state must hold step with codes and scales, or with momentum; got {sorted(state)}")
+    tensors, param = local_state(state, STATE_TENSORS, param, block_size), local(param)
     name, dtype = ("codes", torch.int8) if "codes" in state else ("momentum", torch.float32)
-    momentum = state[name]
+    momentum = tensors[name]
     order = memory_order(momentum)
     if momentum.dtype != dtype or momentum.shape != param.shape or order is None:
         got = f"{momentum.dtype} of shape {tuple(momentum.shape)}"
         raise ValueError(f"{name} must be a dense {dtype} tensor of shape {tuple(param.shape)}, got {got}")
     rows, cols = rows_and_cols([param.shape[dim] for dim in order])
-    if "residual" in state:
-        residual = state["residual"]
+    if "residual" in tensors:
+        residual = tensors["residual"]
         if residual.dtype != torch.int8 or residual.shape != param.shape or memory_order(residual) != order:
             got = f"{residual.dtype} of shape {tuple(residual.shape)} with strides {residual.stride()}"
             raise ValueError(f"residual must be an int8 tensor with the shape and memory order of {name}, got {got}")
@@ -106,8 +128,8 @@ def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> 
                 f"residual must belong to a bfloat16 parameter, got {param.dtype}; "
                 "delete it from the state, and take the weights from `fp32_weights` of the optimizer that saved it"
             )
-    if "scales" in state:
-        shape, scales = (rows, blocks_per_row(cols, block_size)), state["scales"]
+    if "scales" in tensors:
+        shape, scales = (rows, blocks_per_row(cols, block_size)), tensors["scales"]
         if scales.dtype != torch.float32 or tuple(scales.shape) != shape:
             got = f"{scales.dtype} {tuple(scales.shape)}"
             raise ValueError(f"scales must be float32 {shape} at block_size {block_size}, got {got}")
@@ -175,7 +197,7 @@ class Batch:
             row.momentum = entry.momentum.data_ptr()
             row.scales = 0 if entry.scales is None else entry.scales.data_ptr()
             row.residual = 0 if entry.residual is None else entry.residual.data_ptr()
-            row.rows, row.cols = entry.rows, entry.cols
+            row.rows, row.cols, row.first_block = entry.rows, entry.cols, entry.position.first_block
             row.seed, row.step, row.hyper = entry.seed, entry.state["step"], entry.hyper
             row.param_dtype, row.grad_dtype = DTYPES[entry.param.dtype], DTYPES[grad.dtype]
         self._columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Tensor))
@@ -183,10 +205,9 @@ class Batch:
         self._states = [entry.state for entry in self.entries]
         holders = {name: [state for state in self._states if name in state] for name in STATE_TENSORS}
         self._holders = [(itemgetter(name), states) for name, states in holders.items() if states]
-        self._copied = [entry for entry in self.entries if entry.param is not entry.source]
-        self.reusable = not self._copied and all(
-            grad is entry.source.grad for entry, grad in zip(self.entries, self.grads, strict=True)
-        )
+        self._sharded = [entry.param for entry in self.entries if is_dtensor(entry.source)]
+        self._copied = [entry for entry in self.entries if entry.param is not local(entry.source)]
+        self.reusable = all(entry.in_place for entry in self.entries)
         if self.reusable:
             self._seen, self._layout = describe(self._tensors(self._params, self.grads))
             self._misaligned = np.array([grad.element_size() - 1 for grad in self.grads], np.uint64)
@@ -200,6 +221,8 @@ class Batch:
         """
         if self.places is not None:
             params, grads = ([tensors[place] for place in self.places] for tensors in (params, grads))
+        if self._sharded and not all(map(is_, params, self._params)):  # below, only local tensors are looked at
+            return False
         try:
             seen, layout = describe(self._tensors(params, grads), self._layout)
         except (KeyError, TypeError, RuntimeError, BufferError):  # `make_entry` says better what is wrong
@@ -234,15 +257,15 @@ class Batch:
     def finish(self) -> None:
         """Writes copied parameters back, tells autograd that the parameters have changed, lets go of the gradients."""
         for entry in self._copied:
-            entry.source.copy_(entry.param)
-        torch.autograd.graph.increment_version(self._params)
+            local(entry.source).copy_(entry.param)
+        torch.autograd.graph.increment_version(self._params + self._sharded)
         self.grads = []
 
     def _tensors(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> list[torch.Tensor]:
         tensors = grads + params
         for get, states in self._holders:
             tensors += map(get, states)
-        return tensors
+        return [*map(local, tensors)] if self._sharded else tensors
 
 
 def hyper_array(hypers: Sequence[Hyper]) -> ctypes.Array[Hyper]:

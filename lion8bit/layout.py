@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
@@ -142,11 +143,7 @@ def blocks_per_row(cols: int, block_size: int) -> int:
 
 def rows_and_cols(shape: Sequence[int]) -> tuple[int, int]:
     """The [rows, cols] of a dense tensor whose dimensions are listed from the slowest to the fastest in memory."""
-    numel = 1
-    for size in shape:
-        numel *= size
-    rows = shape[0] if len(shape) > 1 else 1
-    return (rows, numel // rows) if numel else (0, 0)
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:

@@ -35,6 +35,15 @@ from lion8bit.reference import (
     to_compensated,
     to_float16,
 )
+from lion8bit.sharding import (
+    as_part_of,
+    check_placement,
+    gradients,
+    is_dtensor,
+    is_flattened,
+    keeps_blocks_whole,
+    local,
+)
 
 _LATER = {"is_paged": "momentum in host memory is not implemented yet; leave it False"}
 
@@ -143,6 +152,11 @@ class Lion8bit(torch.optim.Optimizer):
             try:
                 if param.dtype not in DTYPES:
                     raise TypeError(f"parameters must be float32, bfloat16 or float16, got {param.dtype}")
+                if is_flattened(param) and group["optim_bits"] == 8:
+                    raise TypeError(
+                        "parameters must not be flattened to have 8-bit state, got those of FullyShardedDataParallel "
+                        "(FSDP1), which cannot save it; use FSDP2's fully_shard, or optim_bits=32"
+                    )
                 _is_compensated(param, group)
             except (TypeError, ValueError) as error:
                 self.param_groups.pop()
@@ -182,12 +196,13 @@ class Lion8bit(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         params, grads, counts = _ready(self.param_groups)
+        grads = gradients(params, grads)
         hypers = [_hyper(group) for group in self.param_groups]
         key = (counts, [(hyper.block_size, hyper.weight_rounding) for hyper in hypers])
         plan = self._plan
         if plan is None or not plan.refresh(key, self.state.values(), params, grads):
             self._plan = None
-            batches = self._build(self.param_groups, params, counts, hypers)
+            batches = self._build(self.param_groups, params, grads, counts, hypers)
             plan = _Plan(key, self.state.values(), batches)
             if all(batch.reusable for batch in plan.batches):
                 self._plan = plan
@@ -212,11 +227,11 @@ class Lion8bit(torch.optim.Optimizer):
         hypers = [_hyper(group)]
         key = (id(group), hypers[0].block_size, hypers[0].weight_rounding)
         states = [self.state[param]] if param in self.state else []
-        plan = self._plans.get(param)
-        if plan is None or not plan.refresh(key, states, [param], [param.grad]):
+        plan, grads = self._plans.get(param), gradients([param], [param.grad])
+        if plan is None or not plan.refresh(key, states, [param], grads):
             present = {param for group in self.param_groups for param in group["params"]}
             self._plans = {other: plan for other, plan in self._plans.items() if other in present - {param}}
-            batches = self._build([group], [param], [1], hypers)
+            batches = self._build([group], [param], grads, [1], hypers)
             plan = _Plan(key, [self.state[param]], batches)
             if batches[0].reusable:
                 self._plans[param] = plan
@@ -287,6 +302,7 @@ class Lion8bit(torch.optim.Optimizer):
         self,
         groups: Sequence[dict[str, Any]],
         params: Sequence[Tensor],
+        grads: Sequence[Tensor],
         counts: Sequence[int],
         hypers: Sequence[Hyper],
     ) -> list[Batch]:
@@ -294,25 +310,22 @@ class Lion8bit(torch.optim.Optimizer):
         numbers = {id(param): n for n, param in enumerate(p for group in self.param_groups for p in group["params"])}
         owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
         entries: list[Entry] = []
-        grads: list[Tensor] = []
-        for param, owner in zip(params, owners, strict=True):
+        ordered: list[Tensor] = []
+        for param, grad, owner in zip(params, grads, owners, strict=True):
             state = self.state.get(param, {})
             try:
-                if hasattr(param, "device_mesh"):
-                    raise NotImplementedError("DTensor parameters are not implemented yet; use plain tensors")
                 group = groups[owner]
                 state = _with_residual(state, param, group) if state else _new_state(param, group)
-                assert param.grad is not None
-                entry, grad = make_entry(
+                entry, ordered_grad = make_entry(
                     param,
-                    param.grad,
+                    grad,
                     state,
                     block_size=hypers[owner].block_size,
                     seed=numbers.get(id(param), 0),
                     hyper=owner,
                 )
                 entries.append(entry)
-                grads.append(grad)
+                ordered.append(ordered_grad)
             except (TypeError, ValueError, RuntimeError) as error:
                 index = next((i for i, other in enumerate(groups[owner]["params"]) if other is param), None)
                 number = next(i for i, group in enumerate(self.param_groups) if group is groups[owner])
@@ -324,8 +337,8 @@ class Lion8bit(torch.optim.Optimizer):
         for place, entry in enumerate(entries):
             places.setdefault(entry.param.device, []).append(place)
         if len(places) == 1:
-            return [Batch(device, entries, grads) for device in places]
-        return [Batch(device, [entries[i] for i in at], [grads[i] for i in at], at) for device, at in places.items()]
+            return [Batch(device, entries, ordered) for device in places]
+        return [Batch(device, [entries[i] for i in at], [ordered[i] for i in at], at) for device, at in places.items()]
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         for group in self.param_groups:
@@ -344,7 +357,7 @@ class Lion8bit(torch.optim.Optimizer):
         """The momentum of a parameter in fp32, whatever its storage; zeros before its first step.
 
         Returns:
-            fp32, the shape of ``param``; a copy.
+            fp32, the shape of ``param`` and, if that is a DTensor, placed as it is; a copy.
 
         Raises:
             ValueError: ``param`` is not one of this optimizer's.
@@ -354,17 +367,18 @@ class Lion8bit(torch.optim.Optimizer):
         if not state:
             return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
         if "codes" in state:
-            return dequantize(state["codes"], state["scales"], group["block_size"])
+            codes, scales = local(state["codes"]), local(state["scales"])
+            return as_part_of(param, dequantize(codes, scales, group["block_size"]), param.shape)
         momentum: Tensor = state["momentum"]
         return momentum.clone()
 
     def nonfinite_count(self) -> int:
-        """How many elements have been skipped for a bad gradient since construction; waits for the devices."""
+        """How many elements this process has skipped for a bad gradient since construction; waits for the devices."""
         return sum(int(counter.item()) for counter in self._counters.values())
 
     @torch.no_grad()
     def frozen_fraction(self) -> float:
-        """Share of the weights that an update of ±lr cannot move, because rounding brings them back; in [0, 1].
+        """Share of this process's weights that an update of ±lr cannot move, because rounding brings them back.
 
         Weights rounded stochastically move in expectation, and count as frozen only where fp32 itself cannot move them;
         compensated weights, only where 24 bits cannot.
@@ -373,8 +387,8 @@ class Lion8bit(torch.optim.Optimizer):
         for group in self.param_groups:
             lr = float(group["lr"])
             for param in group["params"]:
-                flat, residual = param.detach().reshape(-1), self.state.get(param, {}).get("residual")
-                below = None if residual is None else residual.reshape(-1)
+                flat, residual = local(param).detach().reshape(-1), self.state.get(param, {}).get("residual")
+                below = None if residual is None else local(residual).reshape(-1)
                 for start in range(0, flat.numel(), _PIECE):
                     piece = slice(start, start + _PIECE)
                     value = _fp32(flat[piece], None if below is None else below[piece])
@@ -398,7 +412,8 @@ class Lion8bit(torch.optim.Optimizer):
         weights = model.state_dict()
         for name, param in model.named_parameters(remove_duplicate=False):
             if param.dtype in DTYPES and param.dtype != torch.float32:
-                weights[name] = _fp32(param.detach(), self.state.get(param, {}).get("residual"))
+                residual = self.state.get(param, {}).get("residual")
+                weights[name] = as_part_of(param, _fp32(local(param).detach(), local(residual)), param.shape)
         return weights
 
     @torch.no_grad()
@@ -427,26 +442,28 @@ class Lion8bit(torch.optim.Optimizer):
         residuals: dict[Tensor, Tensor] = {}
         for name, param in model.named_parameters(remove_duplicate=False):
             if param.requires_grad and param in groups and _is_compensated(param, groups[param]):
-                rounded[name], residuals[param] = to_compensated(weights[name].to(param.device, torch.float32))
+                check_placement(f"weights[{name!r}]", weights[name], param)
+                high, residuals[param] = to_compensated(local(weights[name]).to(param.device, torch.float32))
+                rounded[name] = as_part_of(param, high, param.shape)
         model.load_state_dict(rounded)
         for owner, residual in residuals.items():
             state, group = self.state.get(owner), groups[owner]
             self.state[owner] = state = _with_residual(state, owner, group) if state else _new_state(owner, group)
-            state["residual"].copy_(residual)
+            local(state["residual"]).copy_(residual)
 
     def memory_report(self) -> dict[str, float]:
-        """Bytes held for the parameters that this optimizer steps.
+        """Bytes held in this process for the parameters that this optimizer steps, of DTensors the local parts.
 
         Returns:
-            ``parameters`` (count), ``parameter_bytes``, ``gradient_bytes``, ``state_bytes`` (all state tensors) and
+            ``parameters`` (elements), ``parameter_bytes``, ``gradient_bytes``, ``state_bytes`` (all state tensors) and
             ``state_bytes_per_parameter`` (over the parameters that have state; 0 before the first step).
         """
         params = [param for group in self.param_groups for param in group["params"]]
         stepped = [param for param in params if self.state.get(param)]
         state_bytes = sum(_nbytes(self.state[param].get(name)) for param in stepped for name in STATE_TENSORS)
-        count = sum(param.numel() for param in stepped)
+        count = sum(local(param).numel() for param in stepped)
         return {
-            "parameters": sum(param.numel() for param in params),
+            "parameters": sum(local(param).numel() for param in params),
             "parameter_bytes": sum(_nbytes(param) for param in params),
             "gradient_bytes": sum(_nbytes(param.grad) for param in params),
             "state_bytes": state_bytes,
@@ -597,15 +614,25 @@ def _complete(hypers: Sequence[Hyper], groups: Sequence[dict[str, Any]], grad_sc
 
 
 def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-    if group["optim_bits"] == 32 or param.numel() < group["min_8bit_size"]:
-        momentum = torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
-        return _with_residual({"step": 0, "momentum": momentum}, param, group)
-    codes = torch.full_like(param, ZERO_CODE, dtype=torch.int8, requires_grad=False)
+    # All ranks must choose alike, so the choice depends on the whole parameter. Rows of a DTensor run along shape[0].
+    piece, block_size = local(param), group["block_size"]
+    like: dict[str, Any] = {"memory_format": torch.contiguous_format} if is_dtensor(param) else {}
+    wide = group["optim_bits"] == 32 or param.numel() < group["min_8bit_size"]
+    if wide or not keeps_blocks_whole(param, block_size):
+        momentum = torch.zeros_like(piece, dtype=torch.float32, requires_grad=False, **like)
+        return _with_residual({"step": 0, "momentum": as_part_of(param, momentum, param.shape)}, param, group)
+    codes = torch.full_like(piece, ZERO_CODE, dtype=torch.int8, requires_grad=False, **like)
     order = memory_order(codes)
     assert order is not None  # full_like makes dense tensors
-    rows, cols = rows_and_cols([param.shape[dim] for dim in order])
-    scales = torch.zeros(rows, blocks_per_row(cols, group["block_size"]), dtype=torch.float32, device=param.device)
-    return _with_residual({"step": 0, "codes": codes, "scales": scales}, param, group)
+    rows, cols = rows_and_cols([piece.shape[dim] for dim in order])
+    scales = torch.zeros(rows, blocks_per_row(cols, block_size), dtype=torch.float32, device=piece.device)
+    all_rows, all_cols = rows_and_cols(param.shape)
+    state = {
+        "step": 0,
+        "codes": as_part_of(param, codes, param.shape),
+        "scales": as_part_of(param, scales, (all_rows, blocks_per_row(all_cols, block_size))),
+    }
+    return _with_residual(state, param, group)
 
 
 def _is_compensated(param: Tensor, group: dict[str, Any]) -> bool:
@@ -644,7 +671,7 @@ def _rounded(x: Tensor, dtype: torch.dtype, weight_rounding: str) -> Tensor:
 
 
 def _nbytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+    return 0 if tensor is None else local(tensor).numel() * tensor.element_size()
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -1,0 +1,146 @@
+"""Owns what a DTensor parameter is to one process: local tensors, their place in the whole, how state is sharded.
+
+A plain tensor is its own local tensor, so callers need not tell the two apart. Whatever the ranks must decide alike is
+decided from global shape, mesh and placements. Nothing here imports `torch.distributed` for a plain tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lion8bit.layout import blocks_per_row
+
+
+class Position(NamedTuple):
+    """Where local rows stand among the blocks of the whole parameter, which stochastic rounding counts."""
+
+    first_block: int  # the block of the first element
+    row_blocks: int  # blocks from one row to the next
+    skip: int  # elements of the first element's block that come before it
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is a `torch.distributed.tensor.DTensor`."""
+    return hasattr(tensor, "device_mesh")
+
+
+def is_flattened(param: Tensor) -> bool:
+    """Whether FullyShardedDataParallel (FSDP1) has put a parameter into a flat one, or it is that one."""
+    return getattr(param, "_fsdp_flattened", False)
+
+
+def local(tensor: Any) -> Any:
+    """The tensor in this process's memory: the local part of a DTensor, or the tensor itself; None for None."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def as_part_of(param: Any, piece: Tensor, shape: Sequence[int]) -> Tensor:
+    """The DTensor of global ``shape`` that has ``piece`` here and is placed as ``param``; ``piece`` for a plain one."""
+    if not is_dtensor(param):
+        return piece
+    from torch.distributed.tensor import DTensor
+
+    whole: Tensor = DTensor.from_local(
+        piece,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=torch.Size(shape),  # shards may be uneven or empty, so the local shape does not tell the global one
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    return whole.to(piece.device)  # from_local moves to the mesh's device, but offloaded shards stay on the host
+
+
+def keeps_blocks_whole(param: Any, block_size: int) -> bool:
+    """Whether codes and scales can be placed as ``param`` so that every rank holds whole blocks and their scales.
+
+    A shard along dimension 0 does. Along dimension 1, the dimension has to divide evenly and each rank's share of a row
+    must be a multiple of ``block_size``. No further dimension does, nor does a vector, which is a single row.
+    """
+    if not is_dtensor(param):
+        return True
+    if param.dim() < 2:
+        return False
+    parts = 1
+    for placement, ranks in zip(param.placements, param.device_mesh.shape, strict=True):
+        dim = getattr(placement, "dim", 0) if ranks > 1 else 0  # a replica has no dim
+        if dim > 1:
+            return False
+        parts *= ranks if dim == 1 else 1
+    cols = math.prod(param.shape[1:])
+    return parts == 1 or (param.shape[1] % parts == 0 and cols % (parts * block_size) == 0)
+
+
+def position(param: Any, cols: int, block_size: int) -> Position:
+    """The `Position` of a parameter's local tensor, whose rows have ``cols`` elements if it is a plain one."""
+    if not is_dtensor(param) or not local(param).numel():
+        return Position(0, blocks_per_row(cols, block_size), 0)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    row, inner = (offset[0], offset[1:]) if param.dim() > 1 else (0, offset)
+    sizes = param.shape[-len(inner) :] if inner else ()
+    start = 0
+    for index, size in zip(inner, sizes, strict=True):
+        start = start * size + index
+    row_blocks = blocks_per_row(math.prod(sizes), block_size)
+    return Position(row * row_blocks + start // block_size, row_blocks, start % block_size)
+
+
+def gradients(params: Sequence[Any], grads: list[Any]) -> list[Tensor]:
+    """Of gradients what is in this process's memory, placed as the parameters; communicates where they are not so."""
+    if {*map(type, grads)} <= {Tensor}:
+        return grads
+    return [
+        grad if type(grad) is Tensor else _local_gradient(param, grad)
+        for param, grad in zip(params, grads, strict=True)
+    ]
+
+
+def _local_gradient(param: Any, grad: Any) -> Tensor:
+    spec, wanted = getattr(grad, "_spec", None), getattr(param, "_spec", None)
+    if spec is None or wanted is None:
+        return grad  # type: ignore[no-any-return]
+    if spec is not wanted and spec.placements != wanted.placements:
+        grad = grad.redistribute(placements=wanted.placements)
+    piece: Any = grad._local_tensor
+    result: Tensor = piece if type(piece) is Tensor else piece.wait()  # a collective may still be under way
+    return result
+
+
+def local_state(state: Mapping[str, Any], names: Sequence[str], param: Any, block_size: int) -> dict[str, Tensor]:
+    """The local tensors of a parameter's state, those of ``names`` that it has.
+
+    Raises:
+        ValueError: they are not placed as the parameter, or blocks would be cut.
+    """
+    tensors = {name: state[name] for name in names if name in state}
+    for name, tensor in tensors.items():
+        check_placement(name, tensor, param)
+    if "scales" in tensors and not keeps_blocks_whole(param, block_size):
+        raise ValueError(
+            f"state must be fp32 momentum where shards do not hold whole blocks of {block_size}, got codes and scales"
+        )
+    return {name: local(tensor) for name, tensor in tensors.items()}
+
+
+def check_placement(name: str, tensor: Any, param: Any) -> None:
+    """Raises ValueError unless a tensor lies on the parameter's mesh as the parameter does, or both are plain."""
+    if _placement(tensor) != _placement(param):
+        raise ValueError(
+            f"{name} must be {_describe(param)} as the parameter is, got {_describe(tensor)}; load it with "
+            "set_optimizer_state_dict or set_model_state_dict of torch.distributed.checkpoint.state_dict"
+        )
+
+
+def _placement(tensor: Any) -> Any:
+    return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
+
+
+def _describe(tensor: Any) -> str:
+    return f"a DTensor placed {tensor.placements} on {tensor.device_mesh}" if is_dtensor(tensor) else "a plain tensor"
