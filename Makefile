@@ -31,7 +31,7 @@ lint: $(VENV)/.dev  ## formatting, style and types, as CI checks them
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu $(wildcard tests/emulator/*.h tests/emulator/*.cpp benchmarks/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/sanitizer/*.cpp benchmarks/*.cpp)
 
 gpu:  ## CUDA tests, compute-sanitizer and benchmarks on this machine's GPU, with the given python; needs no network
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
@@ -42,7 +42,7 @@ bench-check: $(VENV)/.dev  ## instructions per element of the CPU kernel against
 format: $(VENV)/.dev  ## rewrite the sources in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu $(wildcard tests/emulator/*.h tests/emulator/*.cpp benchmarks/*.cpp)
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/sanitizer/*.cpp benchmarks/*.cpp)
 
 clean:
 	rm -rf build dist $(VENV) demo-results .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,9 @@
 // Owns the C interface that lion8bit/cpu.py calls: the choice of instruction set and the split of the work over
 // threads.
 #include <omp.h>
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 
 #include "cpu_kernel.h"
 #include "export.h"
@@ -18,6 +21,12 @@ lion8bit::UpdateBlocks* const kKernels[] = {
     lion8bit::update_blocks_avx512,
 #endif
 };
+
+// Set in a child of fork(): the team of threads stayed with the parent, and GNU's OpenMP would wait for it for ever.
+bool forked = false;
+#if !defined(_WIN32)
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
 
 int64_t count_blocks(const Tensor& tensor, const Hyper& hyper) {
     return tensor.rows * lion8bit::blocks_per_row(tensor.cols, hyper.block_size);
@@ -42,7 +51,7 @@ LION8BIT_EXPORT int32_t lion8bit_kernels() {
 }
 
 // Steps `count` parameters in place and returns how many elements were skipped for a bad gradient.
-// Each thread takes an equal share of all blocks, whichever parameters they belong to.
+// Each thread takes an equal share of all blocks, whichever parameters they belong to. A child of fork() uses one.
 LION8BIT_EXPORT int64_t lion8bit_update(const Tensor* tensors,  // [count]
                                         int64_t count,
                                         const Hyper* hypers,  // indexed by Tensor::hyper
@@ -52,7 +61,7 @@ LION8BIT_EXPORT int64_t lion8bit_update(const Tensor* tensors,  // [count]
     for (int64_t i = 0; i < count; ++i) total += count_blocks(tensors[i], hypers[tensors[i].hyper]);
     constexpr int64_t kBlocksWorthAThread = 64;
     const int64_t useful = total / kBlocksWorthAThread + 1;
-    const int team = static_cast<int>(useful < threads ? useful : threads);
+    const int team = forked ? 1 : static_cast<int>(useful < threads ? useful : threads);
     int64_t nonfinite = 0;
 #pragma omp parallel num_threads(team) reduction(+ : nonfinite) if (team > 1)
     {
