@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lion8bit.bytelm import ByteLM, ByteLMConfig, encode, load_pretrained
 
 Examples = tuple[Tensor, Tensor]
-VALIDATION_SHARE = TEST_SHARE = 0.1
-EVALUATION_BATCH = 256
+HELD_OUT_SHARE = 0.1  # of the examples, for validation and for the test each
+HELD_OUT_TARGETS = 32768  # at most, evenly spaced, so that an evaluation does not take longer than the training
+EVALUATION_TARGETS = 8192  # at a time
 
 
 class DigitsNet(nn.Module):
@@ -49,15 +50,14 @@ class NGramLM(nn.Module):
     """Next-byte prediction from hashed 2-, 3- and 4-grams: most rows of its table are idle in any step.
 
     Args:
-        rows: hash buckets, of `width` channels each.
-        width: channels, a multiple of 256 for the reason given in `DigitsNet`.
+        width: channels; the default for the reason given in `DigitsNet`.
     """
 
     ORDERS = (2, 3, 4)
 
-    def __init__(self, rows: int = 4096, width: int = 256) -> None:
+    def __init__(self, width: int = 256) -> None:
         super().__init__()
-        self.table = nn.Embedding(rows, width)
+        self.table = nn.Embedding(4096, width)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 256))
 
@@ -102,9 +102,9 @@ class Task:
     def evaluate(self, model: Callable[[Tensor], Tensor], split: Examples, device: torch.device) -> float:
         """Mean cross entropy over a split, in nats."""
         total = 0.0
-        step = max(1, EVALUATION_BATCH * 32 // split[1][0].numel()) if split[1].ndim > 1 else EVALUATION_BATCH
-        for start in range(0, len(split[0]), step):
-            inputs, targets = self.examples(split, slice(start, start + step))
+        size = max(1, EVALUATION_TARGETS * len(split[1]) // split[1].numel())
+        for start in range(0, len(split[1]), size):
+            inputs, targets = self.examples(split, slice(start, start + size))
             total += float(loss(model(inputs.to(device)), targets.to(device), "sum"))
         return total / split[1].numel()
 
@@ -116,11 +116,12 @@ def loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
 
 def three_parts(inputs: Tensor, targets: Tensor) -> tuple[Examples, Examples, Examples]:
     """Cuts examples into training, validation and test parts, in this order."""
-    count = len(inputs)
-    sizes = [int(count * VALIDATION_SHARE), int(count * TEST_SHARE)]
-    parts = zip(*(tensor.split([count - sum(sizes), *sizes]) for tensor in (inputs, targets)), strict=True)
-    train, validation, test = parts
-    return train, validation, test
+    held_out = int(len(inputs) * HELD_OUT_SHARE)
+    train = len(inputs) - 2 * held_out
+    stride = max(1, held_out * targets[0].numel() // HELD_OUT_TARGETS)
+    parts = slice(train), slice(train, train + held_out, stride), slice(train + held_out, None, stride)
+    train_, validation, test = ((inputs[part], targets[part]) for part in parts)
+    return train_, validation, test
 
 
 def text_task(name: str, build: Callable[[], nn.Module], text: bytes, context: int) -> Task:
@@ -136,15 +137,15 @@ def help_topics() -> bytes:
     return Path(pydoc_data.topics.__file__).read_bytes()
 
 
-def byte_lm(context: int = 32) -> Task:
-    """A byte transformer of one layer on Python's help texts; its rows are 256 wide, like `DigitsNet`'s."""
-    config = ByteLMConfig(width=256, layers=1, context=context)
-    return text_task("byte transformer, 0.9 M", lambda: ByteLM(config), help_topics(), context)
+def byte_lm(width: int = 256, context: int = 32) -> Task:
+    """A byte transformer of one layer on Python's help texts; the default's rows suit every block, see `DigitsNet`."""
+    config = ByteLMConfig(width=width, layers=1, context=context)
+    return text_task("byte transformer", lambda: ByteLM(config), help_topics(), context)
 
 
 def pretrained_lm(context: int = 64) -> Task:
     """The pretrained transformer that ships with the package, to be trained on with Python's help texts."""
-    return text_task("pretrained byte transformer, 1 M", load_pretrained, help_topics(), context)
+    return text_task("pretrained byte transformer", load_pretrained, help_topics(), context)
 
 
 def digits() -> Task:
@@ -154,16 +155,18 @@ def digits() -> Task:
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     images, labels = torch.from_numpy(data.data)[order], torch.from_numpy(data.target)[order]
-    return Task("convolutional net on digits, 0.2 M", DigitsNet, *three_parts(images.float() / 16, labels))
+    return Task("convolutional net on digits", DigitsNet, *three_parts(images.float() / 16, labels))
 
 
-def n_grams(context: int = 32) -> Task:
+def n_grams(width: int = 256, context: int = 32) -> Task:
     """The embedding-heavy model on Python's help texts."""
-    return text_task("hashed n-grams, 1.2 M", NGramLM, help_topics(), context)
+    return text_task("hashed n-grams", lambda: NGramLM(width), help_topics(), context)
 
 
-def gpt2(layers: int = 12, width: int = 768, context: int = 1024, text: bytes | None = None) -> Task:
-    """A byte transformer in the shape of GPT-2 124M, vocabulary included, on the standard library's source."""
-    config = ByteLMConfig(width=width, layers=layers, heads=max(1, width // 64), context=context, vocabulary=50257)
+def gpt2(
+    layers: int = 12, width: int = 768, context: int = 1024, vocabulary: int = 50257, text: bytes | None = None
+) -> Task:
+    """A byte transformer in the shape of GPT-2 124M, vocabulary included; the standard library's source by default."""
+    config = ByteLMConfig(width=width, layers=layers, heads=width // 64, context=context, vocabulary=vocabulary)
     corpus = text or b"\0".join(read_corpus(Path(sysconfig.get_path("stdlib"))))
-    return text_task("GPT-2 124M-shaped byte transformer", lambda: ByteLM(config), corpus, context)
+    return text_task("GPT-2-shaped byte transformer", lambda: ByteLM(config), corpus, context)
