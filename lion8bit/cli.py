@@ -7,6 +7,7 @@ here are evaluated at once: typer could not look up names inside `build_app` fro
 import contextlib
 import importlib.util
 import json
+import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,20 +20,29 @@ if TYPE_CHECKING:
 
 USAGE_ERROR = 2
 DEMO_PACKAGES = ("typer", "rich", "matplotlib")
+BENCH_PACKAGES = ("matplotlib", "sklearn")
+BENCHMARKS = {  # name: (script, help)
+    "fidelity": ("fidelity", "Momentum formats against fp32 Lion, same gradients."),
+    "convergence": ("convergence", "Final losses of optimizers; bf16 weights at small rates."),
+    "speed": ("step_time", "Time of a step on real models' shapes, beside others."),
+    "overhead": ("overhead", "What a step costs beside its kernel."),
+    "footprint": ("footprint", "Bytes of state, allocations, import and installation."),
+}
 
 
-def require_packages(names: Sequence[str]) -> None:
-    """Ends the process, naming the remedy, if a package of the extra `demo` is missing.
+def require_packages(names: Sequence[str], extra: str = "demo") -> None:
+    """Ends the process, naming the remedy, if a package of an extra is missing.
 
     Args:
         names: modules that are about to be imported.
+        extra: what to install.
 
     Raises:
         SystemExit: code 2, one is missing.
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        print(f'error: {", ".join(missing)} not found; run: pip install "lion8bit[demo]"', file=sys.stderr)
+        print(f'error: {", ".join(missing)} not found; run: pip install "lion8bit[{extra}]"', file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
 
 
@@ -79,6 +89,22 @@ def progress_bars(steps: int) -> Iterator[Callable[[str, int, str], None]]:
     finally:
         if progress.live.is_started:
             progress.stop()
+
+
+def run_benchmark(name: str, arguments: Sequence[str]) -> None:
+    """Runs a benchmark's script, which an installation keeps within the package and a checkout beside it.
+
+    Args:
+        name: a key of `BENCHMARKS`.
+        arguments: the script's own command line.
+    """
+    require_packages(BENCH_PACKAGES, "bench")
+    script = f"{BENCHMARKS[name][0]}.py"
+    package = Path(__file__).parent
+    folder = next(f for f in (package / "benchmarks", package.parent / "benchmarks") if (f / script).is_file())
+    sys.path.insert(0, str(folder))
+    sys.argv[1:] = arguments
+    runpy.run_path(str(folder / script), run_name="__main__")
 
 
 def build_app() -> "typer.Typer":
@@ -178,6 +204,15 @@ def build_app() -> "typer.Typer":
             console.print(results.conclusion)
             console.print(f"{results.seconds:.0f} s. Wrote {figure} and {record}.", highlight=False)
 
+    bench = typer.Typer(help="Run a benchmark; the arguments that follow its name are its own, --help included.")
+    app.add_typer(bench, name="bench", no_args_is_help=True)
+
+    def run(context: typer.Context) -> None:
+        run_benchmark(str(context.info_name), context.args)
+
+    for name, (_, text) in BENCHMARKS.items():
+        own_arguments = {"allow_extra_args": True, "ignore_unknown_options": True}
+        bench.command(name, help=text, add_help_option=False, context_settings=own_arguments)(run)
     return app
 
 

@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+from lion8bit import cli
+
 pytest.importorskip("rich", reason="needs the extra named demo")
 pytest.importorskip("matplotlib", reason="needs the extra named demo")
 
 REPOSITORY = Path(__file__).parent.parent
-SCRIPTS = ("fidelity", "step_time", "footprint", "overhead")
+SCRIPTS = ("fidelity", "convergence", "step_time", "footprint", "overhead")
 TESTS = Path(__file__).parent
 
 
@@ -160,6 +162,56 @@ def test_gpu_row_of_flashoptim_is_its_own_code(fidelity_module: Any) -> None:
     package_codes, package_scales = package.encode(momentum)
     assert torch.equal(scales.view(-1), package_scales.cpu().view(-1))
     assert (codes != package_codes).float().mean() < 1e-4, "a GPU divides with other roundings at most"
+
+
+# ---- Convergence -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def convergence(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The quick language model, the model for a GPU at a small size, and bf16 weights: JSON and printed text."""
+    pytest.importorskip("scipy", reason="needs the extra named bench")
+    folder = tmp_path_factory.mktemp("convergence")
+    picture = folder / "convergence.png"
+    record, printed = run_quick(
+        "convergence", folder, "--problem", "lm", "gpt2", "weights", "--rates", "3", "--plot", str(picture)
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    return record, printed
+
+
+def test_every_optimizer_tries_as_many_rates_and_seeds(convergence: tuple[dict[str, Any], str]) -> None:
+    for problem in convergence[0]["problems"].values():
+        assert {"adamw", "lion", "lion8bit"} <= problem["rows"].keys()
+        for row in problem["rows"].values():
+            assert len(row["tried"]) == 3 and len(row["test_loss"]) == 2
+            assert row["tried"][str(row["lr"])] == min(row["tried"].values())
+            assert row["training_loss"][0] < 6.5
+
+
+def test_losses_are_compared_seed_by_seed(convergence: tuple[dict[str, Any], str]) -> None:
+    for problem in convergence[0]["problems"].values():
+        rows = problem["rows"]
+        ours, baseline = rows["lion8bit"], rows["lion"]
+        differences = [a - b for a, b in zip(ours["test_loss"], baseline["test_loss"], strict=True)]
+        assert ours["paired"]["mean"] == pytest.approx(sum(differences) / 2)
+        assert baseline["std_error"] == pytest.approx(abs(baseline["test_loss"][0] - baseline["test_loss"][1]) / 2)
+        excess = ours["mean"] - baseline["mean"]
+        within = abs(excess) <= baseline["std_error"]
+        assert ours["verdict"] == ("within" if within else "worse" if excess > 0 else "better")
+        assert 0 <= ours["paired"]["p"] <= 1
+
+
+def test_bf16_weights_rounded_to_nearest_stall(convergence: tuple[dict[str, Any], str]) -> None:
+    record, printed = convergence
+    rows = record["weights"]["rows"]
+    assert rows["fp32"]["gain"] > 0.01
+    assert rows["nearest"]["of_fp32_gain"] < 0.2 and rows["nearest"]["frozen"] > 0.5
+    for key in ("stochastic", "compensated"):
+        assert rows[key]["of_fp32_gain"] > 0.8, key
+    met = {goal["goal"]: goal["met"] for goal in record["goals"]}
+    assert met["bf16, nearest"] and met["bf16, stochastic"] and met["bf16, compensated"]
+    assert all(goal in printed for goal in met)
 
 
 # ---- Step time -------------------------------------------------------------------------------------------------------
@@ -396,3 +448,16 @@ def test_instructions(tmp_path: Path) -> None:
     assert "instructions per element" in printed
     for counts in record["instructions_per_element"].values():
         assert 1 < counts["fp32"] < 100
+
+
+def test_bench_passes_arguments_to_the_script() -> None:
+    command = [sys.executable, "-m", "lion8bit", "bench"]
+    listed = subprocess.run([*command, "--help"], capture_output=True, text=True, encoding="utf-8", check=True).stdout
+    assert all(name in listed for name in cli.BENCHMARKS)
+    done = subprocess.run([*command, "fidelity", "--workload", "none"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "invalid choice: 'none'" in done.stderr
+
+
+@pytest.mark.parametrize("name", list(cli.BENCHMARKS))
+def test_bench_names_scripts_that_exist(name: str) -> None:
+    assert (REPOSITORY / "benchmarks" / f"{cli.BENCHMARKS[name][0]}.py").is_file()

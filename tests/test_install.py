@@ -42,7 +42,8 @@ def test_wheel_without_a_compiler_is_pure(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"lion8bit/csrc/cuda_kernel.cu", "lion8bit/csrc/block_math.h", "lion8bit/py.typed"} <= set(names)
-    assert not [name for name in names if name.endswith((".so", ".cpp", ".dll"))]
+    assert {"lion8bit/benchmarks/fidelity.py", "lion8bit/benchmarks/common.py"} <= set(names)
+    assert not [name for name in names if name.endswith((".so", ".cpp", ".dll", ".json", ".png"))]
 
 
 def test_it_imports_and_steps(wheel: Path, tmp_path: Path) -> None:
@@ -51,3 +52,12 @@ def test_it_imports_and_steps(wheel: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-S", "-c", STEP, str(tmp_path), sysconfig.get_path("purelib")]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_benchmarks_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="needs the extra named bench")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    program = "import sys; sys.path[:0] = [sys.argv.pop(1)]; from lion8bit.cli import main; main()"
+    command = [sys.executable, "-c", program, str(tmp_path), "bench", "fidelity", "--workload", "none"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "invalid choice: 'none'" in result.stderr, result.stderr
