@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from lion8bit import cpu
 
-Places = npt.NDArray[np.uint64]
+if TYPE_CHECKING:  # numpy does not import it by itself
+    import numpy.typing as npt
+
+    Places = npt.NDArray[np.uint64]
 
 
 class _ExchangeApi(ctypes.Structure):

@@ -498,7 +498,7 @@ def test_the_kernel_reads_rates_in_single_precision(place: Place) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("fault", ["capturable", "lr", "first step"])
-def test_captures_that_would_go_wrong_are_refused(fault: str) -> None:
+def test_gpu_captures_that_would_go_wrong_are_refused(fault: str) -> None:
     place = Place("cuda")
     params = parameters(place, torch.bfloat16)
     lr = torch.tensor(1e-3, device="cpu" if fault == "lr" else "cuda")
