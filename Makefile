@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/CMakeLists.txt)
 
-.PHONY: demo test lint format bench-check gpu clean
+.PHONY: demo test lint docs format bench-check gpu clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -18,7 +18,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml $(SOURCES)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install -q -e ".[test,lint]"
+	$(BIN)/python -m pip install -q -e ".[test,lint,docs]"
 	touch $@
 
 demo: $(VENV)/.demo  ## fine-tune a small language model with every optimizer; table, picture and JSON in demo-results/
@@ -33,6 +33,9 @@ lint: $(VENV)/.dev  ## formatting, style and types, as CI checks them
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/sanitizer/*.cpp benchmarks/*.cpp)
 
+docs: $(VENV)/.dev  ## the documentation as HTML in site/, warnings being errors
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
+
 gpu:  ## CUDA tests, compute-sanitizer and benchmarks on this machine's GPU, with the given python; needs no network
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
@@ -45,4 +48,4 @@ format: $(VENV)/.dev  ## rewrite the sources in the project's style
 	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/sanitizer/*.cpp benchmarks/*.cpp)
 
 clean:
-	rm -rf build dist $(VENV) demo-results .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site $(VENV) demo-results .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 def keep_32bit(model: nn.Module, patterns: str | Sequence[str]) -> list[dict[str, Any]]:
     """Parameter groups that keep fp32 momentum where a name matches, and 8-bit momentum elsewhere.
 
-    ``Lion8bit(keep_32bit(model, ["*embed*", "*.norm"]), lr=1e-4)``
+    For example ``Lion8bit(keep_32bit(model, ["*embed*", "*.norm"]), lr=1e-4)``.
 
     Args:
         model: its parameters, each once, in their order.
-        patterns: with the wildcards of `fnmatch`, for whole names of parameters ("head.weight") or of modules that hold
-            them ("layers.0", "*.norm"); ``*`` also matches dots. One name of a tied parameter is enough.
+        patterns: with the wildcards of `fnmatch`, for whole names of parameters (``"head.weight"``) or of modules
+            that hold them (``"layers.0"``, ``"*.norm"``); ``*`` also matches dots. One name of a tied
+            parameter is enough.
 
     Returns:
         The group of the others, then the group with ``optim_bits=32``; without those that would be empty.

@@ -66,7 +66,7 @@ def peer_momentum(state: dict[str, Any]) -> torch.Tensor:
 
 
 def assert_within_bound(actual: torch.Tensor, momentum: torch.Tensor, block_size: int = 128) -> None:
-    """docs/design.md, "Error bounds": s*(2*h*sqrt(m/s) + h^2) with h = 1/(2A), and fp32 rounding."""
+    """docs/numerics.md, "Error bounds": s*(2*h*sqrt(m/s) + h^2) with h = 1/(2A), and fp32 rounding."""
     scales = quantize(momentum, block_size)[1].repeat_interleave(block_size, 1)
     s = scales[:, : momentum[0].numel() if momentum.dim() > 1 else momentum.numel()].view_as(momentum).double()
     h = 0.5 / RANGE_SQUARED**0.5
