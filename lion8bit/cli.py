@@ -1,7 +1,7 @@
 """The command line: parses arguments, shows progress and prints; the work itself is done elsewhere.
 
-typer, rich and matplotlib come with the extra `demo` and are imported only where they are needed. Annotations
-here are evaluated at once: typer could not look up names inside `build_app` from postponed ones.
+typer and rich come with the extra `cli`, matplotlib with `demo`; all are imported only where they are needed.
+Annotations here are evaluated at once: typer could not look up names inside `build_app` from postponed ones.
 """
 
 import contextlib
@@ -17,7 +17,11 @@ from lion8bit import __version__
 
 if TYPE_CHECKING:
     import typer
+    from rich.table import Table
 
+    from lion8bit.doctor import Finding
+
+SOMETHING_WRONG = 1
 USAGE_ERROR = 2
 DEMO_PACKAGES = ("typer", "rich", "matplotlib")
 BENCH_PACKAGES = ("matplotlib", "sklearn")
@@ -107,6 +111,31 @@ def run_benchmark(name: str, arguments: Sequence[str]) -> None:
     runpy.run_path(str(folder / script), run_name="__main__")
 
 
+def findings_table(findings: "Sequence[Finding]") -> "Table":
+    """Shows what the doctor found, each problem with its remedy.
+
+    Args:
+        findings: what `lion8bit.doctor.examine` returned.
+
+    Returns:
+        A rich table, a row for each finding.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    marks = {"ok": ("ok", "green"), "note": ("-", "dim"), "problem": ("wrong", "bold red")}
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        found = Text(finding.found)
+        if finding.remedy:
+            found.append(f"\nremedy: {finding.remedy}", style="bold")
+        table.add_row(Text(*marks[finding.status]), finding.name, found)
+    return table
+
+
 def build_app() -> "typer.Typer":
     """Declares the commands.
 
@@ -119,7 +148,6 @@ def build_app() -> "typer.Typer":
         name="lion8bit",
         help="Lion8bit: the Lion optimizer with its momentum in one byte per parameter.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
     )
 
@@ -204,6 +232,32 @@ def build_app() -> "typer.Typer":
             console.print(results.conclusion)
             console.print(f"{results.seconds:.0f} s. Wrote {figure} and {record}.", highlight=False)
 
+    @app.command()
+    def doctor(
+        as_json: Annotated[
+            bool,
+            typer.Option("--json", help="Print JSON, and nothing else, to standard output."),
+        ] = False,
+    ) -> None:
+        """Examine the installation, and tell how to mend what is wrong.
+
+        Lists what is installed and which backends this machine has, and lets each of them step a small case, which has
+        to give the reference's bits. Exit code 0: all is well. 1: something is wrong.
+
+        Examples: `lion8bit doctor`, `lion8bit doctor --json > report.json`
+        """
+        from rich.console import Console
+
+        from lion8bit.doctor import examine, healthy
+
+        findings = examine()
+        if as_json:
+            typer.echo(json.dumps({"healthy": healthy(findings), "findings": [*map(vars, findings)]}, indent=2))
+        else:
+            Console(highlight=False).print(findings_table(findings))
+        if not healthy(findings):
+            raise typer.Exit(SOMETHING_WRONG)
+
     bench = typer.Typer(help="Run a benchmark; the arguments that follow its name are its own, --help included.")
     app.add_typer(bench, name="bench", no_args_is_help=True)
 
@@ -218,5 +272,5 @@ def build_app() -> "typer.Typer":
 
 def main() -> None:
     """Runs the command line; the entry point of the `lion8bit` script and of `python -m lion8bit`."""
-    require_packages(("typer", "rich"))
-    build_app()()
+    require_packages(("typer", "rich"), "cli")
+    build_app()(prog_name="lion8bit")  # also what `python -m lion8bit` completes by

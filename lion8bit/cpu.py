@@ -73,13 +73,14 @@ def selected_kernel() -> int:
     return available.index(wanted)
 
 
-def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> None:
+def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor, *, kernel: int | None = None) -> None:
     """One Lion step in place for every parameter of the batch, on torch's number of threads.
 
     Args:
         batch: parameters on the CPU, checked by `make_entry`.
         hypers: constants of the groups.
         counter: [1] int64; the number of skipped elements is added to it.
+        kernel: index into `KERNELS` of one that is available; None for `selected_kernel`.
 
     Raises:
         RuntimeError: the native library is not available.
@@ -87,8 +88,8 @@ def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor) ->
     library = load_library()
     if isinstance(library, str):
         raise RuntimeError(f"the native CPU kernel is not available: {library}")
-    skipped = library.lion8bit_update(
-        batch.table, len(batch.table), hypers, selected_kernel(), max(1, torch.get_num_threads())
-    )
+    if kernel is None:
+        kernel = selected_kernel()
+    skipped = library.lion8bit_update(batch.table, len(batch.table), hypers, kernel, max(1, torch.get_num_threads()))
     if skipped:
         counter += skipped

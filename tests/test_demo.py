@@ -293,7 +293,7 @@ def test_missing_extra_names_the_remedy(
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == f'error: {missing} not found; run: pip install "lion8bit[demo]"\n'
+    assert capsys.readouterr().err == f'error: {missing} not found; run: pip install "lion8bit[cli]"\n'
 
 
 def test_table_and_version(results: demo.Results, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,6 +307,14 @@ def test_table_and_version(results: demo.Results, capsys: pytest.CaptureFixture[
     assert helped.exit_code == 0
     for option in ("--text", "--model", "--device", "--seeds", "--out", "--json"):
         assert option in helped.output, option
+
+
+@pytest.mark.parametrize(("words", "offered"), [("lion8bit do", "doctor"), ("lion8bit bench fid", "fidelity")])
+def test_the_shell_completes(words: str, offered: str) -> None:
+    request = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    environment = {"_LION8BIT_COMPLETE": "complete_bash", **request}
+    done = CliRunner().invoke(build_app(), [], prog_name="lion8bit", env=environment)
+    assert done.stdout.split() == [offered]
 
 
 def test_importing_the_package_imports_no_extra() -> None:

@@ -1,0 +1,197 @@
+"""The doctor: what it finds on this machine, on broken ones, and that its self-check can fail."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lion8bit import __version__, cpu, cuda, doctor, portable
+from lion8bit.cli import build_app
+from lion8bit.doctor import Finding
+
+
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+def remedies(findings: list[Finding]) -> dict[str, str]:
+    return {finding.name: finding.remedy for finding in findings if finding.status == "problem"}
+
+
+# ---- The self-check -------------------------------------------------------------------------------------------------
+
+
+def test_every_backend_of_this_machine_is_checked() -> None:
+    findings = by_name(doctor.examine())
+    checked = {name for name, finding in findings.items() if finding.found == "steps with the reference's bits"}
+    gpus = {f"CUDA kernel, cuda:{index}" for index in range(torch.cuda.device_count())}
+    assert checked == {"plain torch", *(f"CPU kernel, {kernel}" for kernel in cpu.available_kernels()), *gpus}
+    assert str(torch.__version__) in findings["PyTorch"].found
+
+
+@pytest.mark.parametrize("tensor", ["param", "codes", "scales", "momentum", "residual"])
+def test_one_wrong_bit_is_found(tensor: str) -> None:
+    def update(batch: Any, hypers: Any, counter: torch.Tensor) -> None:
+        portable.update_(batch, hypers, counter)
+        entry = next(entry for entry in batch.entries if tensor == "param" or tensor in entry.state)
+        if entry.state["step"] == doctor.STEPS:
+            place = entry.param if tensor == "param" else entry.state[tensor]
+            place.view(torch.uint8)[-1, -1] ^= 1
+
+    difference = doctor._difference(update, torch.device("cpu"))
+    assert difference is not None and difference.startswith(f"{tensor} differs (torch.")
+
+
+def test_a_wrong_count_and_an_error_are_found() -> None:
+    def miscounting(batch: Any, hypers: Any, counter: torch.Tensor) -> None:
+        portable.update_(batch, hypers, counter)
+        counter += 1
+
+    check = partial(doctor._difference, miscounting, torch.device("cpu"))
+    assert doctor._checked("it", check).found.endswith("bad gradients counted instead of 108")
+
+    def failing() -> None:
+        raise RuntimeError("loading must succeed, got an old driver; update the driver\nlog")
+
+    assert doctor._checked("it", failing) == Finding(
+        "it", "problem", "loading must succeed, got an old driver", "update the driver"
+    )
+
+
+# ---- What is wrong, and its remedy ----------------------------------------------------------------------------------
+
+
+def test_no_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "the wheel was built without a C++ compiler (_cpu.so is missing)"
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: reason)
+    assert "install CMake and a C++17 compiler" in remedies(list(doctor._cpu()))["CPU kernel"]
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "_cpu.so belongs to another version of lion8bit")
+    assert remedies(list(doctor._cpu()))["CPU kernel"] == doctor.REINSTALL
+
+
+def test_a_forced_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "available_kernels", lambda: ("baseline", "avx2"))
+    monkeypatch.setattr(doctor, "_difference", lambda *_: None)
+    for forced, wrong in (("baseline", True), ("avx2", False), ("mmx", True)):
+        monkeypatch.setenv(cpu.ISA_VARIABLE, forced)
+        assert ("CPU kernel" in remedies(list(doctor._cpu()))) == wrong
+
+
+def test_two_copies_and_two_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lion8bit").mkdir()
+    (tmp_path / "lion8bit" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = doctor._package()
+    assert found.status == "problem" and str(tmp_path / "lion8bit") in found.found
+    (tmp_path / "lion8bit" / "__init__.py").unlink()
+    assert by_name(list(doctor._package()))["lion8bit"].status == "ok"
+    (tmp_path / "lion8bit-0.0.9.dist-info").mkdir()
+    (tmp_path / "lion8bit-0.0.9.dist-info" / "METADATA").write_text("Name: lion8bit\nVersion: 0.0.9\n")
+    (found,) = doctor._package()
+    assert found.found.endswith(f"installed as 0.0.9, {__version__}") and "pip uninstall" in found.remedy
+
+
+def test_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    assert remedies(list(doctor._pytorch())) == {"PyTorch": 'pip install "torch>=2.6"'}
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "available", "remedy"),
+    [
+        (None, (13, 0), False, "install one for CUDA"),
+        ("13.0", (12, 4), False, "update the NVIDIA driver"),
+        ("12.8", (13, 0), False, "unset CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use(
+    built: str | None, driver: tuple[int, int], available: bool, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_driver", lambda: (driver, 1))
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    found = remedies(list(doctor._cuda()))
+    assert list(found) == ["GPU"] and remedy in found["GPU"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [(ImportError("no module named cuda"), cuda.INSTALL), (RuntimeError("dlopen"), "nvidia-cuda-nvrtc")],
+)
+def test_no_bindings_and_no_nvrtc(error: Exception, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def toolchain() -> None:
+        raise error
+
+    monkeypatch.setattr(cuda, "toolchain", toolchain)
+    assert remedies(list(doctor._cuda())) == {}  # nothing needs it here
+    monkeypatch.setattr(doctor, "_driver", lambda: ((13, 0), 1))
+    monkeypatch.setattr(doctor, "_unusable", lambda _: None)
+    found = remedies(list(doctor._cuda()))
+    assert list(found) == ["NVRTC"] and remedy in found["NVRTC"]
+
+
+def test_a_gpu_is_named_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU that only seems to be there, the launch fails and is reported; one too old for NVRTC is refused."""
+    monkeypatch.setattr(doctor, "_driver", lambda: ((13, 0), 1))
+    monkeypatch.setattr(doctor, "_unusable", lambda _: None)
+    monkeypatch.setattr(cuda, "toolchain", lambda: ((13, 0), (75, 120)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (13, 0))
+    monkeypatch.setattr(doctor, "_difference", lambda update, device: f"param differs on {device}")
+    monkeypatch.setattr(doctor.metadata, "version", lambda _: "13.0")
+    found = by_name(list(doctor._cuda()))
+    assert (
+        found["cuda:0"].found
+        == "Some GPU, compute capability 13.0, as PTX for compute_120, which the driver translates"
+    )
+    assert "param differs on cuda:0" in found["CUDA kernel, cuda:0"].found
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (5, 2))
+    found = by_name(list(doctor._cuda()))
+    assert found["cuda:0"].remedy == "use a PyTorch built for an older CUDA"
+
+
+def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise OSError("no such thing")
+
+    broken.__name__ = "_pytorch"
+    monkeypatch.setattr(doctor, "_pytorch", broken)
+    monkeypatch.setattr(doctor, "_difference", lambda *_: None)
+    found = by_name(doctor.examine())["pytorch"]
+    assert (found.status, found.found) == ("problem", "OSError: no such thing")
+
+
+def test_driver_of_this_machine() -> None:
+    version, gpus = doctor._driver()
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        assert (version, gpus) == (None, 0)
+    else:
+        assert version is not None and version >= (12, 0) and gpus >= torch.cuda.device_count()
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
+
+
+def test_command_reports_and_exits(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = pytest.importorskip("typer.testing", reason="needs the extra named cli").CliRunner()
+    app = build_app()
+    done = runner.invoke(app, ["doctor", "--json"])
+    report = json.loads(done.stdout)
+    problems = [finding for finding in report["findings"] if finding["status"] == "problem"]
+    assert report["healthy"] == (not problems) and done.exit_code == (1 if problems else 0)
+    assert all(finding["remedy"] for finding in problems)
+    assert runner.invoke(app, ["doctor", "--nonsense"]).exit_code == 2
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "none")
+    forced = runner.invoke(app, ["doctor"])
+    assert forced.exit_code == 1 and "remedy: unset LION8BIT_ISA" in forced.stdout
+    assert by_name([Finding(**finding) for finding in report["findings"]]).keys() >= {"Python", "NVRTC"}
