@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/CMakeLists.txt)
 
-.PHONY: demo test lint docs format bench-check gpu clean
+.PHONY: demo test lint docs format bench-check gpu sass clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -41,6 +41,9 @@ gpu:  ## CUDA tests, compute-sanitizer and benchmarks on this machine's GPU, wit
 
 bench-check: $(VENV)/.dev  ## instructions per element of the CPU kernel against the committed counts (needs valgrind)
 	$(BIN)/python benchmarks/instructions.py --check
+
+sass: $(VENV)/.dev  ## instructions and registers of the CUDA kernel against the committed counts (needs no GPU)
+	$(BIN)/python benchmarks/sass.py --check $(ARGS)
 
 format: $(VENV)/.dev  ## rewrite the sources in the project's style
 	$(BIN)/ruff format .

@@ -302,7 +302,7 @@ def compile_kernel(kernel: Kernel, arch: str) -> bytes:
     from cuda.bindings import nvrtc
 
     text = sources()
-    options = _options(kernel, arch)
+    options = compile_options(kernel, arch)
     program = _nvrtc(
         nvrtc.nvrtcCreateProgram(text[SOURCES[0]], SOURCES[0].encode(), 1, [text[SOURCES[1]]], [SOURCES[1].encode()]),
         "nvrtcCreateProgram",
@@ -326,7 +326,7 @@ def compile_kernel(kernel: Kernel, arch: str) -> bytes:
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def _options(kernel: Kernel, arch: str) -> list[bytes]:
+def compile_options(kernel: Kernel, arch: str) -> list[bytes]:
     # Contraction stays off: one rounding per operation is what makes results bit-identical.
     flags = [f"--gpu-architecture={arch}", "--std=c++17", "--fmad=false", *kernel.macros()]
     return [flag.encode() for flag in flags]
@@ -334,7 +334,7 @@ def _options(kernel: Kernel, arch: str) -> list[bytes]:
 
 def _cache_file(kernel: Kernel, arch: str) -> Path | None:
     digest = hashlib.sha256()
-    parts = [*sources().values(), *_options(kernel, arch), repr(toolchain()).encode()]
+    parts = [*sources().values(), *compile_options(kernel, arch), repr(toolchain()).encode()]
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     try:
