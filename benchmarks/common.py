@@ -25,7 +25,7 @@ from torch import Tensor
 from lion8bit import cpu
 
 SCHEMA = 1
-PACKAGES = ("torch", "lion8bit", "numpy", "bitsandbytes", "lion-pytorch", "torch-optimi")
+PACKAGES = ("torch", "lion8bit", "numpy", "bitsandbytes", "lion-pytorch", "torch-optimi", "torchao")
 PLAIN_WIDTH = 150  # columns of a table that is not read on a terminal
 FLUSH_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # beyond the last-level caches of current machines
 

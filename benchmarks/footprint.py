@@ -13,7 +13,6 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,8 @@ from common import (
     write_json,
 )
 from rich.table import Table
+from step_time import CONTENDERS as TIMED
+from step_time import OURS, Contender
 
 from lion8bit import Lion, Lion8bit
 from lion8bit.demo import state_bytes
@@ -70,31 +71,11 @@ FORBIDDEN_IMPORTS = ("rich", "typer", "matplotlib", "transformers", "cuda", "bit
 COUNTED_STEPS = 5
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-Params = list[torch.nn.Parameter]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One row of the table of optimizers."""
-
-    label: str
-    make: Callable[[Params], torch.optim.Optimizer]
-    package: str = "torch"
-
-
-def make_bitsandbytes(params: Params) -> torch.optim.Optimizer:
-    """bitsandbytes' 8-bit Lion."""
-    import bitsandbytes
-
-    return bitsandbytes.optim.Lion8bit(params)
-
-
-OURS = "lion8bit"
 CONTENDERS: dict[str, Contender] = {
     OURS: Contender("lion8bit", Lion8bit),
-    "bitsandbytes": Contender("bitsandbytes Lion8bit", make_bitsandbytes, "bitsandbytes"),
+    "bitsandbytes": TIMED["bitsandbytes"],
     "lion": Contender("fp32 Lion", Lion),
-    "adamw": Contender("torch AdamW", torch.optim.AdamW),
+    "adamw": TIMED["adamw"],
 }
 
 

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from common import Shape, available, environment, make_params, numel, spread
 from models import GPU_MODELS, QUICK_GPU_MODELS
-from step_time import COMPILED, CONTENDERS, DTYPES, LR, OURS, Contender, Params, time_call
-from torch import Tensor
+from step_time import CONTENDERS, DTYPES, LR, OURS, Contender, Params, state_bytes, time_call
 
 from lion8bit import Lion8bit
-from lion8bit.demo import tensors_in
 
 SECONDS_PER_CONTENDER = 3.0  # of repeats, its first steps apart
 SHARE_OF_MEMORY = 0.9  # of what is free, that parameters, gradients and our state may take
@@ -72,18 +70,8 @@ GPU_CONTENDERS: dict[str, Contender] = {
     "flashlion-24": Contender("FlashLion, 24-bit weights", flash(24), "flashoptim", dtypes=("bf16",)),
     "adamw": CONTENDERS["adamw"],
     "foreach-lion": Contender("foreach Lion, fp32 state", ForeachLion),
-    "compiled-lion": COMPILED,
+    "compiled-lion": CONTENDERS["compiled-lion"],
 }
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's tensors, those inside of a peer's own objects too; shared tensors count once."""
-    held = [
-        value if isinstance(value, Tensor) else getattr(value, "__dict__", value)
-        for state in optimizer.state.values()
-        for value in state.values()
-    ]
-    return sum({(t.device, t.data_ptr(), t.nbytes): t.nbytes for t in tensors_in(held)}.values())
 
 
 def copy_bandwidth(device: torch.device, size: int, repeats: int) -> float:

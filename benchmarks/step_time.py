@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import json
+import math
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from common import (
@@ -20,7 +26,9 @@ from common import (
     describe,
     environment,
     flush_cache,
+    goal_table,
     make_params,
+    new_table,
     numel,
     parser,
     plot_option,
@@ -32,8 +40,9 @@ from common import (
 from rich.table import Table
 from torch import Tensor
 
-from lion8bit import Lion8bit
-from lion8bit.demo import state_bytes
+from lion8bit import Lion8bit, portable
+from lion8bit import optimizer as lion8bit_optimizer
+from lion8bit.demo import tensors_in
 
 DESCRIPTION = """\
 How long does a step take, and how near is that to what the memory allows? Every contender steps the same parameters and
@@ -46,29 +55,44 @@ ratios taken within one round, so that a busy machine disturbs both sides alike.
                   best of x.mul_(c), x.add_(y) and x.copy_(y) on as many bytes as lion8bit touches, timed in the same
                   rounds
   time over ours  above 1: slower than lion8bit (rounding to nearest, as the others do)
+  extra MB        peak of a step above what is held before it (Linux: of the process's resident memory)
+
+Then lion8bit alone: time per parameter from 1M to 1B parameters in one fp32 tensor, and the step on one thread and on
+several in turn. The last table judges the goals.
 
 On CUDA, ms is the device's time with the queue kept full, and wall ms what a caller waits for a single step.
 """
 
 EPILOG = """\
 A contender that would take longer than the budget for one step is not run; its time is extrapolated from 1M parameters
-and marked with ~. One whose dtypes are not supported is listed so.
+and marked with ~. One whose dtypes are not supported is listed so. torch.compile'd contenders need g++. The goals are
+judged on the tensor of 64M at the most threads; ratios have to hold for every pair of dtypes.
 
 examples:
   python benchmarks/step_time.py                                  everything
   python benchmarks/step_time.py --model 64M --dtype bf16 --threads 1 2
-  python benchmarks/step_time.py --compile                        with a torch.compile'd fp32 Lion (needs g++)
+  python benchmarks/step_time.py --skip torchao compiled-lion
   python benchmarks/step_time.py --json t.json --plot t.png
+  python benchmarks/step_time.py --model minilm --json t.json --add t.json      in pieces
 """
 
 LR = 1e-6  # small enough that hundreds of steps leave the weights as they are
 PROBE_SHAPES: list[Shape] = [(1024, 1024)]
+SIZES = tuple(1 << log for log in (20, 22, 24, 26, 28, 30))  # parameters, to see whether time is linear in them
+SHARE_OF_MEMORY = 0.6  # of the machine's, that one of them may take
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {  # of parameters and gradients
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp32 with bf16 gradients": (torch.float32, torch.bfloat16),
+    "fp32/bf16": (torch.float32, torch.bfloat16),
 }
-DTYPE_KEYS = {"fp32": "fp32", "bf16": "bf16", "mixed": "fp32 with bf16 gradients"}
+DTYPE_KEYS = {"fp32": "fp32", "bf16": "bf16", "mixed": "fp32/bf16"}
+
+CEILING_GOALS = (("fp32", "lion8bit", 0.85), ("bf16", "lion8bit", 0.55), ("bf16", "lion8bit-stochastic", 0.50))
+RATIO_GOALS = {"lion-pytorch": 6.0, "compiled-lion": 1.2, "adamw": 1.5, "bitsandbytes": 100.0}
+LINEAR_GOAL = 1.25  # slowest over fastest time per parameter
+THREAD_GOAL = 1.6
+EXTRA_GOALS = {"lion8bit": 1.0, "portable": 64.0}  # MB; what the system counts is off by some pages
+PORTABLE_GOAL = 4.0
 
 Params = list[torch.nn.Parameter]
 
@@ -107,11 +131,18 @@ def make_optimi(params: Params) -> torch.optim.Optimizer:
     return optimi.Lion(params, lr=LR)
 
 
+def fresh_compiler() -> None:
+    """Empties torch.compile's cache, which fills up: it compiles anew for each dtype and number of threads, 8 times."""
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise it goes on eagerly and says nothing
+
+
 class CompiledLion(torch.optim.Optimizer):
     """Lion with fp32 momentum, one torch.compile'd kernel per parameter."""
 
     def __init__(self, params: Params) -> None:
         super().__init__(params, {})
+        fresh_compiler()
         self.update = torch.compile(_lion, dynamic=True)
 
     @torch.no_grad()
@@ -131,18 +162,38 @@ def _lion(param: Tensor, grad: Tensor, momentum: Tensor) -> None:
     momentum.copy_(momentum * 0.99 + g * (1 - 0.99))
 
 
+def make_torchao(params: Params) -> torch.optim.Optimizer:
+    """torchao's 8-bit AdamW, which compiles itself."""
+    from torchao.optim import AdamW8bit
+
+    fresh_compiler()
+    return AdamW8bit(params, lr=LR)  # type: ignore[no-any-return]
+
+
+class PortableLion8bit(Lion8bit):
+    """Lion8bit as it steps where it has no kernel, in plain torch."""
+
+    def step(self, closure: None = None) -> None:
+        with mock.patch.object(lion8bit_optimizer, "update_", portable.update_):
+            super().step()
+
+
 OURS = "lion8bit"
 CONTENDERS: dict[str, Contender] = {
     OURS: Contender("lion8bit", lambda params: Lion8bit(params, lr=LR, weight_rounding="nearest")),
     "lion8bit-stochastic": Contender(
         "lion8bit, stochastic rounding", lambda params: Lion8bit(params, lr=LR), dtypes=("bf16",)
     ),
+    "portable": Contender(
+        "lion8bit, portable backend", lambda params: PortableLion8bit(params, lr=LR, weight_rounding="nearest")
+    ),
     "bitsandbytes": Contender("bitsandbytes Lion8bit", make_bitsandbytes, "bitsandbytes"),
     "lion-pytorch": Contender("lion-pytorch Lion", make_lion_pytorch, "lion_pytorch"),
     "optimi": Contender("torch-optimi Lion", make_optimi, "optimi"),
     "adamw": Contender("torch AdamW(fused=True)", lambda params: torch.optim.AdamW(params, lr=LR, fused=True)),
+    "compiled-lion": Contender("torch.compile'd fp32 Lion", CompiledLion),
+    "torchao": Contender("torchao AdamW8bit", make_torchao, "torchao"),
 }
-COMPILED = Contender("torch.compile'd fp32 Lion", CompiledLion)
 
 
 # ---- Timing ----------------------------------------------------------------------------------------------------------
@@ -170,6 +221,27 @@ def time_call(call: Callable[[], Any], device: torch.device) -> tuple[float, flo
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1e3, wall
+
+
+def extra_memory(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Peak bytes during a call above what is held before it; None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    if sys.platform != "linux":
+        return None
+
+    def resident(field: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024
+
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide what is taken
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is resident now
+    before = resident("VmHWM")
+    call()
+    return resident("VmHWM") - before
 
 
 def streams(size: int, device: torch.device) -> dict[str, tuple[Callable[[], Any], int]]:
@@ -240,7 +312,8 @@ def measure(
             }
         else:
             optimizer = contender.make(params)
-            optimizer.step()
+            for _ in range(2):  # the second may still compile
+                optimizer.step()
             running[key] = (optimizer, max(1, min(repeats, int(budget / (seconds * count)))))
             row |= {"status": "measured", "bytes_per_parameter": bytes_moved(params, optimizer) / count}
 
@@ -269,6 +342,7 @@ def measure(
             "ns_per_parameter": ns,
             "share_of_ceiling": rows[key]["bytes_per_parameter"] / bandwidth * 1e9 / ns,
             "time_over_ours": statistics.median(a / b for a, b in zip(own, ours, strict=False)),
+            "extra_bytes": extra_memory(running[key][0].step, device),
         }
     for row in rows.values():
         if row["status"] == "extrapolated":
@@ -276,9 +350,109 @@ def measure(
     return {"bandwidth": bandwidth, "streams": speeds, "rows": rows}
 
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's tensors, those inside of a peer's own objects too; shared tensors count once."""
+    held = [
+        value if type(value) is Tensor else getattr(value, "__dict__", value)
+        for state in optimizer.state.values()
+        for value in state.values()
+    ]
+    return sum({(t.device, t.data_ptr(), t.nbytes): t.nbytes for t in tensors_in(held)}.values())
+
+
 def bytes_moved(params: Params, optimizer: torch.optim.Optimizer) -> int:
     """The least that a step moves: parameters and state read and written, gradients read."""
     return sum(2 * param.nbytes + param.grad.nbytes for param in params) + 2 * state_bytes(optimizer)
+
+
+def measure_sizes(sizes: Sequence[int], repeats: int, tick: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Times lion8bit on fp32 tensors of growing size, as far as the machine's memory goes."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 32
+    records = []
+    for size in sizes:
+        tick(f"{size / 1e6:.0f}M parameters")
+        if 10 * size > SHARE_OF_MEMORY * memory:
+            break
+        params = make_params([(size // 1024, 1024)], torch.device("cpu"), *DTYPES["fp32"])
+        optimizer = CONTENDERS[OURS].make(params)
+        optimizer.step()
+        seconds = [time_call(optimizer.step, params[0].device)[0] for _ in range(repeats)]
+        ns = statistics.median(seconds) * 1e9 / size
+        records.append({"parameters": size, "ms": spread([t * 1e3 for t in seconds]), "ns_per_parameter": ns})
+    return records
+
+
+def measure_threads(
+    shapes: list[Shape], threads: int, dtypes: Sequence[str], repeats: int, tick: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Times lion8bit on one thread and on ``threads``, in turn."""
+    records = []
+    for dtype in dtypes:
+        tick(f"threads, {dtype}")
+        params = make_params(shapes, torch.device("cpu"), *DTYPES[dtype])
+        optimizer = CONTENDERS[OURS].make(params)
+        optimizer.step()
+        times: dict[int, list[float]] = {count: [] for count in (1, threads)}
+        for _ in range(repeats):
+            for count, seconds in times.items():
+                torch.set_num_threads(count)
+                seconds.append(time_call(optimizer.step, params[0].device)[0])
+        one, most = times.values()
+        records.append(
+            {
+                "dtype": dtype,
+                "threads": threads,
+                "gb_per_s": bytes_moved(params, optimizer) / statistics.median(one) / 1e9,  # of one thread
+                "speedup": statistics.median(a / b for a, b in zip(one, most, strict=True)),
+            }
+        )
+    return records
+
+
+# ---- Goals -----------------------------------------------------------------------------------------------------------
+
+
+def goals(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The goals with what was measured, on one tensor at the most threads; ``met`` is None where nothing was."""
+    runs = [run for run in results["runs"] if run["device"] == "cpu" and run["tensors"] == 1]
+    by_dtype = {run["dtype"]: run for run in sorted(runs, key=lambda run: run["threads"])}
+
+    def figures(key: str, name: str) -> dict[str, float]:
+        found = {dtype: run["rows"].get(key, {}).get(name) for dtype, run in by_dtype.items()}
+        return {dtype: figure for dtype, figure in found.items() if figure is not None}
+
+    table: list[dict[str, Any]] = []
+
+    def judge(
+        goal: str, found: dict[str, float], form: str, *, least: float = -math.inf, most: float = math.inf
+    ) -> None:
+        requirement = f"at least {form.format(least)}" if least > 0 else f"at most {form.format(most)}"
+        measured = ", ".join(f"{case} {form.format(figure)}" for case, figure in found.items())
+        met = all(least <= figure <= most for figure in found.values()) if found else None
+        table.append({"goal": goal, "requirement": requirement, "measured": measured or "-", "met": met})
+
+    for dtype, key, least in CEILING_GOALS:
+        share = {name: figure for name, figure in figures(key, "share_of_ceiling").items() if name == dtype}
+        judge(f"share of the ceiling, {CONTENDERS[key].label}, {dtype}", share, "{:.0%}", least=least)
+    for key, least in RATIO_GOALS.items():
+        judge(f"{CONTENDERS[key].label}, time over ours", figures(key, "time_over_ours"), "{:.1f}x", least=least)
+    each = {record["parameters"]: record["ns_per_parameter"] for record in results["sizes"]}
+    if each:
+        spread_ = {f"{min(each) / 1e6:.0f}M to {max(each) / 1e6:.0f}M": max(each.values()) / min(each.values())}
+        judge("time per parameter, largest over smallest", spread_, "{:.2f}x", most=LINEAR_GOAL)
+    speedups = {
+        record["dtype"]: record["speedup"]
+        for record in results["threads"]
+        if record["gb_per_s"] < by_dtype[record["dtype"]]["bandwidth"] / 1e9 / THREAD_GOAL
+    }
+    judge("all threads over one that does not saturate memory", speedups, "{:.2f}x", least=THREAD_GOAL)
+    for key, most in EXTRA_GOALS.items():
+        extra = {dtype: figure / 1e6 for dtype, figure in figures(key, "extra_bytes").items()}
+        judge(f"extra memory of a step, {CONTENDERS[key].label}", extra, "{:.0f} MB", most=most)
+    lion = figures("lion-pytorch", "ns_per_parameter").get("fp32", math.nan)
+    ratios = {dtype: ns / lion for dtype, ns in figures("portable", "ns_per_parameter").items()}
+    judge("time of the portable backend over fp32 lion-pytorch", ratios, "{:.1f}x", most=PORTABLE_GOAL)
+    return table
 
 
 # ---- The report ------------------------------------------------------------------------------------------------------
@@ -296,7 +470,7 @@ def model_table(runs: list[dict[str, Any]]) -> Table:
     table.title_justify, table.title_style = "left", "bold"
     table.add_column("dtype")
     table.add_column("optimizer")
-    headings = ["ms", "min to max", "ns/param", "bytes/param", "of the ceiling", "time over ours"]
+    headings = ["ms", "min to max", "ns/param", "bytes/param", "of the ceiling", "time over ours", "extra MB"]
     if first["device"] == "cuda":
         headings.insert(1, "wall ms")
     for heading in headings:
@@ -308,17 +482,19 @@ def model_table(runs: list[dict[str, Any]]) -> Table:
             run["dtype"],
             f"(stream at {run['bandwidth'] / 1e9:.1f} GB/s)",
             f"{ceiling * run['parameters'] / 1e6:.2f}",
-            *[""] * (len(headings) - 5),
+            *[""] * (len(headings) - 6),
             f"{ceiling:.3f}",
             f"{ours:.2f}",
             "100%",
             f"{ceiling / run['rows'][OURS]['ns_per_parameter']:.2f}x",
+            "",
             style="dim",
         )
         for key, row in run["rows"].items():
             cells = _cells(row, first["device"] == "cuda")
             style = "green" if key.startswith(OURS) else None
-            table.add_row("", row["label"], *cells, style=style)
+            label = row["label"] + (f": {row['reason'][:50]}" if row["status"] == "unsupported" else "")
+            table.add_row("", label, *cells, style=style)
         table.add_section()
     return table
 
@@ -326,10 +502,10 @@ def model_table(runs: list[dict[str, Any]]) -> Table:
 def _cells(row: dict[str, Any], cuda: bool) -> list[str]:
     blank = [""] * cuda
     if row["status"] == "unsupported":
-        return ["unsupported", *blank, "", "", "", "", ""]
+        return ["unsupported", *blank, *[""] * 6]
     if row["status"] == "extrapolated":
         ms, ns, ratio = row["ms"]["median"], row["ns_per_parameter"], row["time_over_ours"]
-        return [f"~{ms:.0f}", *blank, "", f"~{ns:.1f}", "", "", f"~{ratio:.0f}x"]
+        return [f"~{ms:.0f}", *blank, "", f"~{ns:.1f}", "", "", f"~{ratio:.0f}x", ""]
     return [
         f"{row['ms']['median']:.2f}",
         *([f"{row['wall_ms']['median']:.2f}"] if cuda else []),
@@ -338,6 +514,7 @@ def _cells(row: dict[str, Any], cuda: bool) -> list[str]:
         f"{row['bytes_per_parameter']:.2f}",
         f"{row['share_of_ceiling']:.0%}",
         f"{row['time_over_ours']:.2f}x",
+        "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.1f}",
     ]
 
 
@@ -390,7 +567,10 @@ def main() -> None:
     options.add_argument(
         "--budget", type=float, default=10.0, help="seconds for one contender on one model (default: 10)"
     )
-    options.add_argument("--compile", action="store_true", help="also torch.compile'd fp32 Lion (needs g++)")
+    options.add_argument("--skip", nargs="+", choices=[key for key in CONTENDERS if key != OURS], default=[])
+    options.add_argument(
+        "--add", type=Path, metavar="FILE", help="begin with the figures of this file, an earlier --json"
+    )
     settings: argparse.Namespace = options.parse_args()
 
     out = console()
@@ -398,39 +578,59 @@ def main() -> None:
     out.print(describe(record), style="dim")
     if record["load_average"] and record["load_average"] > 0.5:
         out.print(f"the machine is busy (load {record['load_average']}): trust ratios only", style="yellow")
-    contenders = {key: c for key, c in CONTENDERS.items() if available(c.package)}
-    for key in CONTENDERS.keys() - contenders.keys():
+    contenders = {key: c for key, c in CONTENDERS.items() if available(c.package) and key not in settings.skip}
+    for key in CONTENDERS.keys() - contenders.keys() - set(settings.skip):
         out.print(f"{CONTENDERS[key].label} is not installed and left out", style="yellow")
-    if settings.compile:
-        contenders["compiled-lion"] = COMPILED
     models = QUICK_MODELS if settings.quick else MODELS
     repeats = settings.repeats or (3 if settings.quick else 15)
     threads = settings.threads or ([1] if settings.quick or cores == 1 else [1, 2])
+    dtypes = [DTYPE_KEYS[key] for key in settings.dtype]
     places = [
         (device, count) for device in settings.device for count in (threads if device == "cpu" else [max(threads)])
     ]
 
-    runs: list[dict[str, Any]] = []
+    results: dict[str, Any] = {"environment": record, "runs": [], "sizes": [], "threads": []}
+    if settings.add:
+        results = json.loads(settings.add.read_text()) | {"environment": record}
     with progress("step time") as bar:
-        total = len(places) * len(settings.model) * len(settings.dtype) * (len(contenders) + repeats)
+        total = len(places) * len(settings.model) * len(dtypes) * (len(contenders) + repeats)
         task = bar.add_task("", total=total)
+
+        def tick(label: str) -> None:
+            bar.update(task, advance=1, description=f"{at} {label}")
+
         for device, count in places:
             torch.set_num_threads(count)
             for model in settings.model:
                 name, shapes = models[model]
                 here = []
-                for dtype in (DTYPE_KEYS[key] for key in settings.dtype):
-
-                    def tick(label: str, at: str = f"{name}, {device}, {count} threads, {dtype}") -> None:
-                        bar.update(task, advance=1, description=f"{at} {label}")
-
+                for dtype in dtypes:
+                    at = f"{name}, {device}, {count} threads, {dtype}"
                     result = measure(shapes, torch.device(device), dtype, contenders, repeats, settings.budget, tick)
-                    place = {"model": name, "parameters": numel(shapes), "device": device, "threads": count}
-                    here.append({**place, "dtype": dtype, **result})
-                runs += here
+                    place = {"model": name, "tensors": len(shapes), "parameters": numel(shapes), "dtype": dtype}
+                    here.append({**place, "device": device, "threads": count, **result})
+                results["runs"] = [run for run in results["runs"] if not any(same(run, new) for new in here)] + here
                 out.print(model_table(here))
-    write_json(settings.json, "step_time", settings, {"environment": record, "runs": runs})
-    save_figure(lambda pyplot: draw(pyplot, runs), settings.plot)
+        if "64M" in settings.model and "cpu" in settings.device:
+            at = "lion8bit"
+            results["sizes"] = measure_sizes(SIZES[:2] if settings.quick else SIZES, min(repeats, 7), tick)
+            if max(threads) > 1:
+                results["threads"] = measure_threads(models["64M"][1], max(threads), dtypes, repeats, tick)
+    results["goals"] = goals(results)
+    if results["sizes"]:
+        sizes = new_table("One fp32 tensor, the most threads", [], ["parameters", "ms", "ns/param"])
+        for size in results["sizes"]:
+            ms, ns = size["ms"]["median"], size["ns_per_parameter"]
+            sizes.add_row(f"{size['parameters']:,}", f"{ms:.2f}", f"{ns:.3f}")
+        out.print(sizes)
+    out.print(goal_table(results["goals"]))
+    write_json(settings.json, "step_time", settings, results)
+    save_figure(lambda pyplot: draw(pyplot, results["runs"]), settings.plot)
+
+
+def same(run: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs are of the same case."""
+    return all(run[name] == other[name] for name in ("model", "dtype", "device", "threads"))
 
 
 if __name__ == "__main__":

@@ -221,7 +221,20 @@ def test_bf16_weights_rounded_to_nearest_stall(convergence: tuple[dict[str, Any]
 def test_step_time_reports_every_contender(tmp_path: Path) -> None:
     picture = tmp_path / "step_time.png"
     record, printed = run_quick(
-        "step_time", tmp_path, "--model", "64M", "--dtype", "fp32", "bf16", "--device", "cpu", "--plot", str(picture)
+        "step_time",
+        tmp_path,
+        "--model",
+        "64M",
+        "--dtype",
+        "fp32",
+        "bf16",
+        "--device",
+        "cpu",
+        "--plot",
+        str(picture),
+        "--skip",
+        "torchao",
+        "compiled-lion",
     )
     assert [run["dtype"] for run in record["runs"]] == ["fp32", "bf16"]
     for run, expected in zip(record["runs"], (14.0625, 8.0625), strict=True):
@@ -232,7 +245,13 @@ def test_step_time_reports_every_contender(tmp_path: Path) -> None:
         for row in run["rows"].values():
             assert row["status"] in ("measured", "extrapolated")
             assert row["ns_per_parameter"] > 0 and row["time_over_ours"] > 0
+        assert ours["extra_bytes"] < 1e6 < run["rows"]["portable"]["extra_bytes"] < 64e6
     assert "lion8bit-stochastic" in record["runs"][1]["rows"]
+    verdicts = {goal["goal"]: goal["met"] for goal in record["goals"]}
+    assert verdicts["torch.compile'd fp32 Lion, time over ours"] is None, "nothing was measured"
+    assert verdicts["extra memory of a step, lion8bit"] is True
+    assert isinstance(verdicts["share of the ceiling, lion8bit, fp32"], bool)
+    assert all(goal in printed for goal in verdicts)
     assert "torch AdamW(fused=True)" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
 
