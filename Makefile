@@ -19,6 +19,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install -q -e ".[test,lint,docs]"
+	$(BIN)/python -m pip install -q --no-deps timm  # without torchvision, which fails to load beside another build of torch
 	touch $@
 
 demo: $(VENV)/.demo  ## fine-tune a small language model with every optimizer; table, picture and JSON in demo-results/

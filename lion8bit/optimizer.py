@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any
@@ -117,7 +118,7 @@ class Lion8bit(torch.optim.Optimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": betas,
+            "betas": tuple(betas),
             "weight_decay": weight_decay,
             "block_size": block_size,
             "min_8bit_size": min_8bit_size,
@@ -139,12 +140,50 @@ class Lion8bit(torch.optim.Optimizer):
         self._update_counts: dict[torch.device, UpdateCounts] = {}
         super().__init__(params, defaults)
 
+    @classmethod
+    def from_adamw(
+        cls, params: Iterable[Any], *, lr: float | Tensor, weight_decay: float, factor: float = 5.0, **options: Any
+    ) -> Lion8bit:
+        """A Lion8bit with the settings of an AdamW: ``lr / factor`` and ``weight_decay * factor``.
+
+        Lion's updates are ±1 where AdamW's are mostly smaller, hence the shorter step; the product, which is the decay
+        of a step, stays. Betas are Lion's own unless they are among ``options``; Adam's do not carry over.
+
+        Args:
+            params: as above. A ``lr`` or ``weight_decay`` that a group has of its own is taken for AdamW's as well.
+            lr: AdamW's.
+            weight_decay: AdamW's.
+            factor: 3 to 10 is what the paper found; 5 is at most a factor of two away from both.
+            options: as above.
+
+        Raises:
+            ValueError: ``factor`` is not positive, or an option is out of its range; with ``decouple_lr`` a step decays
+                by the weight decay alone, so that there is no product to keep.
+
+        Source: Chen et al., arXiv 2302.06675, section 5.
+        """
+        if not 0.0 < factor < math.inf:
+            raise ValueError(f"factor must be positive, got {factor}")
+
+        def for_lion(settings: dict[str, Any]) -> dict[str, Any]:
+            if settings.get("decouple_lr"):
+                raise ValueError(
+                    "decouple_lr must be False in from_adamw, got True; call Lion8bit itself, and pass AdamW's "
+                    "lr * weight_decay as its weight_decay"
+                )
+            scales = {"lr": 1 / factor, "weight_decay": factor}
+            return {name: value * scales[name] if name in scales else value for name, value in settings.items()}
+
+        groups = [for_lion(entry) if isinstance(entry, dict) else entry for entry in params]
+        return cls(groups, **for_lion({"lr": lr, "weight_decay": weight_decay, **options}))
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters with options of its own; see `torch.optim.Optimizer.add_param_group`."""
         if isinstance(param_group, dict):
             _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group["betas"] = tuple(group["betas"])  # a configuration file's list may be of a class that cannot be saved
         group.setdefault("format_version", FORMAT_VERSION)
         if group["decouple_lr"]:
             group.setdefault("initial_lr", float(group["lr"]))  # before a warm-up changes it

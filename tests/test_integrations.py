@@ -5,7 +5,11 @@ Tests named test_gpu_or_cpu take a GPU where there is one, and `make gpu` picks 
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -213,3 +217,233 @@ def test_gpu_or_cpu_accelerate_resumes_bit_for_bit(tmp_path: Path) -> None:
     accelerator.load_state(tmp_path)
     train(model, optimizer, batches[SAVED * 2 :], schedule)
     assert_equal(everything(model, optimizer), expected)
+
+
+# ---- TRL ------------------------------------------------------------------------------------------------------------
+
+
+def test_trl_supervised_fine_tuning_with_a_report(tmp_path: Path) -> None:
+    trl, datasets, tokenizers = need("trl"), need("datasets"), need("tokenizers")
+    from lion8bit.integrations.transformers import OptimizerReport
+
+    words = {f"w{number}": number for number in range(62)} | {"<pad>": 62, "<eos>": 63}
+    tokenizer = need("transformers").PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    settings = {"output_dir": str(tmp_path), "max_steps": STEPS, "max_length": 32, "learning_rate": LR, "bf16": True}
+    quiet = {"use_cpu": not HAS_GPU, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    model = language_model()
+    before = trained(model)
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**settings, **quiet, logging_steps=2),
+        train_dataset=datasets.Dataset.from_list(texts(12)).remove_columns("labels"),
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=(Lion8bit, dict(OPTIONS)),
+    )
+    trainer.add_callback(OptimizerReport(trainer, every=4))
+    trainer.train()
+    assert_trained(model, before, trainer.optimizer)
+
+    history = trainer.state.log_history
+    (reported,) = [entry for entry in history if "lion8bit/frozen_fraction" in entry]
+    lion = unwrapped(trainer.optimizer)
+    assert reported["step"] == 4 and reported["lion8bit/nonfinite_count"] == 0
+    assert reported["lion8bit/state_bytes"] == lion.memory_report()["state_bytes"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [2, 4, 6]
+
+
+def test_report_says_at_once_that_the_optimizer_is_another(tmp_path: Path) -> None:
+    transformers = need("transformers")
+    from lion8bit.integrations.transformers import OptimizerReport
+
+    trainer = transformers.Trainer(language_model(), trainer_arguments(tmp_path), train_dataset=texts())
+    trainer.add_callback(OptimizerReport(trainer))
+    with pytest.raises(TypeError, match="optimizer must be a Lion8bit, got AcceleratedOptimizer"):
+        trainer.train()
+    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
+        OptimizerReport(trainer, every=0)
+
+
+# ---- Lightning ------------------------------------------------------------------------------------------------------
+
+
+def lightning_module() -> Any:
+    lightning = need("lightning")
+
+    class Regression(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return nn.functional.mse_loss(self.layers(batch[0]), batch[0].flip(1))
+
+        def configure_optimizers(self) -> Any:
+            optimizer = Lion8bit(self.parameters(), **OPTIONS)
+            return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2), "interval": "step"}]
+
+    return Regression()
+
+
+def lightning_trainer(folder: Path, **changes: Any) -> Any:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    settings = {"accelerator": "cpu", "precision": "bf16-mixed", "logger": False, **quiet, **changes}
+    return need("lightning").Trainer(default_root_dir=folder, **settings)
+
+
+def batches() -> Any:
+    """Of one epoch; Lightning does not skip batches when it resumes in the middle of one."""
+    data = torch.randn(SAVED * 4, 64, generator=torch.Generator().manual_seed(1))
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data), batch_size=4)
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+def test_lightning_resumes_bit_for_bit(tmp_path: Path) -> None:
+    every_epoch = need("lightning.pytorch.callbacks").ModelCheckpoint(
+        tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True
+    )
+    straight = lightning_trainer(tmp_path, max_epochs=2, callbacks=[every_epoch], enable_checkpointing=True)
+    model = lightning_module()
+    before = trained(model)
+    straight.fit(model, batches())
+    assert_trained(model, before, straight.optimizers[0])
+
+    second, resumed = lightning_trainer(tmp_path, max_epochs=2), forget(lightning_module())
+    second.fit(resumed, batches(), ckpt_path=tmp_path / f"step={SAVED}.ckpt")
+    assert second.global_step == STEPS
+    assert_equal(everything(resumed, second.optimizers[0]), everything(model, straight.optimizers[0]))
+
+
+def test_lightning_hands_over_a_closure(tmp_path: Path) -> None:
+    model, losses = lightning_module(), []
+    model.automatic_optimization = False
+
+    def training_step(batch: Any) -> None:
+        optimizer = model.optimizers()
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model.layers(batch[0]), batch[0].flip(1))
+            model.manual_backward(loss)
+            return loss
+
+        losses.append(optimizer.step(closure))
+
+    model.training_step = training_step
+    before = trained(model)
+    trainer = lightning_trainer(tmp_path, max_steps=2)
+    trainer.fit(model, batches())
+    assert_trained(model, before, trainer.optimizers[0])
+    assert len(losses) == 2 and all(torch.is_tensor(loss) for loss in losses)
+
+
+def test_lightning_reports_to_its_logger(tmp_path: Path) -> None:
+    loggers = need("lightning.pytorch.loggers")
+    from lion8bit.integrations.lightning import OptimizerReport
+
+    class Kept(loggers.Logger):  # type: ignore[misc]
+        name, version = "kept", 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.reports: dict[int, dict[str, float]] = {}
+
+        def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if "lion8bit/frozen_fraction" in metrics:
+                assert step is not None and step not in self.reports
+                self.reports[step] = metrics
+
+    logger, report = Kept(), OptimizerReport(every=2)
+    trainer = lightning_trainer(tmp_path, max_steps=5, logger=logger, callbacks=[report], accumulate_grad_batches=3)
+    trainer.fit(lightning_module(), batches())
+    assert sorted(logger.reports) == [2, 4]
+    assert logger.reports[2]["lion8bit/parameters"] == 2 * (64 * 64 + 64)
+    with pytest.raises(ValueError, match="trainer must have a logger"):
+        lightning_trainer(tmp_path, max_steps=5, callbacks=[report]).fit(lightning_module(), batches())
+
+
+# ---- By name --------------------------------------------------------------------------------------------------------
+
+WITH_TIMM = """
+import sys
+from importlib.util import find_spec
+from unittest.mock import MagicMock
+
+if find_spec("torchvision") is None:  # timm's models want it, its optimizers do not
+    for name in ("", ".ops", ".ops.misc", ".models", ".models.feature_extraction", ".datasets", ".transforms"):
+        sys.modules["torchvision" + name] = MagicMock()
+    sys.modules["torchvision.transforms.functional"] = MagicMock()
+
+import lion8bit.integrations
+assert "timm" not in sys.modules
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+
+lion8bit.integrations.register_timm()
+assert "lion8bit" in list_optimizers("lion*")
+model = torch.nn.Linear(64, 64)
+optimizer = create_optimizer_v2(model, opt="lion8bit", lr=1e-3, weight_decay=0.1, betas=[0.95, 0.98], eps=1e-8)
+assert type(optimizer) is lion8bit.Lion8bit
+decays = {tuple(param.shape): group["weight_decay"] for group in optimizer.param_groups for param in group["params"]}
+assert decays == {(64, 64): 0.1, (64,): 0.0}, decays
+assert all(group["betas"] == (0.95, 0.98) and group["lr"] == 1e-3 for group in optimizer.param_groups)
+model(torch.ones(2, 64)).sum().backward()
+optimizer.step()
+assert "codes" in optimizer.state[model.weight]
+"""
+
+
+def test_timm_makes_it_by_name() -> None:
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("needs timm")
+    done = subprocess.run([sys.executable, "-c", WITH_TIMM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def component(config: Any, *args: Any) -> Any:
+    """An object from a configuration as torchtune makes it: a dotted path, the other entries as they are."""
+    module, _, name = config["_component_"].rpartition(".")
+    arguments = {key: value for key, value in config.items() if key != "_component_"}
+    return getattr(importlib.import_module(module), name)(*args, **arguments)
+
+
+@pytest.mark.parametrize("path", ["lion8bit.Lion8bit", "lion8bit.Lion8"])
+def test_torchtune_component(path: str, tmp_path: Path) -> None:
+    configuration = need("omegaconf").OmegaConf.create(
+        f"{{_component_: {path}, lr: 2e-5, betas: [0.9, 0.98], weight_decay: 0.1, weight_rounding: stochastic}}"
+    )
+    layer = nn.Linear(64, 64, dtype=torch.bfloat16)
+    optimizer = component(configuration, layer.parameters())
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_rounding"]) == (2e-5, (0.9, 0.98), "stochastic")
+    layer(torch.ones(1, 64, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")  # the list's own class could not be loaded safely
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+
+
+def kohya(optimizer_type: str, optimizer_args: list[str], params: Any, lr: float) -> Any:
+    """An optimizer from sd-scripts' two options: text after the only "=" is a literal; what has a dot is a path."""
+    options = {}
+    for argument in optimizer_args:
+        key, value = argument.split("=")
+        options[key] = ast.literal_eval(value)
+    assert not optimizer_type.lower().endswith("8bit"), "sd-scripts asks for bitsandbytes before it looks further"
+    module, _, name = optimizer_type.rpartition(".")
+    return getattr(importlib.import_module(module), name)(params, lr=lr, **options)
+
+
+def test_kohya_options() -> None:
+    params = [{"params": [nn.Parameter(torch.zeros(64, 64))], "lr": 5e-5}]  # as for the U-Net alone
+    texts = ["betas=0.9,0.99", "weight_rounding='stochastic'", "weight_decay=0.1", "cautious=True", "block_size=64"]
+    optimizer = kohya("lion8bit.Lion8", texts, params, lr=1e-4)
+    (group,) = optimizer.param_groups
+    wanted = {"betas": (0.9, 0.99), "weight_rounding": "stochastic", "weight_decay": 0.1, "cautious": True}
+    assert group.items() >= {**wanted, "block_size": 64, "lr": 5e-5}.items()

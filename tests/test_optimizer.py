@@ -421,6 +421,32 @@ def test_nothing_is_allocated_after_the_first_step() -> None:
     assert [name for name in seen if not name.startswith("profiler.")] == []
 
 
+def test_adamw_settings_keep_the_decay_of_a_step() -> None:
+    own = {"params": [leaf(torch.ones(3))], "lr": 3e-3, "weight_decay": 0.0}
+    groups = [{"params": [("weight", leaf(torch.ones(2, 2)))]}, {**own, "params": [("bias", *own["params"])]}]
+    optimizer = Lion8bit.from_adamw(groups, lr=1e-3, weight_decay=0.01, factor=4, cautious=True)
+    first, second = optimizer.param_groups
+    assert (first["lr"], first["weight_decay"], first["betas"], first["cautious"]) == (2.5e-4, 0.04, (0.9, 0.99), True)
+    assert (second["lr"], second["weight_decay"]) == (7.5e-4, 0.0)
+    assert own["lr"] == 3e-3
+    (group,) = Lion8bit.from_adamw(iter([leaf(torch.ones(3))]), lr=torch.tensor(0.5), weight_decay=0.0).param_groups
+    assert float(group["lr"]) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"factor": 0}, "factor must be positive, got 0"),
+        ({"factor": float("inf")}, "factor must be positive, got inf"),
+        ({"decouple_lr": True}, "decouple_lr must be False in from_adamw"),
+        ({"lr": -1.0}, "Invalid learning rate"),
+    ],
+)
+def test_adamw_settings_that_cannot_be_converted(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Lion8bit.from_adamw([leaf(torch.ones(3))], **{"lr": 1e-3, "weight_decay": 0.1, **changes})
+
+
 # ---- Bad gradients --------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,59 @@
+"""Owns what trainers need beside a torch optimizer. Nothing imports a trainer's library before it is asked for.
+
+`lion8bit.integrations.transformers` and `lion8bit.integrations.lightning` have an `OptimizerReport` each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lion8bit.optimizer import Lion8bit
+
+
+def register_timm() -> None:
+    """Makes "lion8bit" a name that timm knows: ``create_optimizer_v2(model, opt="lion8bit")`` and ``--opt lion8bit``.
+
+    Needs timm 1.0.12 or newer.
+    """
+    from timm.optim._optim_factory import OptimInfo, default_registry
+
+    default_registry.register(
+        OptimInfo(
+            name="lion8bit",
+            opt_class=Lion8bit,
+            description="Lion with 8-bit momentum",
+            has_eps=False,
+            has_betas=True,
+        )
+    )
+
+
+def find(optimizer: Any) -> Lion8bit:
+    """The Lion8bit in what a trainer has wrapped around one.
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner = optimizer
+    while not isinstance(inner, Lion8bit):
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            raise TypeError(f"optimizer must be a Lion8bit, got {type(optimizer).__name__}")
+    return inner
+
+
+def report(optimizer: Any) -> dict[str, float]:
+    """What a trainer logs: `frozen_fraction`, `nonfinite_count` and `memory_report`, each name after "lion8bit/".
+
+    It reads all parameters and waits for their devices.
+    """
+    lion = find(optimizer)
+    numbers = {"frozen_fraction": lion.frozen_fraction(), "nonfinite_count": lion.nonfinite_count()}
+    return {f"lion8bit/{name}": float(value) for name, value in {**numbers, **lion.memory_report()}.items()}
+
+
+def check_every(every: int) -> int:
+    """The number of steps from one report to the next; a ValueError unless it is at least 1."""
+    if every < 1:
+        raise ValueError(f"every must be at least 1, got {every}")
+    return every
