@@ -258,6 +258,83 @@ def build_app() -> "typer.Typer":
         if not healthy(findings):
             raise typer.Exit(SOMETHING_WRONG)
 
+    @app.command()
+    def estimate(
+        model: Annotated[
+            str,
+            typer.Argument(
+                help="A count such as 7B, taken as a Llama; a local Hugging Face folder or config.json (needs "
+                "transformers; no download); or package.module:factory, called on the meta device."
+            ),
+        ],
+        vram: Annotated[float | None, typer.Option(help="Memory of one GPU in GiB: does it fit?")] = None,
+        gpus: Annotated[int, typer.Option(help="Shard over that many GPUs with FSDP2.")] = 1,
+        lora: Annotated[
+            int | None, typer.Option(help="Rank of adapters at all linear layers but the output's.")
+        ] = None,
+        batch: Annotated[int, typer.Option(help="Sequences per GPU and step.")] = 1,
+        sequence: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
+        checkpointing: Annotated[bool, typer.Option(help="Compute activations anew in the backward pass.")] = True,
+        dtype: Annotated[str, typer.Option(help="Of weights and gradients: bf16, fp16 or fp32.")] = "bf16",
+        reserve: Annotated[float, typer.Option(help="GiB for the CUDA context, workspaces and fragmentation.")] = 1.0,
+        plot: Annotated[Path | None, typer.Option(help="Draw the totals into this file (.png, .svg, .pdf).")] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes, and nothing else.")] = False,
+    ) -> None:
+        """Will it fit? Plan the memory of training with each optimizer.
+
+        Weights, gradients and state are the exact bytes of the tensors.
+        Activations of a transformer are what each layer saves for its backward
+        pass, counted as by Korthikanti et al. (arXiv 2205.05198) for attention
+        that stores no scores, without dropout. With t = batch * sequence tokens,
+        width h, queries q, keys k, inner width f, a heads, e bytes per number:
+
+        layer = t * (norms + e*(h + 2q + 2k) + 4a + e*(h + 4f)),
+        2f for a feed-forward without a gate; norms = 2h*e,
+        or 2h*(e + 4) for an RMSNorm in fp32; gradients inside = t*e*(h + 2f);
+        logits = t * vocabulary * (e + 12). Together all layers and the larger
+        of gradients inside and logits; with checkpointing t*h*e per layer, and
+        the larger of one layer with the gradients inside, and the logits.
+
+        The total is that of the worst moment: gradients grow while activations
+        shrink.
+
+        "release" is lion8bit.fuse_into_backward, "24-bit" compensated weights,
+        "host" momentum in the host's memory; "transient" is the largest gradient
+        that lives for a moment, and what FSDP2 gathers.
+
+        Examples: `lion8bit estimate 7B --vram 24`, `lion8bit estimate ./model --lora 16 --gpus 4`
+        """
+        from lion8bit import planner
+
+        if plot is not None:
+            require_packages(["matplotlib"])
+        sys.path.insert(0, "")  # a factory may be in the working directory
+        try:
+            plan = planner.estimate(
+                model,
+                dtype=dtype,
+                batch=batch,
+                sequence=sequence,
+                checkpointing=checkpointing,
+                lora=lora,
+                gpus=gpus,
+                vram=vram,
+                reserve=reserve,
+            )
+        except planner.PlanError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(USAGE_ERROR) from error
+        if plot is not None:
+            planner.plot_plan(plan, plot)
+        if as_json:
+            typer.echo(json.dumps(plan.to_dict(), indent=2))
+            return
+        from rich.console import Console
+
+        console = Console()
+        console.print(planner.plan_table(plan))
+        console.print(planner.plan_bars(plan, console.width))
+
     bench = typer.Typer(help="Run a benchmark; the arguments that follow its name are its own, --help included.")
     app.add_typer(bench, name="bench", no_args_is_help=True)
 

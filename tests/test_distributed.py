@@ -266,6 +266,31 @@ def fsdp2_with_mixed_precision() -> None:
         follow(fsdp2(net, 4, mp_policy=policy), alone, rank)
 
 
+@check
+def fsdp2_takes_the_bytes_of_the_plan() -> None:
+    from lion8bit import estimate
+
+    options: dict[str, dict[str, Any]] = {"lion8bit": {}, "lion8bit-compensated": {"weight_rounding": "compensated"}}
+    for size in (2, 3, 4):
+        for _ in world(size):
+            net = make_net(torch.bfloat16)
+            plan = estimate(net, gpus=size)
+            fsdp2(net, size)
+            for key, choice in options.items():
+                optimizer = make_optimizer(net, **choice)
+                train(optimizer, [0])
+                for index, param in enumerate(net.parameters()):
+                    param.grad = placed_as(param, gradient(index, 0, param))
+                report = optimizer.memory_report()
+                mine = [report[f"{kind}_bytes"] for kind in ("parameter", "gradient", "state")]
+                everyone: list[Any] = [None] * size
+                dist.all_gather_object(everyone, mine)
+                row = plan.rows[key]
+                largest = [max(column) for column in zip(*everyone, strict=True)]
+                assert largest == everyone[0] == [row.weights, row.gradients, row.state]
+                optimizer.zero_grad()
+
+
 # ---- Placements ------------------------------------------------------------------------------------------------------
 
 

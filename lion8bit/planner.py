@@ -1,0 +1,777 @@
+"""Owns the memory plan: bytes that training will take, by optimizer, computed from shapes; nothing is measured here.
+
+It imports torch and the standard library; transformers, rich and matplotlib only where they are needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lion8bit.layout import blocks_per_row, memory_order, rows_and_cols
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+GIB = 2**30
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+SMALLEST_COUNT = 10**7  # the shape that is assumed for a mere count would be a caricature below
+STAGING_BYTES = 2 * 2**25  # two buffers, through which momentum in host memory passes
+
+Shape = tuple[int, ...]
+
+
+class PlanError(ValueError):
+    """An argument from which no plan can be made; the message names it and the remedy."""
+
+
+# ---- Models, as shapes -----------------------------------------------------------------------------------------------
+
+
+class Weight(NamedTuple):
+    """One parameter."""
+
+    shape: Shape  # from the slowest dimension in memory to the fastest
+    trained: bool = True
+    adapter: bool = False  # of LoRA: fp32, whatever the others are, as peft makes them
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What the activations of a transformer follow from.
+
+    Args:
+        layers: number of blocks.
+        hidden: width of the residual stream.
+        heads: attention heads.
+        query, key: widths of all heads' queries, and of their keys (and values).
+        inner: width inside the feed-forward network.
+        gated: it has two input matrices, as SwiGLU.
+        rms_norm: norms are computed in fp32 by torch's elementary operations, as the RMSNorm of transformers.
+        vocabulary: width of the logits; 0 for a model without.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    query: int
+    key: int
+    inner: int
+    gated: bool
+    rms_norm: bool
+    vocabulary: int
+
+    def layer_bytes(self, width: int) -> int:
+        """Bytes per token that a layer saves for its backward pass, computing in ``width`` bytes per number."""
+        norms = 2 * self.hidden * (width + 4 if self.rms_norm else width)
+        attention = width * (self.hidden + 2 * self.query + 2 * self.key) + 4 * self.heads
+        feed_forward = width * (self.hidden + (4 if self.gated else 2) * self.inner)
+        return norms + attention + feed_forward
+
+    def inside_bytes(self, width: int) -> int:
+        """Bytes per token of the gradients inside a layer during its backward pass."""
+        return width * (self.hidden + 2 * self.inner)
+
+    def logits_bytes(self, width: int) -> int:
+        """Bytes per token of the logits, and of their softmax and its gradients in fp32."""
+        return self.vocabulary * (width + 12)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a plan needs to know of a model.
+
+    Args:
+        name: for people.
+        blocks: the parameters of each repeated block; each is one unit of FSDP2.
+        rest: all others; they are the root unit.
+        tied: the largest parameter is the embedding and the output layer in one.
+        widths: of a transformer; None where the activations are not known.
+        note: why they are not, or what was assumed.
+    """
+
+    name: str
+    blocks: tuple[tuple[Weight, ...], ...]
+    rest: tuple[Weight, ...]
+    tied: bool = False
+    widths: Widths | None = None
+    note: str = ""
+
+    @property
+    def weights(self) -> list[Weight]:
+        """Every parameter."""
+        return [*itertools.chain(*self.blocks), *self.rest]
+
+
+def parse_count(text: str) -> int | None:
+    """The number that "7B", "124M" or "6738415616" means; None where a text is no number."""
+    match = re.fullmatch(r"\s*(-?\d[\d_,]*(?:\.\d+)?)\s*([KMBT]?)\s*", text, re.IGNORECASE)
+    if match is None:
+        return None
+    digits, unit = match.groups()
+    factor = 1000 ** " KMBT".index(unit.upper()) if unit else 1
+    return round(float(digits.replace(",", "").replace("_", "")) * factor)
+
+
+def typical_model(count: int) -> Model:
+    """The model that a mere count is taken for: a Llama whose width is 128 times its layers, vocabulary 32000.
+
+    The number of layers is that for which the feed-forward width comes nearest to 8/3 of the model's; then it takes the
+    value that meets the count, to within one column per layer.
+
+    Raises:
+        PlanError: the count is below 10M.
+    """
+    if count < SMALLEST_COUNT:
+        raise PlanError(
+            f"model must be a count of at least {SMALLEST_COUNT:,} parameters, got {count:,}; for a smaller model give "
+            "its folder or a factory"
+        )
+    vocabulary = 32000
+
+    def inner_width(layers: int) -> float:
+        width = 128 * layers
+        fixed = 2 * vocabulary * width + layers * (4 * width**2 + 2 * width) + width
+        return (count - fixed) / (3 * layers * width)
+
+    layers = min(range(1, 1000), key=lambda n: abs(inner_width(n) / (128 * n) - 8 / 3))
+    hidden, inner = 128 * layers, round(inner_width(layers))
+    block = [Weight(shape) for shape in 4 * [(hidden, hidden)] + 2 * [(inner, hidden)]]
+    block += [Weight((hidden, inner)), Weight((hidden,)), Weight((hidden,))]
+    rest = (Weight((vocabulary, hidden)), Weight((hidden,)), Weight((vocabulary, hidden)))
+    widths = Widths(layers, hidden, layers, hidden, hidden, inner, True, True, vocabulary)
+    note = f"a count is taken as a Llama of {layers} layers, width {hidden}, inner width {inner}, vocabulary 32000"
+    return Model("", (tuple(block),) * layers, rest, widths=widths, note=note)
+
+
+def model_of(module: nn.Module, config: Any = None, lora: int | None = None) -> Model:
+    """The shapes of a module, which may be on the meta device; shared parameters count once.
+
+    Args:
+        module: whatever it holds; the elements of its outermost `nn.ModuleList`s are its blocks.
+        config: its Hugging Face configuration, if it has one.
+        lora: rank of adapters at every linear layer but the output's, all else frozen; None trains what requires a
+            gradient.
+    """
+    names: list[str] = []  # of the blocks
+    for name, part in module.named_modules():
+        if isinstance(part, nn.ModuleList) and len(part) > 1 and not _owner(name, names):
+            names += [f"{name}.{index}" for index in range(len(part))]
+    units: dict[str, list[Weight]] = {name: [] for name in [*names, ""]}
+    output = getattr(module, "get_output_embeddings", lambda: None)()
+    seen: set[torch.Tensor] = set()
+    for name, part in module.named_modules():
+        unit = units[_owner(name, names)]
+        own = [param for param in part.parameters(recurse=False) if param not in seen]
+        seen.update(own)
+        unit += [Weight(_memory_shape(param), lora is None and param.requires_grad) for param in own]
+        if lora is not None and part is not output and (features := _features(part)):
+            inputs, outputs = features
+            unit += [Weight((lora, inputs), adapter=True), Weight((outputs, lora), adapter=True)]
+    if lora is not None and not any(weight.adapter for unit in units.values() for weight in unit):
+        raise PlanError(f"lora must meet a linear layer in the model, got {type(module).__name__} without any")
+    rest = tuple(units.pop(""))
+    tied = len(seen) < len(list(module.named_parameters(remove_duplicate=False)))
+    blocks = tuple(tuple(unit) for unit in units.values() if unit)
+    widths, note = _widths(config, module, names)
+    return Model(type(module).__name__, blocks, rest, tied, widths, note)
+
+
+def _owner(name: str, blocks: Sequence[str]) -> str:
+    """The block that a module is part of; empty for none."""
+    return next((block for block in blocks if name == block or name.startswith(f"{block}.")), "")
+
+
+def _memory_shape(param: torch.Tensor) -> Shape:
+    return tuple(param.shape[dim] for dim in memory_order(param) or range(param.dim()))
+
+
+def _features(part: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer, of GPT-2's transposed one too; None for other modules."""
+    if isinstance(part, nn.Linear):
+        return part.in_features, part.out_features
+    if type(part).__name__ == "Conv1D" and hasattr(part, "nf") and hasattr(part, "nx"):
+        return part.nx, part.nf  # type: ignore[return-value]
+    return None
+
+
+def _widths(config: Any, module: nn.Module, blocks: Sequence[str]) -> tuple[Widths | None, str]:
+    """The `Widths` that a configuration tells, or None and why there are none."""
+    if config is None:
+        return None, "activations are known for models with a Hugging Face configuration only"
+    config = config.get_text_config()
+    asked = ("num_local_experts", "num_experts", "n_routed_experts")
+    if getattr(config, "is_encoder_decoder", False) or any(getattr(config, name, None) for name in asked):
+        return (
+            None,
+            f"activations are not known for {config.model_type}: the formula is for dense decoders and encoders",
+        )
+    needed = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    missing = [name for name in needed if not isinstance(getattr(config, name, None), int)]
+    if missing:
+        return None, f"activations are not known for {config.model_type}: its configuration has no {missing[0]}"
+    layers, hidden, heads = (getattr(config, name) for name in needed)
+    first = dict(module.named_modules()).get(blocks[0]) if blocks else None
+    linear = [found for part in (first.modules() if first else ()) if (found := _features(part))]
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    head = getattr(config, "head_dim", None) or hidden // heads
+    return Widths(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        query=heads * head,
+        key=(getattr(config, "num_key_value_heads", None) or heads) * head,
+        inner=inner,
+        gated=linear.count((hidden, inner)) > 1 or (hidden, 2 * inner) in linear,
+        rms_norm=any(type(part).__name__.endswith("RMSNorm") for part in module.modules()),
+        vocabulary=config.vocab_size if getattr(module, "get_output_embeddings", lambda: None)() is not None else 0,
+    ), ""
+
+
+def load_model(model: int | str | os.PathLike[str] | nn.Module, lora: int | None = None) -> Model:
+    """The `Model` of anything that `estimate` takes.
+
+    Raises:
+        PlanError: it is none of these.
+    """
+    if isinstance(model, nn.Module):
+        return model_of(model, getattr(model, "config", None), lora)
+    if isinstance(model, int):
+        return _with_lora(replace(typical_model(model), name=f"{model:,} parameters"), lora)
+    text = os.fspath(model)
+    if Path(text).exists():
+        return _from_hugging_face(Path(text), lora)
+    count = parse_count(text)
+    if count is not None:
+        return _with_lora(replace(typical_model(count), name=text.strip()), lora)
+    if re.fullmatch(r"[^\W\d]\w*(\.\w+)*[.:]\w+(\.\w+)*", text):
+        return _from_factory(text, lora)
+    raise PlanError(
+        f"model must be a count such as 7B, a local folder or config.json of Hugging Face, or package.module:factory, "
+        f"got {text!r}; models on the hub have to be downloaded first"
+    )
+
+
+def _with_lora(model: Model, lora: int | None) -> Model:
+    """Freezes a typical model, and adds adapters to the linear layers of its blocks."""
+    if lora is None:
+        return model
+
+    def adapted(unit: Iterable[Weight]) -> tuple[Weight, ...]:
+        frozen = [weight._replace(trained=False) for weight in unit]
+        pairs = [((lora, w.shape[1]), (w.shape[0], lora)) for w in frozen if len(w.shape) == 2]
+        return (*frozen, *(Weight(shape, adapter=True) for pair in pairs for shape in pair))
+
+    rest = tuple(weight._replace(trained=False) for weight in model.rest)
+    return replace(model, blocks=(adapted(model.blocks[0]),) * len(model.blocks), rest=rest)
+
+
+def _from_hugging_face(path: Path, lora: int | None) -> Model:
+    file = path if path.is_file() else path / "config.json"
+    if not file.is_file():
+        raise PlanError(f"model must be a folder with a config.json, got {path}; give the folder of a saved model")
+    try:
+        import transformers
+    except ImportError:
+        raise PlanError(f"model {path} needs transformers; run: pip install transformers") from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(file, local_files_only=True)
+        architectures = [getattr(transformers, name, None) for name in config.architectures or ()]
+        cls = next((found for found in architectures if found is not None), transformers.AutoModelForCausalLM)
+        with torch.device("meta"):
+            module = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
+    except Exception as error:  # a configuration can be wrong in as many ways as there are models
+        reason = str(error).strip().splitlines() or [""]
+        raise PlanError(
+            f"model must be of a type that transformers {transformers.__version__} builds, got {file}: {reason[0]}; "
+            "check model_type in that file, or give package.module:factory"
+        ) from error
+    return replace(model_of(module, config, lora), name=str(path))
+
+
+def _from_factory(text: str, lora: int | None) -> Model:
+    name, attribute = text.split(":") if ":" in text else text.rsplit(".", 1)
+    try:
+        factory: Any = importlib.import_module(name)
+        for part in attribute.split("."):
+            factory = getattr(factory, part)
+    except (ImportError, AttributeError) as error:
+        raise PlanError(f"model must be importable as package.module:factory, got {text}: {error}") from error
+    try:
+        with torch.device("meta"):
+            module = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    except Exception as error:  # the factory may do anything
+        raise PlanError(
+            f"model must be a factory that takes no arguments and builds on the meta device, got {text}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise PlanError(f"model must be a factory of an nn.Module, got {type(module).__name__} from {text}")
+    return replace(model_of(module, getattr(module, "config", None), lora), name=text)
+
+
+# ---- State, by optimizer ---------------------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """The part of a parameter that one process holds."""
+
+    shape: Shape
+    whole: Shape
+    sharded: bool
+    width: int  # bytes per element
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def piece_of(weight: Weight, gpus: int, width: int) -> Piece:
+    """What rank 0 holds of a parameter under FSDP2: of ``rows`` along dimension 0 ``ceil(rows / gpus)``.
+
+    The ranks that follow hold as many, then one what is left over, then nothing, so rank 0 has the most.
+    """
+    shape = weight.shape
+    if gpus > 1 and shape:
+        shape = (-(-shape[0] // gpus), *shape[1:])
+    return Piece(shape, weight.shape, gpus > 1, width)
+
+
+def lion8bit_state(piece: Piece, compensated: bool = False, block_size: int = 128, min_8bit_size: int = 4096) -> int:
+    """Bytes of Lion8bit's state, by the rules of docs/design.md."""
+    residual = piece.numel if compensated and piece.width == 2 else 0
+    vector_shard = piece.sharded and len(piece.whole) < 2
+    if math.prod(piece.whole) < min_8bit_size or vector_shard:
+        return 4 * piece.numel + residual
+    rows, cols = rows_and_cols(piece.shape)
+    return piece.numel + 4 * rows * blocks_per_row(cols, block_size) + residual
+
+
+def adamw_state(piece: Piece) -> int:
+    """torch's AdamW: two moments in the parameter's dtype, and an fp32 counter."""
+    return 2 * piece.width * piece.numel + 4
+
+
+def adamw8bit_state(piece: Piece) -> int:
+    """bitsandbytes' AdamW8bit: two codes, two fp32 scales per 256 elements; fp32 below 4096 elements."""
+    return 8 * piece.numel if piece.numel < 4096 else 2 * piece.numel + 8 * blocks_per_row(piece.numel, 256)
+
+
+def lion_state(piece: Piece) -> int:
+    """`lion8bit.Lion`: fp32 momentum."""
+    return 4 * piece.numel
+
+
+def flashlion_state(piece: Piece, compensated: bool = False) -> int:
+    """FlashLion on a GPU: a code, an fp16 scale per 32 elements, and a byte that completes 24-bit weights."""
+    residual = piece.numel if compensated and piece.width == 2 else 0
+    return piece.numel + 2 * blocks_per_row(piece.numel, 32) + residual
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the plan: an optimizer and how it is used.
+
+    Args:
+        label: for people.
+        state: bytes for the part of a parameter.
+        shared: bytes of state that the parameters of 4096 elements and more share.
+        fp32: parameters and gradients are fp32 (and autocast computes in 16 bits).
+        release: each gradient is freed as soon as its parameter has been stepped.
+        host: the state is in the host's memory.
+        for_16_bits: it makes a difference where the trained weights are 16-bit ones only.
+        for_bf16: and among these bf16 only.
+    """
+
+    label: str
+    state: Callable[[Piece], int]
+    shared: int = 0
+    fp32: bool = False
+    release: bool = False
+    host: bool = False
+    for_16_bits: bool = False
+    for_bf16: bool = False
+
+
+def methods(dtype: str, block_size: int = 128, min_8bit_size: int = 4096) -> dict[str, Method]:
+    """The rows for trained weights of a dtype, by key."""
+    ours = partial(lion8bit_state, block_size=block_size, min_8bit_size=min_8bit_size)
+    flash, comp = partial(flashlion_state, compensated=True), partial(ours, compensated=True)
+    rows = {
+        "adamw-fp32": Method("AdamW, fp32 weights", adamw_state, fp32=True, for_16_bits=True),
+        "adamw": Method("AdamW", adamw_state),
+        "adamw8bit": Method("AdamW, 8 bits", adamw8bit_state, shared=2048),
+        "lion": Method("Lion, fp32 momentum", lion_state),
+        "flashlion": Method("FlashLion", flashlion_state),
+        "flashlion-24": Method("FlashLion, 24-bit weights", flash, for_bf16=True),
+        "flashlion-release": Method("FlashLion, release", flashlion_state, release=True),
+        "lion8bit": Method("Lion8bit", ours),
+        "lion8bit-compensated": Method("Lion8bit, 24-bit weights", comp, for_bf16=True),
+        "lion8bit-release": Method("Lion8bit, release", ours, release=True),
+        "lion8bit-release-compensated": Method("Lion8bit, release, 24-bit", comp, release=True, for_bf16=True),
+        "lion8bit-release-host": Method("Lion8bit, release, host", ours, release=True, host=True),
+    }
+    unneeded = [key for key, row in rows.items() if dtype != "bf16" and row.for_bf16]
+    unneeded += [key for key, row in rows.items() if dtype == "fp32" and row.for_16_bits]
+    return {key: row for key, row in rows.items() if key not in unneeded}
+
+
+# ---- The plan --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bytes on one GPU with one optimizer.
+
+    Args:
+        label: the optimizer.
+        weights, gradients, state: what lives from step to step; gradients are 0 where each is freed at once.
+        transient: the largest gradient that lives for a moment, or what FSDP2 gathers.
+        activations: at their largest; None where they are not known, and then in no total.
+        total: at the worst moment. Gradients grow while activations shrink, so it is less than the sum.
+        peak: that moment: "loss" (the forward pass ends, and with it the logits are largest), the backward pass of the
+            "head", "first block", "last block" or "embedding", or "step".
+        host: bytes of state in the host's memory.
+        fits: whether total and reserve fit into the GPU's memory; None where none was named.
+    """
+
+    label: str
+    weights: int
+    gradients: int
+    state: int
+    transient: int
+    activations: int | None
+    total: int
+    peak: str
+    host: int
+    fits: bool | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `estimate` returns; sizes are bytes, but ``vram`` and ``reserve`` are GiB."""
+
+    model: str
+    note: str
+    parameters: int
+    trained: int
+    dtype: str
+    batch: int
+    sequence: int
+    checkpointing: bool
+    lora: int | None
+    gpus: int
+    vram: float | None
+    reserve: float
+    rows: dict[str, Row]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON takes it."""
+        return asdict(self)
+
+
+def estimate(
+    model: int | str | os.PathLike[str] | nn.Module,
+    *,
+    dtype: str = "bf16",
+    batch: int = 1,
+    sequence: int = 2048,
+    checkpointing: bool = True,
+    lora: int | None = None,
+    gpus: int = 1,
+    vram: float | None = None,
+    reserve: float = 1.0,
+    block_size: int = 128,
+    min_8bit_size: int = 4096,
+) -> Plan:
+    """Plans the memory of training, by optimizer.
+
+    Weights, gradients and state are exact: the bytes of the tensors. Activations of transformers follow Korthikanti et
+    al. (arXiv 2205.05198): what each operation of a layer saves for its backward pass, here for attention that does not
+    store its scores (FlashAttention) and without dropout. With t = batch * sequence tokens, width h, attention widths q
+    and k, inner width f, a heads, L layers, a vocabulary of v, and e bytes per number,
+
+        layer = t * (norms + e*(h + 2q + 2k) + 4a + e*(h + 4f))     2f where the feed-forward is not gated
+        norms = 2h * e for LayerNorm, 2h * (e + 4) for RMSNorm, which transformers computes in fp32
+        inside = t * e*(h + 2f)                                      gradients inside of a layer
+        logits = t * v * (e + 12)                                    themselves, fp32 softmax and its gradients
+
+    and activations are L*layer + max(inside, logits), or L*t*e*h + max(layer + inside, logits) with checkpointing. Not
+    counted: buffers, the workspaces of libraries, temporaries of an optimizer's step (fused AdamW, bitsandbytes,
+    FlashLion and Lion8bit make none), and the 16-bit copies of fp32 weights under autocast.
+
+    With ``gpus`` above 1 everything is per GPU under FSDP2, `fully_shard` on each block and on the whole: rank 0 holds
+    ``ceil(shape[0] / gpus)`` rows of each parameter, the most of any. Passing through are the gathered weights of the
+    root and of two blocks, and the whole gradients of the largest unit.
+
+    Args:
+        model: a count (an int, "7B", "124M"), which is taken as a Llama; a local Hugging Face folder or config.json;
+            "package.module:factory", which is called on the meta device; or a module.
+        dtype: "bf16", "fp16" or "fp32", of weights and gradients. LoRA's adapters are fp32, as peft makes them.
+        batch: sequences per GPU and step.
+        sequence: tokens per sequence.
+        checkpointing: each block's activations are computed anew in the backward pass.
+        lora: rank of adapters at every linear layer but the output's; all else is frozen.
+        gpus: processes of FSDP2.
+        vram: memory of one GPU in GiB, for the verdicts.
+        reserve: GiB of it that stay free for the CUDA context, workspaces and fragmentation.
+        block_size, min_8bit_size: of Lion8bit.
+
+    Raises:
+        PlanError: an argument out of its range, or a model that cannot be read; a ValueError.
+    """
+    _check(dtype=dtype, batch=batch, sequence=sequence, lora=lora, gpus=gpus, vram=vram, reserve=reserve)
+    found = load_model(model, lora)
+    width = DTYPE_BYTES[dtype]
+    rows = {}
+    for key, method in methods("fp32" if lora else dtype, block_size, min_8bit_size).items():
+        rows[key] = _row(found, method, width, batch * sequence, checkpointing, gpus, vram, reserve)
+    return Plan(
+        model=found.name,
+        note=found.note,
+        parameters=sum(math.prod(weight.shape) for weight in found.weights),
+        trained=sum(math.prod(weight.shape) for weight in found.weights if weight.trained),
+        dtype=dtype,
+        batch=batch,
+        sequence=sequence,
+        checkpointing=checkpointing,
+        lora=lora,
+        gpus=gpus,
+        vram=vram,
+        reserve=reserve,
+        rows=rows,
+    )
+
+
+def _check(*, dtype: str, lora: int | None, vram: float | None, reserve: float, **counts: int) -> None:
+    if dtype not in DTYPE_BYTES:
+        raise PlanError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+    if lora is not None:
+        counts["lora"] = lora
+    for name, value in counts.items():
+        if value < 1:
+            raise PlanError(f"{name} must be at least 1, got {value}")
+    if vram is not None and not 0 < vram < math.inf:
+        raise PlanError(f"vram must be a positive number of GiB, got {vram}")
+    if not 0 <= reserve < math.inf:
+        raise PlanError(f"reserve must be at least 0 GiB, got {reserve}")
+
+
+def _row(
+    model: Model,
+    method: Method,
+    width: int,
+    tokens: int,
+    checkpointing: bool,
+    gpus: int,
+    vram: float | None,
+    reserve: float,
+) -> Row:
+    def bytes_each(weight: Weight) -> int:
+        return 4 if weight.adapter or (method.fp32 and weight.trained) else width
+
+    def pieces(weights: Iterable[Weight], ranks: int) -> Iterator[Piece]:
+        return (piece_of(weight, ranks, bytes_each(weight)) for weight in weights)
+
+    def size(weights: Iterable[Weight], ranks: int = gpus) -> int:
+        return sum(piece.numel * piece.width for piece in pieces(weights, ranks))
+
+    trained = [weight for weight in model.weights if weight.trained]
+    weights, whole = size(model.weights), size(trained)
+    held = list(pieces(trained, gpus))
+    state = sum(map(method.state, held)) + method.shared * any(piece.numel >= 4096 for piece in held)
+
+    table = max((size([weight]) for weight in model.rest if weight.trained), default=0)
+    block = max((size([weight]) for unit in model.blocks for weight in unit if weight.trained), default=0)
+    transient = max((3 if model.tied else 1) * table, block + model.tied * table) if method.release else 0
+    passing = 0
+    if gpus > 1:
+        # Whole weights are gathered in the dtype that is computed in, whole gradients are reduced in their own.
+        units = [sum(math.prod(weight.shape) * width for weight in unit) for unit in (*model.blocks, model.rest)]
+        gradients = [size((weight for weight in unit if weight.trained), 1) for unit in (*model.blocks, model.rest)]
+        passing = units[-1] + sum(sorted(units[:-1])[-2:]) + max(gradients)
+
+    last = size(weight for weight in (model.blocks or ((),))[0] if weight.trained)
+    moments = _moments(model, method.release, whole, table, block, last, width, tokens, checkpointing)
+    peak, extra = max(moments.items(), key=lambda item: item[1] + (0 if item[0] == "step" else passing))
+    activations = None if model.widths is None else _activations(model.widths, width, tokens, checkpointing)
+    on_gpu = min(state, STAGING_BYTES) if method.host else state
+    total = weights + on_gpu + extra + (0 if peak == "step" else passing)
+    return Row(
+        label=method.label,
+        weights=weights,
+        gradients=0 if method.release else whole,
+        state=on_gpu,
+        transient=transient + passing,
+        activations=activations,
+        total=total,
+        peak=peak,
+        host=state if method.host else 0,
+        fits=None if vram is None else total + reserve * GIB <= vram * GIB,
+    )
+
+
+def _activations(widths: Widths, width: int, tokens: int, checkpointing: bool) -> int:
+    layer, logits = tokens * widths.layer_bytes(width), tokens * widths.logits_bytes(width)
+    inside = tokens * widths.inside_bytes(width)
+    if not checkpointing:
+        return widths.layers * layer + max(inside, logits)
+    return widths.layers * tokens * width * widths.hidden + max(layer + inside, logits)
+
+
+def _moments(
+    model: Model,
+    release: bool,
+    whole: int,
+    table: int,
+    block: int,
+    last: int,
+    width: int,
+    tokens: int,
+    checkpointing: bool,
+) -> dict[str, int]:
+    """Bytes of gradients and activations at the moments of an iteration that can be its worst.
+
+    Args:
+        model: what is trained.
+        release: gradients are freed as soon as they are complete.
+        whole, table, block, last: bytes of all gradients, of the largest outside of the blocks (the output layer's and,
+            once more, the embedding's, unless they are tied), of the largest inside, and of a whole block.
+        width, tokens, checkpointing: as in `estimate`.
+    """
+    moments = {"step": 0 if release else whole}
+    # A tied gradient waits for the embedding's part, and autograd adds the two into a third tensor.
+    head = table if model.tied or not release else 0
+    if model.widths is None:
+        return {**moments, "backward": max((3 if model.tied else 1) * table, block + head) if release else whole}
+    layer, logits = tokens * model.widths.layer_bytes(width), tokens * model.widths.logits_bytes(width)
+    kept = tokens * width * model.widths.hidden if checkpointing else layer
+    inside = tokens * model.widths.inside_bytes(width) + (layer if checkpointing else 0)
+    stack = model.widths.layers * kept
+    body = 0 if release else max(0, whole - (1 if model.tied else 2) * table)
+    return {
+        **moments,
+        "loss": stack + logits,
+        "head": stack + 2 * tokens * width * model.widths.vocabulary + table,
+        "first block": stack + inside + head + block,
+        "last block": kept + inside + head + (block if release else body - last // 2),  # half of it is done
+        "embedding": body + head + table * (2 if model.tied else 1),
+    }
+
+
+# ---- The report ------------------------------------------------------------------------------------------------------
+
+
+# Okabe and Ito's palette, told apart with any common colour blindness: https://jfly.uni-koeln.de/color/
+PARTS = {"weights": "#0072B2", "optimizer state": "#009E73", "gradients and activations at the peak": "#E69F00"}
+
+
+def parts(row: Row) -> list[int]:
+    """What a row's total consists of: weights, state, and what else there is at the worst moment."""
+    return [row.weights, row.state, row.total - row.weights - row.state]
+
+
+def describe(plan: Plan) -> str:
+    """The setting in a line."""
+    words = [f"{plan.parameters:,} parameters", plan.dtype, f"{plan.batch} x {plan.sequence} tokens"]
+    if plan.lora:
+        words.append(f"LoRA of rank {plan.lora}, {plan.trained:,} trained")
+    words.append("checkpointing" if plan.checkpointing else "no checkpointing")
+    return ", ".join([*words, *([f"each of {plan.gpus} GPUs (FSDP2)"] if plan.gpus > 1 else [])])
+
+
+def plan_table(plan: Plan) -> Table:
+    """Lays a plan out for a terminal, in GiB."""
+    from rich import box
+    from rich.table import Table
+
+    title = f"{plan.model}: {describe(plan)}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column("GiB", no_wrap=True)
+    for heading in ("weights", "grads", "state", "transient", "acts", "total"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if plan.vram is not None:
+        table.add_column(f"in {plan.vram:g}", no_wrap=True)
+    for row in plan.rows.values():
+        cells = (row.weights, row.gradients, row.state, row.transient, row.activations, row.total)
+        texts = ["-" if size is None else f"{size / GIB:.1f}" for size in cells]
+        verdict = [] if row.fits is None else ["[green]fits[/]" if row.fits else "[red]no[/]"]
+        table.add_row(row.label, *texts, *verdict, style="bold" if row.label.startswith("Lion8bit") else None)
+    notes = [plan.note] if plan.note else []
+    notes.append("total: at the worst moment, which is named beside its bar")
+    if plan.vram is not None:
+        notes.append(f"{plan.reserve:g} GiB stay free for the CUDA context, workspaces and fragmentation")
+    table.caption = "; ".join(notes)
+    table.caption_justify = "left"
+    return table
+
+
+def plan_bars(plan: Plan, columns: int) -> Any:
+    """The totals as bars of text, as long as the memory of the GPU, if one was named, or the largest total."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    longest = max(row.total for row in plan.rows.values())
+    scale = max(longest, (plan.vram or 0) * GIB) / max(10, columns - 46)
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    for row in plan.rows.values():
+        bar, done = Text(no_wrap=True, overflow="crop"), 0
+        ends = itertools.accumulate(parts(row))
+        for end, colour in zip(ends, PARTS.values(), strict=True):
+            length = round(end / scale) - done
+            bar.append("█" * length, colour)
+            done += length
+        if plan.vram is not None:
+            mark = round(plan.vram * GIB / scale)
+            bar = bar + " " * (mark - done) + "|" if done < mark else bar[:mark] + "|" + bar[mark + 1 :]
+        grid.add_row(row.label, bar, f"{row.total / GIB:.1f} {row.peak}")
+    legend = Text()
+    for name, colour in PARTS.items():
+        legend.append("█ ", colour).append(f"{name}  ")
+    return Group(grid, legend)
+
+
+def plot_plan(plan: Plan, path: Path) -> None:
+    """Draws the totals as horizontal bars, with a line where the memory of the GPU ends.
+
+    Args:
+        plan: what `estimate` returned.
+        path: .png, .svg or .pdf file to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = list(plan.rows.values())
+    figure = Figure(figsize=(9, 1.2 + 0.4 * len(rows)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    left = [0.0] * len(rows)
+    for index, (name, colour) in enumerate(PARTS.items()):
+        sizes = [parts(row)[index] / GIB for row in rows]
+        axes.barh(range(len(rows)), sizes, left=left, color=colour, height=0.7, label=name)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+    for place, end in enumerate(left):
+        axes.text(end, place, f" {end:.1f}", va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    if plan.vram is not None:
+        axes.axvline(plan.vram, color="#D55E00", linestyle="--", label=f"{plan.vram:g} GiB")
+    axes.set_xlabel("GiB at the worst moment")
+    axes.set_title(f"{plan.model}: {describe(plan)}", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

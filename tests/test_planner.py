@@ -1,0 +1,474 @@
+"""Tests the memory plan: its bytes against those of real tensors, its input forms, errors and command."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lion8bit
+from lion8bit import Lion, Lion8bit, Plan, PlanError, estimate, planner
+from lion8bit.cli import build_app
+from lion8bit.demo import state_bytes
+from lion8bit.planner import GIB
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1000,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama_tied": {**LLAMA, "tie_word_embeddings": True},
+    "gpt2": {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 96,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "vocab_size": 777,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "bert": {
+        "model_type": "bert",
+        "architectures": ["BertModel"],
+        "hidden_size": 72,
+        "intermediate_size": 300,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 500,
+    },
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The work is small, and threads that wait for each other slow down on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Convolutions(nn.Module):
+    """Filters in both memory orders, a transposed matrix, a long vector, a scalar and what is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 40, 5)
+        self.second = nn.Conv2d(40, 33, 3).to(memory_format=torch.channels_last)
+        self.bank = nn.ModuleList(nn.Linear(150, 70) for _ in range(3))
+        self.transposed = nn.Parameter(torch.empty(300, 41).T)
+        self.vector = nn.Parameter(torch.empty(5000))
+        self.scalar = nn.Parameter(torch.empty(()))
+        self.frozen = nn.Linear(64, 80).requires_grad_(False)
+
+
+class Tied(nn.Module):
+    """An embedding that is the output layer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(200, 130)
+        self.head = nn.Linear(130, 200, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def hugging_face(name: str, folder: Path) -> Path:
+    """A folder with nothing but the configuration."""
+    pytest.importorskip("transformers", reason="needs transformers")
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    return folder
+
+
+def build(folder: Path) -> nn.Module:
+    """The model of a folder, on the CPU."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model: nn.Module = getattr(transformers, config.architectures[0])(config)
+    return model
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [param for param in module.parameters() if param.requires_grad]
+
+
+def bitsandbytes_adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(params)
+    return optimizer
+
+
+Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Make] = {
+    "adamw": torch.optim.AdamW,
+    "adamw8bit": bitsandbytes_adamw,
+    "lion": Lion,
+    "lion8bit": lambda params: Lion8bit(params, weight_rounding="nearest"),
+    "lion8bit-compensated": lambda params: Lion8bit(params, weight_rounding="compensated"),
+    "lion8bit-release-host": Lion8bit,
+}
+
+
+def assert_exact(plan: Plan, module: nn.Module, keys: dict[str, Make]) -> None:
+    """Steps a module once with each optimizer; the plan's bytes must be those of the tensors."""
+    for key, make in keys.items():
+        copied = copy.deepcopy(module)  # bitsandbytes changes the memory order of parameters
+        params = trained(copied)
+        for param in params:
+            param.grad = torch.full_like(param, 1e-3)
+        optimizer = make(params)
+        optimizer.step()
+        row = plan.rows[key]
+        measured = sum(param.nbytes for param in copied.parameters())
+        assert row.weights == measured, key
+        assert row.host + row.state * (not row.host) == state_bytes(optimizer), key
+        if "release" not in key:
+            assert row.gradients == sum(param.grad.nbytes for param in params if param.grad is not None), key
+        if isinstance(optimizer, Lion8bit):
+            assert state_bytes(optimizer) == optimizer.memory_report()["state_bytes"]
+
+
+# ---- Bytes of tensors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hugging_face_models_exactly(name: str, dtype: str, tmp_path: Path) -> None:
+    folder = hugging_face(name, tmp_path)
+    module = build(folder).to(torch.float32 if dtype == "fp32" else torch.bfloat16)
+    plan = estimate(folder, dtype=dtype)
+    assert plan.parameters == plan.trained == sum(param.numel() for param in module.parameters())
+    assert_exact(plan, module, {key: make for key, make in OPTIMIZERS.items() if key in plan.rows})
+    assert ("lion8bit-compensated" in plan.rows) == (dtype == "bf16")
+
+
+@pytest.mark.parametrize("make", [Convolutions, Tied])
+def test_other_modules_exactly(make: type[nn.Module]) -> None:
+    module = make().bfloat16()
+    plan = estimate(f"{__name__}:{make.__name__}")
+    assert plan.trained == sum(param.numel() for param in trained(module))
+    assert_exact(plan, module, OPTIMIZERS)
+    assert plan.rows["lion8bit"].activations is None and "activations" in plan.note
+    assert estimate(module).rows == plan.rows, "a module itself"
+
+
+def test_options_of_the_format() -> None:
+    module = Convolutions().bfloat16()
+    plan = estimate(module, block_size=64, min_8bit_size=100)
+    assert_exact(plan, module, {"lion8bit": lambda params: Lion8bit(params, block_size=64, min_8bit_size=100)})
+
+
+def test_fp32_weights_of_adamw() -> None:
+    plan = estimate(Convolutions())
+    whole = estimate(Convolutions(), dtype="fp32").rows["adamw"]
+    row = plan.rows["adamw-fp32"]
+    assert (row.gradients, row.state) == (whole.gradients, whole.state)
+    assert row.weights == whole.weights - 2 * 80 * 65, "what is frozen has 16 bits"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_lora_as_peft_counts_it(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    folder = hugging_face(name, tmp_path)
+    config = peft.LoraConfig(r=4, target_modules="all-linear")
+    module = peft.get_peft_model(build(folder).bfloat16(), config)
+    plan = estimate(folder, lora=4)
+    assert plan.trained == sum(param.numel() for param in trained(module))
+    assert {param.dtype for param in trained(module)} == {torch.float32}
+    assert_exact(plan, module, {key: make for key, make in OPTIMIZERS.items() if key in plan.rows})
+    assert "lion8bit-compensated" not in plan.rows, "fp32 adapters are not compensated"
+
+
+def test_lora_counts_linear_layers_but_the_output(tmp_path: Path) -> None:
+    plan = estimate(hugging_face("llama", tmp_path), lora=8)
+    block = 2 * (256 + 256) + 2 * (256 + 128) + 2 * (256 + 688) + (688 + 256)
+    assert plan.trained == 3 * 8 * block
+    assert estimate("7B", lora=16).trained == 16 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11673))
+
+
+def test_flashlion_by_its_formula() -> None:
+    module = nn.Linear(100, 77)  # its codes and scales exist on a GPU only
+    plan = estimate(module)
+    assert plan.rows["flashlion"].state == 7777 + 2 * (math.ceil(7700 / 32) + math.ceil(77 / 32))
+    assert plan.rows["flashlion-24"].state == plan.rows["flashlion"].state + 7777
+
+
+# ---- Counts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, count",
+    [
+        ("7B", 7 * 10**9),
+        ("124M", 124_000_000),
+        ("6738415616", 6738415616),
+        ("1.5b", 1_500_000_000),
+        ("70_000_000", 7e7),
+    ],
+)
+def test_counts(text: str, count: int) -> None:
+    plan = estimate(text)
+    assert planner.parse_count(text) == count
+    assert abs(plan.parameters - count) < 1e-4 * count
+    assert estimate(int(count)).rows == plan.rows
+    assert "Llama" in plan.note
+
+
+@pytest.mark.parametrize("count, layers, width", [("6738415616", 32, 4096), ("13015864320", 40, 5120)])
+def test_typical_shape_is_that_of_llama(count: str, layers: int, width: int) -> None:
+    assert f"{layers} layers, width {width}" in estimate(count).note
+
+
+# ---- Sharding --------------------------------------------------------------------------------------------------------
+
+
+def test_rank_0_holds_what_chunk_gives_it() -> None:
+    """FSDP2 shards by `torch.chunk`; tests/test_distributed.py compares whole plans with real shards."""
+    for rows in (1, 3, 7, 8, 100, 32000, 50257):
+        for gpus in (1, 2, 3, 8, 64, 1000, 4096):
+            largest = max(len(part) for part in torch.empty(rows).chunk(gpus))
+            assert planner.piece_of(planner.Weight((rows, 5)), gpus, 2).shape == (largest, 5)
+
+
+def test_more_gpus_hold_less() -> None:
+    totals = [estimate("7B", gpus=gpus).rows["lion8bit"].total for gpus in (2, 3, 4, 8, 64, 1024, 4096)]
+    assert totals == sorted(totals, reverse=True)
+    row = estimate("7B", gpus=4).rows["lion8bit"]
+    block = 2 * (4 * 4096**2 + 3 * 4096 * 11673 + 2 * 4096)
+    root = 2 * (2 * 32000 * 4096 + 4096)
+    assert row.transient == root + 2 * block + max(root, block)
+
+
+# ---- Activations and the peak ----------------------------------------------------------------------------------------
+
+
+def peak_bytes(call: Callable[[], Any]) -> tuple[int, int]:
+    """Highest and final number of tensor bytes that a call holds beyond those before it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest, now
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    "name, tokens, release",
+    [("llama", 96, True), ("llama", 8, True), ("llama", 96, False), ("llama_tied", 8, True), ("llama_tied", 8, False)],
+)
+def test_peak_is_what_an_iteration_allocates(
+    name: str, tokens: int, release: bool, checkpointing: bool, tmp_path: Path
+) -> None:
+    folder = hugging_face(name, tmp_path)
+    model = build(folder).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    optimizer = Lion8bit(model.parameters())
+    if release:
+        lion8bit.fuse_into_backward(model, optimizer)
+    tokens_ = torch.arange(2 * tokens).reshape(2, tokens)
+    outputs: list[Any] = []
+
+    def forward() -> None:
+        outputs.append(model(input_ids=tokens_, labels=tokens_, use_cache=False))
+
+    def backward() -> None:
+        outputs[0].loss.backward()
+
+    for _ in range(2):
+        outputs.clear()
+        highest, kept = peak_bytes(forward)
+        highest = max(highest, kept + peak_bytes(backward)[0])
+        optimizer.step()
+        optimizer.zero_grad()
+    plan = estimate(folder, dtype="fp32", batch=2, sequence=tokens, checkpointing=checkpointing)
+    row = plan.rows["lion8bit-release" if release else "lion8bit"]
+    measured = optimizer.memory_report()["parameter_bytes"] + optimizer.memory_report()["state_bytes"] + highest
+    assert measured == pytest.approx(row.total, rel=0.03), row
+
+
+def test_activations_follow_the_published_count() -> None:
+    """Korthikanti et al. have 34sbh + 5as²b for GPT; without dropout's masks (2sbh) and the scores, 32sbh."""
+    widths = planner.Widths(12, 768, 0, 768, 768, 3072, False, False, 0)
+    assert widths.layer_bytes(2) == 32 * 768
+    short, long = (estimate("7B", sequence=s, checkpointing=False).rows["lion8bit"].activations for s in (512, 2048))
+    assert short is not None and long == 4 * short
+    assert (estimate("7B", batch=4, sequence=512).rows["lion"].activations) == estimate("7B").rows["lion"].activations
+
+
+def test_checkpointing_saves_memory() -> None:
+    with_, without = (estimate("7B", checkpointing=choice).rows["lion8bit-release"] for choice in (True, False))
+    assert with_.total < without.total and without.activations is not None and with_.activations is not None
+    assert without.activations > 5 * with_.activations
+
+
+@pytest.mark.parametrize("name, note", [("moe", "dense"), ("no_layers", "num_hidden_layers")])
+def test_unknown_activations_are_left_out_and_said(name: str, note: str) -> None:
+    class Config:
+        model_type = name
+        hidden_size = 8
+        num_attention_heads = 2
+        num_experts = 4 if name == "moe" else None
+
+        def get_text_config(self) -> Any:
+            return self
+
+    module = nn.Linear(8, 8)
+    module.config = Config()  # type: ignore[assignment]
+    plan = estimate(module)
+    assert plan.rows["lion8bit"].activations is None and note in plan.note and name in plan.note
+
+
+# ---- Verdicts --------------------------------------------------------------------------------------------------------
+
+
+def test_7b_fits_24_gib_with_gradient_release_only() -> None:
+    rows = estimate("6738415616", vram=24).rows
+    fitting = {key for key, row in rows.items() if row.fits}
+    assert fitting == {"lion8bit-release", "lion8bit-release-host", "flashlion-release"}
+
+
+def test_verdict_is_total_and_reserve() -> None:
+    total = estimate("7B").rows["lion8bit"].total / GIB
+    for reserve in (0.0, 2.5):
+        for room, fits in ((0.001, True), (-0.001, False)):
+            assert estimate("7B", vram=total + reserve + room, reserve=reserve).rows["lion8bit"].fits is fits
+    assert estimate("7B").rows["lion8bit"].fits is None
+
+
+# ---- Errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("7X", "model must be a count such as 7B.*got '7X'"),
+        ("0", "model must be a count of at least 10,000,000"),
+        ("-7B", "model must be a count of at least 10,000,000"),
+        ("organisation/model", "have to be downloaded first"),
+        ("no_such_package.module:factory", "model must be importable.*no_such_package"),
+        ("torch.nn:NoSuchThing", "model must be importable.*NoSuchThing"),
+        ("torch.nn:Linear", "factory that takes no arguments.*TypeError"),
+        ("os:getcwd", "model must be a factory of an nn.Module, got str"),
+    ],
+)
+def test_models_that_cannot_be_read(model: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        estimate(model)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"gpus": 0}, "gpus must be at least 1, got 0"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"sequence": -1}, "sequence must be at least 1"),
+        ({"lora": 0}, "lora must be at least 1"),
+        ({"dtype": "int8"}, "dtype must be one of bf16, fp16, fp32, got 'int8'"),
+        ({"vram": 0}, "vram must be a positive number of GiB"),
+        ({"reserve": -1}, "reserve must be at least 0 GiB"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        estimate("7B", **options)
+
+
+def test_lora_without_linear_layers() -> None:
+    with pytest.raises(PlanError, match="lora must meet a linear layer"):
+        estimate(nn.Conv2d(3, 4, 5), lora=4)
+
+
+def test_bad_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PlanError, match=r"folder with a config\.json"):
+        estimate(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, "transformers", None)
+        with pytest.raises(PlanError, match="pip install transformers"):
+            estimate(tmp_path)
+    pytest.importorskip("transformers", reason="needs transformers")
+    for text in ('{"model_type": "no_such_type"}', "{}", "no JSON"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(PlanError, match=r"of a type that transformers .* builds.*check model_type"):
+            estimate(str(tmp_path / "config.json"))
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def invoke() -> Callable[..., Any]:
+    """The command within this process."""
+    pytest.importorskip("rich", reason="needs the extra named demo")
+    testing = pytest.importorskip("typer.testing", reason="needs the extra named demo")
+    return lambda *arguments: testing.CliRunner().invoke(build_app(), ["estimate", *arguments], env={"COLUMNS": "80"})
+
+
+def test_command_prints_table_and_bars(invoke: Callable[..., Any]) -> None:
+    done = invoke("7B", "--vram", "24")
+    assert done.exit_code == 0
+    line = next(line for line in done.stdout.splitlines() if line.startswith(" Lion8bit, release "))
+    assert line.split()[2:] == ["13.0", "0.0", "6.7", "0.2", "1.4", "21.1", "fits"]
+    assert "█" in done.stdout and "21.1 loss" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_command_prints_only_json(invoke: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra named demo")
+    picture = tmp_path / "plan.png"
+    done = invoke("1.5B", "--gpus", "2", "--batch", "2", "--sequence", "512", "--no-checkpointing", "--lora", "8",
+                  "--json", "--plot", str(picture))  # fmt: skip
+    plan = estimate("1.5B", gpus=2, batch=2, sequence=512, checkpointing=False, lora=8)
+    assert json.loads(done.stdout) == json.loads(json.dumps(plan.to_dict()))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_finds_factories_in_the_working_directory(
+    invoke: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_own_model.py").write_text("import torch\n\ndef make():\n    return torch.nn.Linear(30, 7)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    done = invoke("my_own_model.make", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["parameters"] == 217
+
+
+def test_command_reports_bad_input(invoke: Callable[..., Any]) -> None:
+    done = invoke("7B", "--gpus", "0")
+    assert done.exit_code == 2 and "error: gpus must be at least 1" in done.output
+
+
+def test_help_states_the_formula(invoke: Callable[..., Any]) -> None:
+    assert "2205.05198" in invoke("--help").stdout
+
+
+def test_planner_is_imported_when_asked_for() -> None:
+    code = "import sys, lion8bit; print('lion8bit.planner' in sys.modules, lion8bit.estimate, 'rich' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False <function estimate") and done.stdout.endswith("False\n")
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = lion8bit.no_such_name
