@@ -234,19 +234,41 @@ class Lion8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params, grads, counts = _ready(self.param_groups)
-        grads = gradients(params, grads)
-        hypers = [_hyper(group) for group in self.param_groups]
+        if torch.compiler.is_compiling():
+            from lion8bit import compiled
+
+            compiled.trace_step(self)
+        else:
+            params, grads, counts = _ready(self.param_groups)
+            self._step(self.param_groups, params, gradients(params, grads), counts)
+        return loss
+
+    def _step(
+        self, groups: Sequence[dict[str, Any]], params: list[Tensor], grads: list[Tensor], counts: list[int]
+    ) -> None:
+        """Steps ``counts`` parameters of each group, all that have gradients."""
+        hypers = [_hyper(group) for group in groups]
         key = (counts, [(hyper.block_size, hyper.weight_rounding) for hyper in hypers])
         plan = self._plan
         if plan is None or not plan.refresh(key, self.state.values(), params, grads):
             self._plan = None
-            batches = self._build(self.param_groups, params, grads, counts, hypers)
+            batches = self._build(groups, params, grads, counts, hypers)
             plan = _Plan(key, self.state.values(), batches)
             if all(batch.reusable for batch in plan.batches):
                 self._plan = plan
-        self._run(plan.batches, self.param_groups, hypers)
-        return loss
+        self._run(plan.batches, groups, hypers)
+
+    def _before_tracing(self) -> int:
+        """Makes the state that is missing, which graphs take as an input; the key of `compiled.enroll`."""
+        from lion8bit import compiled
+
+        params, grads, counts = _ready(self.param_groups)
+        with torch.no_grad():
+            self._build(self.param_groups, params, gradients(params, grads), counts, [*map(_hyper, self.param_groups)])
+        return compiled.enroll(self)
+
+    # As `torch.compiler.assume_constant_result` does, which would have `import lion8bit` load the compiler.
+    _before_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def step_param(self, param: Tensor, group: dict[str, Any]) -> None:
@@ -367,7 +389,9 @@ class Lion8bit(torch.optim.Optimizer):
                 ordered.append(ordered_grad)
             except (TypeError, ValueError, RuntimeError) as error:
                 index = next((i for i, other in enumerate(groups[owner]["params"]) if other is param), None)
-                number = next(i for i, group in enumerate(self.param_groups) if group is groups[owner])
+                number = next(
+                    i for i, group in enumerate(self.param_groups) if group["params"] is groups[owner]["params"]
+                )
                 where = f"(parameter {index} of group {number}, shape {tuple(param.shape)})"
                 raise type(error)(f"{error} {where}") from error
         for entry in entries:

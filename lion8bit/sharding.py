@@ -109,7 +109,7 @@ def _local_gradient(param: Any, grad: Any) -> Tensor:
     if spec is not wanted and spec.placements != wanted.placements:
         grad = grad.redistribute(placements=wanted.placements)
     piece: Any = grad._local_tensor
-    result: Tensor = piece if type(piece) is Tensor else piece.wait()  # a collective may still be under way
+    result: Tensor = piece.wait() if hasattr(piece, "wait") else piece  # a collective may still be under way
     return result
 
 

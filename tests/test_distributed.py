@@ -291,6 +291,23 @@ def fsdp2_takes_the_bytes_of_the_plan() -> None:
                 optimizer.zero_grad()
 
 
+@check
+def fsdp2_with_a_compiled_step() -> None:
+    for rank in world(2):
+        net = make_net(torch.bfloat16)
+        alone = copy.deepcopy(net)
+        optimizer, follower = (make_optimizer(n, weight_rounding="compensated") for n in (fsdp2(net, 2), alone))
+        step = torch.compile(optimizer.step, backend="eager" if rank else "aot_eager", fullgraph=True)
+        for seed in range(3):
+            net(Net.tokens(10 * seed + rank)).float().square().mean().backward()
+            for param, other in zip(net.parameters(), alone.parameters(), strict=True):
+                other.grad = full(param.grad)
+            step()
+            follower.step()
+            optimizer.zero_grad()
+            assert_equal(contents(optimizer), contents(follower))
+
+
 # ---- Placements ------------------------------------------------------------------------------------------------------
 
 
