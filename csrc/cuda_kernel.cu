@@ -24,6 +24,7 @@ struct Counter {
     unsigned long long updates;
     unsigned long long arrived;  // of the launch whose first tensor this is: CUDA blocks that have read their counter
 };
+constexpr uint32_t kUncounted = 1u << 31;  // beside the index in Tensor::step: a later piece will count this update
 
 // All that one launch works on, passed by value: no table on the device, no copy, and a CUDA graph keeps it.
 // What stands after `nonfinite` up to `counters`, and `rates`, is read where the kernel is compiled for it (on_device).
@@ -31,7 +32,7 @@ template <int32_t tensor_capacity, int32_t hyper_capacity> struct Launch {
     unsigned long long* nonfinite;        // [1], counts elements skipped for a bad gradient
     const float* grad_scale;              // [1], what gradients are to be divided by; or null
     const float* found_inf;               // [1], nothing is written where it is not 0; or null
-    Counter* counters;                    // indexed by Tensor::step
+    Counter* counters;                    // indexed by Tensor::step, see counter_of
     int32_t count;                        // tensors in use, at least 1
     int32_t passes;                       // a CUDA block steps passes * kThreads * kPerLane elements
     int32_t first_tile[tensor_capacity];  // index of the first CUDA block of each tensor, ascending from 0
@@ -174,6 +175,10 @@ struct Decision {
     bool last;  // this is the CUDA block that counts the update: all others have read their counters
 };
 
+template <class Launch> LION8BIT_FN Counter& counter_of(const Launch& launch, const Tensor& tensor) {
+    return launch.counters[tensor.step & ~kUncounted];
+}
+
 template <class Launch> LION8BIT_FN Decision decide(const Launch& launch, const Tensor& tensor) {
     Decision decision = {launch.hypers[tensor.hyper], 0, false};
     Hyper& hyper = decision.hyper;
@@ -183,9 +188,9 @@ template <class Launch> LION8BIT_FN Decision decide(const Launch& launch, const 
         hyper.decay = static_cast<float>(1.0 - static_cast<double>(hyper.lr) / rate.divisor * rate.weight_decay);
     }
     if (launch.grad_scale) hyper.unscale = static_cast<float>(1.0 / static_cast<double>(*launch.grad_scale));
-    decision.step = static_cast<uint32_t>(launch.counters[tensor.step].updates) + 1;
+    decision.step = static_cast<uint32_t>(counter_of(launch, tensor).updates) + 1;
     __threadfence();  // the counter is read before this block is seen to have arrived
-    unsigned long long& arrived = launch.counters[launch.tensors[0].step].arrived;
+    unsigned long long& arrived = counter_of(launch, launch.tensors[0]).arrived;
     decision.last = atomicAdd(&arrived, 1ull) == gridDim.x - 1;
     if (decision.last) arrived = 0;
     return decision;
@@ -222,7 +227,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         update = decision.step;
         if (decision.last) {
             for (int32_t i = threadIdx.x; i < launch.count; i += kThreads) {
-                ++launch.counters[launch.tensors[i].step].updates;
+                if (launch.tensors[i].step < kUncounted) ++counter_of(launch, launch.tensors[i]).updates;
             }
         }
     }

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from lion8bit import cpu, portable
-from lion8bit.batch import Batch
+from lion8bit.batch import Work
 from lion8bit.control import Control
 from lion8bit.layout import Hyper
 
@@ -21,7 +21,7 @@ class SlowBackendWarning(UserWarning):
     """Says once per kind of device that a fallback costs speed; results stay the same."""
 
 
-def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor, control: Control | None = None) -> None:
+def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, control: Control | None = None) -> None:
     """One Lion step in place for every parameter of the batch, by the backend of its device.
 
     Args:

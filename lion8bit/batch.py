@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import is_, itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from lion8bit.describe import describe
 from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols
 from lion8bit.sharding import Position, is_dtensor, local, local_state, position
 
+if TYPE_CHECKING:
+    from lion8bit.paging import Load
+
 STATE_TENSORS = ("codes", "scales", "momentum", "residual")
 
 
@@ -23,7 +26,7 @@ STATE_TENSORS = ("codes", "scales", "momentum", "residual")
 class Entry:
     """One parameter of a step, as much of it as lies in this process.
 
-    Its tensors but ``scales`` are dense with the memory order of ``momentum``.
+    Its tensors but ``scales`` are dense with the memory order of ``momentum``, and on the same device unless ``paged``.
     """
 
     param: torch.Tensor  # fp32, bf16 or fp16
@@ -39,10 +42,18 @@ class Entry:
     state: dict[str, Any]
     source: torch.Tensor  # the optimizer's own parameter; its local tensor is `param`, or has been copied to it
     in_place: bool  # neither parameter nor gradient is a copy
+    paged: bool  # the state is in host memory, and the parameter is not
 
 
 def make_entry(
-    param: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], *, block_size: int, seed: int, hyper: int
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    state: dict[str, Any],
+    *,
+    block_size: int,
+    seed: int,
+    hyper: int,
+    paged: bool = False,
 ) -> tuple[Entry, torch.Tensor]:
     """Checks a parameter, its gradient and its state against each other; copies what is laid out differently in memory.
 
@@ -53,6 +64,7 @@ def make_entry(
         block_size: of the group.
         seed: tells parameters apart in stochastic rounding.
         hyper: index of the group.
+        paged: the state is to be in host memory.
 
     Returns:
         The entry, and the gradient in its memory order.
@@ -71,9 +83,10 @@ def make_entry(
     tensors = local_state(state, STATE_TENSORS, source, block_size)
     scales = tensors.get("scales")
     momentum = tensors["momentum"] if scales is None else tensors["codes"]
+    home = torch.device("cpu") if paged else param.device
     for name, tensor in tensors.items():
-        if tensor.device != param.device:
-            raise RuntimeError(f"state must be on the parameter's device {param.device}, got {tensor.device}")
+        if tensor.device != home:
+            raise RuntimeError(f"state must be on the parameter's device {home}, got {tensor.device}")
         if tensor.numel() and not tensor.data_ptr():
             raise RuntimeError(f"state must have memory, got {name} without storage")
     if scales is not None and not scales.is_contiguous():
@@ -93,6 +106,7 @@ def make_entry(
         state=state,
         source=source,
         in_place=ordered is param and ordered_grad is grad,
+        paged=paged,
     )
     return entry, ordered_grad
 
@@ -164,7 +178,20 @@ def _check_grad(grad: torch.Tensor, param: torch.Tensor) -> None:
 def _in_order(tensor: torch.Tensor, order: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     if memory_order(tensor) == order and tensor.data_ptr() % tensor.element_size() == 0:
         return tensor
-    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    return torch.empty_like(like, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+class Work(Protocol):
+    """What backends need of a batch, or of a part of one."""
+
+    device: torch.device
+    table: Any  # ctypes array of `layout.Tensor`
+    cuda_cache: dict[Any, Any]
+    entries: list[Entry]  # row by row as the table
+
+    @property
+    def grads(self) -> list[torch.Tensor]:
+        """The gradients of the entries."""
 
 
 class Batch:
@@ -181,7 +208,7 @@ class Batch:
 
         Args:
             device: the one that all of them are on.
-            entries: as `make_entry` returned them, at least one.
+            entries: as `make_entry` returned them, at least one; all or none of them paged.
             grads: their gradients, likewise.
             places: which gradients of a step are these entries'; None where all are.
         """
@@ -191,6 +218,8 @@ class Batch:
         self.places = places
         self.table = (Tensor * len(self.entries))()
         self.cuda_cache: dict[Any, Any] = {}
+        self.paged = self.entries[0].paged
+        self.loads: list[Load] | None = None  # what `Pager` has cut it into
         for row, entry, grad in zip(self.table, self.entries, self.grads, strict=True):
             row.param = entry.param.data_ptr()
             row.grad = grad.data_ptr()
@@ -200,7 +229,7 @@ class Batch:
             row.rows, row.cols, row.first_block = entry.rows, entry.cols, entry.position.first_block
             row.seed, row.step, row.hyper = entry.seed, entry.state["step"], entry.hyper
             row.param_dtype, row.grad_dtype = DTYPES[entry.param.dtype], DTYPES[grad.dtype]
-        self._columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Tensor))
+        self.columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Tensor))
         self._params = [entry.source for entry in self.entries]
         self._states = [entry.state for entry in self.entries]
         holders = {name: [state for state in self._states if name in state] for name in STATE_TENSORS}
@@ -234,7 +263,7 @@ class Batch:
         if (addresses & self._misaligned).any() or (self._nonempty & (addresses == 0)).any():
             return False
         self.grads = grads
-        self._columns["grad"] = addresses
+        self.columns["grad"] = addresses
         return True
 
     def advance(self) -> None:
@@ -244,15 +273,15 @@ class Batch:
             step = steps[0] + 1
             for state in self._states:
                 state["step"] = step
-            self._columns["step"] = step & 0xFFFFFFFF
+            self.columns["step"] = step & 0xFFFFFFFF
         else:
             for state, step in zip(self._states, steps, strict=True):
                 state["step"] = step + 1
-            self._columns["step"] = np.array(steps, np.int64) + 1  # modulo 2^32
+            self.columns["step"] = np.array(steps, np.int64) + 1  # modulo 2^32
 
     def advance_on(self, counts: UpdateCounts, live: Collection[dict[str, Any]]) -> None:
         """Leaves it to the device to count this step's updates; ``live`` is the state of all parameters."""
-        self._columns["step"] = counts.places(self._states, live)
+        self.columns["step"] = counts.places(self._states, live)
 
     def finish(self) -> None:
         """Writes copied parameters back, tells autograd that the parameters have changed, lets go of the gradients."""

@@ -13,7 +13,7 @@ import torch
 from lion8bit.layout import FORMAT_VERSION, Hyper
 
 if TYPE_CHECKING:
-    from lion8bit.batch import Batch
+    from lion8bit.batch import Work
 
 KERNELS = ("baseline", "avx2", "avx512")  # in the order of kKernels in csrc/cpu_api.cpp
 ISA_VARIABLE = "LION8BIT_ISA"
@@ -73,7 +73,7 @@ def selected_kernel() -> int:
     return available.index(wanted)
 
 
-def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor, *, kernel: int | None = None) -> None:
+def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, *, kernel: int | None = None) -> None:
     """One Lion step in place for every parameter of the batch, on torch's number of threads.
 
     Args:

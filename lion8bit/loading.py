@@ -15,6 +15,7 @@ def keeping_dtypes(
     optimizer: torch.optim.Optimizer,
     names: Collection[str],
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda incoming: incoming,
+    place: Callable[[Tensor, Tensor], Tensor] = lambda value, param: value.to(device=param.device, copy=True),
 ) -> Iterator[None]:
     """Within this context ``optimizer.load_state_dict`` copies state tensors of these names without a cast.
 
@@ -25,6 +26,7 @@ def keeping_dtypes(
         optimizer: the one that is about to load.
         names: keys of a parameter's state.
         prepare: is given the state dict after the hooks of others, and returns the one to load.
+        place: is given a tensor and its parameter, and returns a copy where it belongs.
     """
     hidden: dict[Tensor, dict[str, Tensor]] = {}
 
@@ -41,7 +43,7 @@ def keeping_dtypes(
     def restore(_: torch.optim.Optimizer) -> None:
         for param, tensors in hidden.items():
             for name, value in tensors.items():
-                optimizer.state[param][name] = value.detach().to(device=param.device, copy=True)
+                optimizer.state[param][name] = place(value.detach(), param)
 
     hooks = [
         optimizer.register_load_state_dict_pre_hook(hide),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import is_
@@ -27,6 +28,7 @@ from lion8bit.layout import (
     rows_and_cols,
 )
 from lion8bit.loading import keeping_dtypes, pair
+from lion8bit.paging import Pager, bring_home, home, lives_on_host
 from lion8bit.reference import (
     check_block_size,
     check_rates,
@@ -45,8 +47,6 @@ from lion8bit.sharding import (
     keeps_blocks_whole,
     local,
 )
-
-_LATER = {"is_paged": "momentum in host memory is not implemented yet; leave it False"}
 
 
 class Lion8bit(torch.optim.Optimizer):
@@ -87,7 +87,10 @@ class Lion8bit(torch.optim.Optimizer):
             each replay. The first step must come before the capture.
         fused: `torch.amp.GradScaler` leaves unscaling, and skipping after an overflow, to the kernel: no pass over the
             gradients to unscale them, and no waiting for the GPU.
-        is_paged: not implemented yet; True raises NotImplementedError.
+        is_paged: keep the state of parameters on a GPU in pinned host memory. A step streams it through a buffer of
+            48 MiB and has the same bits. Parameters of fewer than 65,536 elements keep theirs on the GPU. Where
+            parameters are on the CPU, nothing changes. Not for DTensors on a GPU, in CUDA graphs or under
+            torch.compile.
 
     Raises:
         ValueError: an option out of its range.
@@ -138,6 +141,7 @@ class Lion8bit(torch.optim.Optimizer):
         self._plans: dict[Tensor, _Plan] = {}  # of the parameters that are stepped alone
         self._counters: dict[torch.device, Tensor] = {}
         self._update_counts: dict[torch.device, UpdateCounts] = {}
+        self._pagers: dict[torch.device, Pager] = {}
         super().__init__(params, defaults)
 
     @classmethod
@@ -197,6 +201,7 @@ class Lion8bit(torch.optim.Optimizer):
                         "(FSDP1), which cannot save it; use FSDP2's fully_shard, or optim_bits=32"
                     )
                 _is_compensated(param, group)
+                lives_on_host(param, group)
             except (TypeError, ValueError) as error:
                 self.param_groups.pop()
                 where = f"(parameter {i} of group {len(self.param_groups)}, shape {tuple(param.shape)})"
@@ -213,6 +218,7 @@ class Lion8bit(torch.optim.Optimizer):
         self._plans = {}
         self.__dict__.setdefault("_counters", {})
         self.__dict__.setdefault("_update_counts", {})
+        self.__dict__.setdefault("_pagers", {})
 
     # ---- Stepping --------------------------------------------------------------------------------------------------
 
@@ -248,7 +254,8 @@ class Lion8bit(torch.optim.Optimizer):
     ) -> None:
         """Steps ``counts`` parameters of each group, all that have gradients."""
         hypers = [_hyper(group) for group in groups]
-        key = (counts, [(hyper.block_size, hyper.weight_rounding) for hyper in hypers])
+        layouts = [(hyper.block_size, hyper.weight_rounding) for hyper in hypers]
+        key = (counts, layouts, [group["is_paged"] for group in groups])
         plan = self._plan
         if plan is None or not plan.refresh(key, self.state.values(), params, grads):
             self._plan = None
@@ -257,12 +264,16 @@ class Lion8bit(torch.optim.Optimizer):
             if all(batch.reusable for batch in plan.batches):
                 self._plan = plan
         self._run(plan.batches, groups, hypers)
+        for pager in self._pagers.values():
+            pager.turn()
 
     def _before_tracing(self) -> int:
         """Makes the state that is missing, which graphs take as an input; the key of `compiled.enroll`."""
         from lion8bit import compiled
 
         params, grads, counts = _ready(self.param_groups)
+        if any(lives_on_host(param, group) for group in self.param_groups for param in group["params"]):
+            raise RuntimeError("is_paged must be False where torch.compile traces the step, got True")
         with torch.no_grad():
             self._build(self.param_groups, params, gradients(params, grads), counts, [*map(_hyper, self.param_groups)])
         return compiled.enroll(self)
@@ -286,7 +297,7 @@ class Lion8bit(torch.optim.Optimizer):
         if not any(group is present for present in self.param_groups):
             group = self._group_of(param)
         hypers = [_hyper(group)]
-        key = (id(group), hypers[0].block_size, hypers[0].weight_rounding)
+        key = (id(group), hypers[0].block_size, hypers[0].weight_rounding, group["is_paged"])
         states = [self.state[param]] if param in self.state else []
         plan, grads = self._plans.get(param), gradients([param], [param.grad])
         if plan is None or not plan.refresh(key, states, [param], grads):
@@ -315,13 +326,24 @@ class Lion8bit(torch.optim.Optimizer):
                     continue
                 _complete(hypers, groups, grad_scale)
                 batch.advance()
-                update_(batch, hyper_array(hypers), self._counter(batch.device))
+                self._update(batch, hyper_array(hypers))
             else:
                 batch.advance_on(counts, self.state.values())
                 rates = [_rate(group, batch.device) for group in groups]
                 control = Control(rates, _on(batch.device, grad_scale), _on(batch.device, found_inf), counts)
-                update_(batch, hyper_array(hypers), self._counter(batch.device), control)
+                self._update(batch, hyper_array(hypers), control)
             batch.finish()
+
+    def _update(self, batch: Batch, hypers: ctypes.Array[Hyper], *control: Control) -> None:
+        device, counter = batch.device, self._counter(batch.device)
+        if not batch.paged:
+            update_(batch, hypers, counter, *control)
+            return
+        if device not in self._pagers:
+            self._pagers[device] = Pager(device)
+        self._pagers[device].run(
+            batch, hypers, lambda load: update_(load, hypers, counter, *control), on_device=bool(control)
+        )
 
     def _from_scaler(self) -> tuple[Tensor | None, Tensor | None]:
         """The scale and the verdict of GradScaler, which sets both where this optimizer supports it."""
@@ -340,6 +362,8 @@ class Lion8bit(torch.optim.Optimizer):
                     "capturable must be True while a CUDA graph is captured, got False; "
                     "each replay would repeat this step's learning rate and random numbers"
                 )
+            if any(group["is_paged"] for group in self.param_groups):
+                raise RuntimeError("is_paged must be False while a CUDA graph is captured, got True")
             if any(isinstance(group["lr"], Tensor) and group["lr"].device.type == "cpu" for group in self.param_groups):
                 raise RuntimeError(
                     f"lr must be a number or a tensor on {device} while a CUDA graph is captured, got a CPU tensor; "
@@ -370,6 +394,7 @@ class Lion8bit(torch.optim.Optimizer):
         """Checks parameters, gradients and state, makes the state that is missing; a batch for each device."""
         numbers = {id(param): n for n, param in enumerate(p for group in self.param_groups for p in group["params"])}
         owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
+        self._settle_pages()
         entries: list[Entry] = []
         ordered: list[Tensor] = []
         for param, grad, owner in zip(params, grads, owners, strict=True):
@@ -377,6 +402,7 @@ class Lion8bit(torch.optim.Optimizer):
             try:
                 group = groups[owner]
                 state = _with_residual(state, param, group) if state else _new_state(param, group)
+                state = _at_home(state, param, group)
                 entry, ordered_grad = make_entry(
                     param,
                     grad,
@@ -384,6 +410,7 @@ class Lion8bit(torch.optim.Optimizer):
                     block_size=hypers[owner].block_size,
                     seed=numbers.get(id(param), 0),
                     hyper=owner,
+                    paged=lives_on_host(param, group),
                 )
                 entries.append(entry)
                 ordered.append(ordered_grad)
@@ -396,12 +423,14 @@ class Lion8bit(torch.optim.Optimizer):
                 raise type(error)(f"{error} {where}") from error
         for entry in entries:
             self.state[entry.source] = entry.state
-        places: dict[torch.device, list[int]] = {}
+        places: dict[tuple[torch.device, bool], list[int]] = {}
         for place, entry in enumerate(entries):
-            places.setdefault(entry.param.device, []).append(place)
+            places.setdefault((entry.param.device, entry.paged), []).append(place)
         if len(places) == 1:
-            return [Batch(device, entries, ordered) for device in places]
-        return [Batch(device, [entries[i] for i in at], [ordered[i] for i in at], at) for device, at in places.items()]
+            return [Batch(device, entries, ordered) for device, _ in places]
+        return [
+            Batch(device, [entries[i] for i in at], [ordered[i] for i in at], at) for (device, _), at in places.items()
+        ]
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
         for group in self.param_groups:
@@ -417,7 +446,7 @@ class Lion8bit(torch.optim.Optimizer):
     # ---- Looking inside ----------------------------------------------------------------------------------------------
 
     def momentum(self, param: Tensor) -> Tensor:
-        """The momentum of a parameter in fp32, whatever its storage; zeros before its first step.
+        """The momentum of a parameter in fp32 on its device, whatever its storage; zeros before its first step.
 
         Returns:
             fp32, the shape of ``param`` and, if that is a DTensor, placed as it is; a copy.
@@ -426,14 +455,15 @@ class Lion8bit(torch.optim.Optimizer):
             ValueError: ``param`` is not one of this optimizer's.
         """
         group = self._group_of(param)
+        self._settle_pages()
         state = self.state.get(param)
         if not state:
             return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
         if "codes" in state:
-            codes, scales = local(state["codes"]), local(state["scales"])
+            codes, scales = (local(state[name]).to(local(param).device) for name in ("codes", "scales"))
             return as_part_of(param, dequantize(codes, scales, group["block_size"]), param.shape)
         momentum: Tensor = state["momentum"]
-        return momentum.clone()
+        return momentum.to(param.device, copy=True)
 
     def nonfinite_count(self) -> int:
         """How many elements this process has skipped for a bad gradient since construction; waits for the devices."""
@@ -446,6 +476,7 @@ class Lion8bit(torch.optim.Optimizer):
         Weights rounded stochastically move in expectation, and count as frozen only where fp32 itself cannot move them;
         compensated weights, only where 24 bits cannot.
         """
+        self._settle_pages()
         frozen, total = 0, 0
         for group in self.param_groups:
             lr = float(group["lr"])
@@ -454,7 +485,7 @@ class Lion8bit(torch.optim.Optimizer):
                 below = None if residual is None else local(residual).reshape(-1)
                 for start in range(0, flat.numel(), _PIECE):
                     piece = slice(start, start + _PIECE)
-                    value = _fp32(flat[piece], None if below is None else below[piece])
+                    value = _fp32(flat[piece], None if below is None else below[piece].to(flat.device))
                     moved = [_rounded(value + step, param.dtype, group["weight_rounding"]) for step in (lr, -lr)]
                     frozen += int(((moved[0] == value) & (moved[1] == value)).sum())
                 total += flat.numel()
@@ -472,11 +503,13 @@ class Lion8bit(torch.optim.Optimizer):
         Returns:
             The names of ``model.state_dict()``; its values, but fp32 copies for 16-bit parameters.
         """
+        self._settle_pages()
         weights = model.state_dict()
         for name, param in model.named_parameters(remove_duplicate=False):
             if param.dtype in DTYPES and param.dtype != torch.float32:
-                residual = self.state.get(param, {}).get("residual")
-                weights[name] = as_part_of(param, _fp32(local(param).detach(), local(residual)), param.shape)
+                piece, residual = local(param).detach(), local(self.state.get(param, {}).get("residual"))
+                value = _fp32(piece, None if residual is None else residual.to(piece.device))
+                weights[name] = as_part_of(param, value, param.shape)
         return weights
 
     @torch.no_grad()
@@ -508,6 +541,7 @@ class Lion8bit(torch.optim.Optimizer):
                 check_placement(f"weights[{name!r}]", weights[name], param)
                 high, residuals[param] = to_compensated(local(weights[name]).to(param.device, torch.float32))
                 rounded[name] = as_part_of(param, high, param.shape)
+        self._settle_pages()
         model.load_state_dict(rounded)
         for owner, residual in residuals.items():
             state, group = self.state.get(owner), groups[owner]
@@ -518,12 +552,16 @@ class Lion8bit(torch.optim.Optimizer):
         """Bytes held in this process for the parameters that this optimizer steps, of DTensors the local parts.
 
         Returns:
-            ``parameters`` (elements), ``parameter_bytes``, ``gradient_bytes``, ``state_bytes`` (all state tensors) and
-            ``state_bytes_per_parameter`` (over the parameters that have state; 0 before the first step).
+            ``parameters`` (elements), ``parameter_bytes``, ``gradient_bytes``, ``state_bytes`` (all state tensors),
+            ``state_bytes_per_parameter`` (over the parameters that have state; 0 before the first step),
+            ``paged_bytes`` (of the state, what ``is_paged`` keeps in host memory) and ``buffer_bytes`` (for that, on
+            the devices).
         """
         params = [param for group in self.param_groups for param in group["params"]]
         stepped = [param for param in params if self.state.get(param)]
-        state_bytes = sum(_nbytes(self.state[param].get(name)) for param in stepped for name in STATE_TENSORS)
+        held = {param: sum(_nbytes(self.state[param].get(name)) for name in STATE_TENSORS) for param in stepped}
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+        state_bytes = sum(held.values())
         count = sum(local(param).numel() for param in stepped)
         return {
             "parameters": sum(local(param).numel() for param in params),
@@ -531,12 +569,14 @@ class Lion8bit(torch.optim.Optimizer):
             "gradient_bytes": sum(_nbytes(param.grad) for param in params),
             "state_bytes": state_bytes,
             "state_bytes_per_parameter": state_bytes / count if count else 0.0,
+            "paged_bytes": sum(held[param] for param in stepped if lives_on_host(param, groups[param])),
+            "buffer_bytes": sum(pager.buffer_bytes for pager in self._pagers.values()),
         }
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """See `torch.optim.Optimizer.state_dict`; waits for devices that count updates (``fused``, ``capturable``)."""
+        """See `torch.optim.Optimizer.state_dict`; waits for devices (``fused``, ``capturable``, ``is_paged``)."""
         self._settle()
         return super().state_dict()
 
@@ -547,18 +587,30 @@ class Lion8bit(torch.optim.Optimizer):
     def _settle(self) -> None:
         for counts in self._update_counts.values():
             counts.settle()
+        self._settle_pages()
+
+    def _settle_pages(self) -> None:
+        for pager in self._pagers.values():
+            pager.settle()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned; codes, scales and momentum keep their dtypes, whatever the parameter's is.
 
-        The options of the saved groups replace the present ones, as in every torch optimizer. Tensors are copied. State
-        of another library's Lion is converted by `lion8bit.convert_state_dict`, under the present options.
+        The options of the saved groups replace the present ones, as in every torch optimizer, but for ``is_paged``,
+        which is about this machine's memory. Tensors are copied. State of another library's Lion is converted by
+        `lion8bit.convert_state_dict`, under the present options.
 
         Raises:
             ValueError: the state is not a Lion's, has another format version, or does not fit the parameters; nothing
                 has changed.
         """
-        with keeping_dtypes(self, STATE_TENSORS, self._loadable):
+        self._settle_pages()
+        groups = {param: group for group in self.param_groups for param in group["params"]}
+
+        def place(value: Tensor, param: Tensor) -> Tensor:
+            return bring_home(value, param, groups[param], copy=True)
+
+        with keeping_dtypes(self, STATE_TENSORS, self._loadable, place):
             super().load_state_dict(state_dict)
         for state in self.state.values():
             if "scales" in state:
@@ -583,7 +635,10 @@ class Lion8bit(torch.optim.Optimizer):
                 check_state(state, param, group["block_size"])
             except ValueError as error:
                 raise ValueError(f"{error} (parameter {number}, shape {tuple(param.shape)})") from error
-        return incoming
+        own, saved_groups = self.param_groups, incoming["param_groups"]
+        if len(own) == len(saved_groups):  # torch refuses others
+            saved_groups = [{**saved, "is_paged": group["is_paged"]} for saved, group in zip(saved_groups, own)]
+        return {**incoming, "param_groups": saved_groups}
 
 
 _PIECE = 1 << 22  # elements at a time where a parameter is looked at in fp32
@@ -678,8 +733,8 @@ def _complete(hypers: Sequence[Hyper], groups: Sequence[dict[str, Any]], grad_sc
 
 def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     # All ranks must choose alike, so the choice depends on the whole parameter. Rows of a DTensor run along shape[0].
-    piece, block_size = local(param), group["block_size"]
-    like: dict[str, Any] = {"memory_format": torch.contiguous_format} if is_dtensor(param) else {}
+    piece, block_size, place = local(param), group["block_size"], home(param, group)
+    like = {"memory_format": torch.contiguous_format, **place} if is_dtensor(param) else place
     wide = group["optim_bits"] == 32 or param.numel() < group["min_8bit_size"]
     if wide or not keeps_blocks_whole(param, block_size):
         momentum = torch.zeros_like(piece, dtype=torch.float32, requires_grad=False, **like)
@@ -688,7 +743,7 @@ def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     order = memory_order(codes)
     assert order is not None  # full_like makes dense tensors
     rows, cols = rows_and_cols([piece.shape[dim] for dim in order])
-    scales = torch.zeros(rows, blocks_per_row(cols, block_size), dtype=torch.float32, device=piece.device)
+    scales = torch.zeros(rows, blocks_per_row(cols, block_size), dtype=torch.float32, **place)
     all_rows, all_cols = rows_and_cols(param.shape)
     state = {
         "step": 0,
@@ -720,6 +775,15 @@ def _with_residual(state: dict[str, Any], param: Tensor, group: dict[str, Any]) 
     return {name: value for name, value in state.items() if name != "residual"}
 
 
+def _at_home(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    """The state with its tensors moved from or to host memory, where the group's ``is_paged`` has changed."""
+    paged = lives_on_host(param, group)
+    tensors = {name: state[name] for name in STATE_TENSORS if isinstance(state.get(name), Tensor)}
+    tensors = {name: tensor for name, tensor in tensors.items() if paged or tensor.device.type == "cpu"}
+    moved = {name: bring_home(tensor, param, group) for name, tensor in tensors.items()}
+    return state if all(map(is_, moved.values(), tensors.values())) else {**state, **moved}
+
+
 def _fp32(param: Tensor, residual: Tensor | None) -> Tensor:
     return param.float() if residual is None else from_compensated(param, residual)
 
@@ -747,6 +811,3 @@ def _check_options(options: dict[str, Any]) -> None:
     rounding = options["weight_rounding"]
     if rounding not in ("auto", *WEIGHT_ROUNDING):
         raise ValueError(f"weight_rounding must be 'auto' or one of {(*WEIGHT_ROUNDING,)}, got {rounding!r}")
-    for name, message in _LATER.items():
-        if options[name]:
-            raise NotImplementedError(f"{name}=True: {message}")

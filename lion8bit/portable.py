@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lion8bit.batch import Batch
+from lion8bit.batch import Work
 from lion8bit.layout import Hyper, as_rows, blocks_per_row
 from lion8bit.reference import lion_step_
 
@@ -23,7 +23,7 @@ def pieces(rows: int, cols: int, block_size: int) -> Iterator[tuple[slice, slice
             yield slice(top, min(top + tall, rows)), slice(left, min(left + wide, cols))
 
 
-def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> None:
+def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> None:
     """One Lion step in place for every parameter of the batch, in plain torch.
 
     Args:

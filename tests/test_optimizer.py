@@ -517,12 +517,6 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
         Lion8bit([{"params": [param], **options}])
 
 
-@pytest.mark.parametrize("options", [{"is_paged": True}])
-def test_options_of_the_future_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(NotImplementedError, match="not implemented yet; "):
-        Lion8bit([leaf(torch.randn(5))], **options)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 def test_other_parameter_dtypes_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=r"parameters must be float32, bfloat16 or float16.*parameter 1 of group 0"):
@@ -827,17 +821,11 @@ def test_a_parameter_transposed_in_place_is_noticed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "error"),
-    [
-        ("block_size", 512, ValueError),
-        ("betas", (0.9, 1.5), ValueError),
-        ("optim_bits", 4, ValueError),
-        ("weight_rounding", "up", ValueError),
-        ("is_paged", True, NotImplementedError),
-    ],
+    ("option", "value"),
+    [("block_size", 512), ("betas", (0.9, 1.5)), ("optim_bits", 4), ("weight_rounding", "up")],
 )
 @pytest.mark.parametrize("warm", [False, True])
-def test_an_option_spoilt_after_construction_changes_nothing(option, value, error: type[Exception], warm: bool) -> None:
+def test_an_option_spoilt_after_construction_changes_nothing(option, value, warm: bool) -> None:
     """A block size that the format lacks would run past the kernel's buffers; others would be silently ignored."""
     param = leaf(torch.randn(70, 700))
     optimizer = Lion8bit([param])
@@ -846,6 +834,6 @@ def test_an_option_spoilt_after_construction_changes_nothing(option, value, erro
         optimizer.step()
     before = snapshot(optimizer)
     optimizer.param_groups[0][option] = value
-    with pytest.raises(error):
+    with pytest.raises(ValueError):
         optimizer.step()
     assert_same_all(snapshot(optimizer), before)

@@ -1,0 +1,412 @@
+"""Owns momentum in host memory: which state lives there, and its way through a small buffer on the device and back.
+
+Each slot of the buffer holds a load: pieces of state, of whole blocks. While the kernel updates one slot, the next
+loads come in and the last ones go back, on CUDA streams of their own. Without streams the same happens in turn.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lion8bit.layout import Hyper, as_rows, blocks_per_row
+from lion8bit.layout import Tensor as Row
+from lion8bit.sharding import is_dtensor, local
+
+if TYPE_CHECKING:
+    from lion8bit.batch import Batch, Entry
+
+SLOTS = 3  # one comes in, one is updated, one goes back
+SLOT_BYTES = 16 << 20
+BUFFER_BYTES = SLOTS * SLOT_BYTES
+LEAST = 1 << 16  # elements below which a parameter's state stays on the device: copies cost more than it takes
+DEVICES = {"cuda"}  # types of devices with a memory of their own
+
+_ALIGNMENT = 16  # bytes: what the kernels' widest access to state asks for
+_UNCOUNTED = np.uint32(1 << 31)  # kUncounted of cuda_kernel.cu
+
+
+def lives_on_host(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the state of a parameter is in host memory while the parameter is not.
+
+    Raises:
+        ValueError: the group asks for it, and the parameter is a DTensor.
+    """
+    if not group["is_paged"] or local(param).device.type not in DEVICES:
+        return False
+    if is_dtensor(param):
+        raise ValueError(
+            "is_paged must be False for DTensor parameters on a GPU, got True; "
+            "fully_shard(..., offload_policy=CPUOffloadPolicy()) keeps their state in host memory"
+        )
+    return param.numel() >= LEAST
+
+
+def home(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    """Where the state of a parameter lives, as torch's factory functions take it."""
+    if not lives_on_host(param, group):
+        return {"device": local(param).device}
+    return {"device": torch.device("cpu"), "pin_memory": param.device.type == "cuda"}
+
+
+def bring_home(tensor: Tensor, param: Tensor, group: dict[str, Any], copy: bool = False) -> Tensor:
+    """A tensor of a parameter's state where it lives; itself if it does already and no copy is wanted."""
+    place = home(param, group)
+    if "pin_memory" not in place:
+        return tensor.to(param.device, copy=copy)
+    if not copy and tensor.device == place["device"] and (tensor.is_pinned() or not place["pin_memory"]):
+        return tensor
+    return torch.empty_like(tensor, **place).copy_(tensor)
+
+
+# ---- Queues of work --------------------------------------------------------------------------------------------------
+
+
+class Queue(Protocol):
+    """Work that is done in order, beside the work of other queues."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Puts work in. Copies may still be under way when this returns."""
+
+    def record(self, event: Any) -> None:
+        """Makes the event mean all work that has been put in so far, and nothing else."""
+
+    def wait(self, event: Any) -> None:
+        """Does no work that is put in from now on before the event's; an event that was never recorded has none."""
+
+    def finish(self) -> None:
+        """Waits for all work."""
+
+
+class StreamQueue:
+    """A CUDA stream, or with None the one that is current when work comes."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        self._device, self._given = device, stream
+
+    @property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device) if self._given is None else self._given
+
+    def run(self, work: Callable[[], None]) -> None:
+        """See `Queue`."""
+        with torch.cuda.stream(self._given):  # None changes nothing
+            work()
+
+    def record(self, event: torch.cuda.Event) -> None:
+        """See `Queue`."""
+        event.record(self._stream)
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """See `Queue`."""
+        self._stream.wait_event(event)
+
+    def finish(self) -> None:
+        """See `Queue`."""
+        self._stream.synchronize()
+
+
+class HostQueue:
+    """Does work at once."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        """See `Queue`."""
+        work()
+
+    def record(self, event: Any) -> None:
+        """See `Queue`."""
+
+    def wait(self, event: Any) -> None:
+        """See `Queue`."""
+
+    def finish(self) -> None:
+        """See `Queue`."""
+
+
+def queues(device: torch.device, buffer: Tensor) -> tuple[Queue, Queue, Queue, Callable[[], Any]]:
+    """The queues for a device: copies in, updates, copies out; and what makes an event of theirs."""
+    if device.type != "cuda":
+        return HostQueue(), HostQueue(), HostQueue(), object
+    inward, outward = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+    for stream in (inward, outward):
+        buffer.record_stream(stream)  # so that its memory is not given away before their copies are done
+        stream.wait_stream(torch.cuda.current_stream(device))  # which may still work on the memory's last owner
+    return (
+        StreamQueue(device, inward),
+        StreamQueue(device, None),
+        StreamQueue(device, outward),
+        torch.cuda.Event,
+    )
+
+
+# ---- Cutting state into loads ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Whole blocks of one entry: whole rows, or a part of one row."""
+
+    entry: int  # index into the batch
+    start: int  # first element
+    rows: int
+    cols: int
+    first_block: int  # of the entry's blocks
+    blocks: int
+    last: bool  # no piece of this entry follows
+
+
+def cut(shapes: Sequence[tuple[int, int]], block_sizes: Sequence[int], block_bytes: Sequence[int]) -> list[list[Piece]]:
+    """Cuts entries into pieces and deals these out to loads of at most `SLOT_BYTES`, in order.
+
+    Args:
+        shapes: [rows, cols] of each entry.
+        block_sizes: elements per block of each.
+        block_bytes: bytes of state that a whole block has.
+
+    Returns:
+        The pieces of each load.
+    """
+    loads: list[list[Piece]] = [[]]
+    left = SLOT_BYTES
+    for index, ((rows, cols), block_size, bytes_) in enumerate(zip(shapes, block_sizes, block_bytes, strict=True)):
+        if cols % block_size == 0:  # blocks run on from row to row
+            rows, cols = 1, rows * cols
+        per_row = blocks_per_row(cols, block_size)
+        block, blocks = 0, rows * per_row
+        while block < blocks:
+            room = (left - 3 * _ALIGNMENT) // bytes_
+            if room < 1:
+                loads.append([])
+                left = SLOT_BYTES
+                continue
+            row, in_row = divmod(block, per_row)
+            if in_row == 0 and room >= per_row:
+                tall = min(room // per_row, rows - row)
+                wide, taken = cols, tall * per_row
+            else:
+                tall, taken = 1, min(room, per_row - in_row)
+                wide = min(taken * block_size, cols - in_row * block_size)
+            start = row * cols + in_row * block_size
+            loads[-1].append(Piece(index, start, tall, wide, block, taken, block + taken == blocks))
+            block += taken
+            left -= taken * bytes_ + 3 * _ALIGNMENT
+    return loads
+
+
+class Load:
+    """What one slot takes at a time; to the backends, a batch whose state lies in the slot."""
+
+    def __init__(self, batch: Batch, pieces: Sequence[Piece], place: int, slot: Tensor, homes: frozenset[int]) -> None:
+        self.device = batch.device
+        self.place = place  # which slot
+        self.homes = homes  # memory that this and the other loads of the batch come from
+        self.first = False  # of its batch
+        self.table = (Row * len(pieces))()
+        self.cuda_cache: dict[Any, Any] = {}
+        self.entries: list[Entry] = []
+        self._batch, self._pieces = batch, pieces
+        self._copies: list[tuple[Tensor, Tensor]] = []  # host, slot
+        self._taken = 0
+        for number, piece in enumerate(pieces):
+            whole = batch.entries[piece.entry]
+            elements = slice(piece.start, piece.start + piece.rows * piece.cols)
+            blocks = slice(piece.first_block, piece.first_block + piece.blocks)
+            shape = (piece.rows, piece.cols)
+            param = _flat(whole.param, whole)[elements].view(shape)
+            momentum = self._bring(_flat(whole.momentum, whole)[elements], slot).view(shape)
+            residual = scales = None
+            if whole.residual is not None:
+                residual = self._bring(_flat(whole.residual, whole)[elements], slot).view(shape)
+            if whole.scales is not None:
+                scales = self._bring(whole.scales.view(-1)[blocks], slot).view(piece.rows, -1)
+            first_block = whole.position.first_block + piece.first_block
+            entry = replace(
+                whole,
+                param=param,
+                momentum=momentum,
+                scales=scales,
+                residual=residual,
+                order=(0, 1),
+                rows=piece.rows,
+                cols=piece.cols,
+                position=whole.position._replace(first_block=first_block),
+            )
+            self.entries.append(entry)
+            self.table[number] = batch.table[piece.entry]
+            row = self.table[number]
+            row.param, row.momentum = param.data_ptr(), momentum.data_ptr()
+            row.scales = 0 if scales is None else scales.data_ptr()
+            row.residual = 0 if residual is None else residual.data_ptr()
+            row.rows, row.cols, row.first_block = piece.rows, piece.cols, first_block
+        self._columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Row))
+        self._rows = np.array([piece.entry for piece in pieces])
+        sizes = np.array([batch.grads[piece.entry].element_size() for piece in pieces])
+        self._offsets = (np.array([piece.start for piece in pieces]) * sizes).astype(np.uint64)
+        self._unfinished = np.array([not piece.last for piece in pieces]).astype(np.uint32) * _UNCOUNTED
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradients of the pieces."""
+        grads, entries = self._batch.grads, self._batch.entries
+        return [
+            _flat(grads[p.entry], entries[p.entry])[p.start : p.start + p.rows * p.cols].view(p.rows, p.cols)
+            for p in self._pieces
+        ]
+
+    def refresh(self, on_device: bool) -> None:
+        """Takes in what changes from step to step; ``on_device``: update counts are in device memory."""
+        self._columns["grad"] = self._batch.columns["grad"][self._rows] + self._offsets
+        steps = self._batch.columns["step"][self._rows]
+        self._columns["step"] = steps | self._unfinished if on_device else steps
+
+    def fetch(self) -> None:
+        """Copies the state into the slot."""
+        for host, here in self._copies:
+            here.copy_(host, non_blocking=True)
+
+    def store(self) -> None:
+        """Copies the state back."""
+        for host, here in self._copies:
+            host.copy_(here, non_blocking=True)
+
+    def version(self) -> int:
+        """A number that changes when torch writes to the state on the host."""
+        return sum(host._version for host, _ in self._copies)
+
+    def _bring(self, host: Tensor, slot: Tensor) -> Tensor:
+        here = slot[self._taken : self._taken + host.nbytes].view(host.dtype)
+        self._taken += -(-host.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._copies.append((host, here))
+        return here
+
+
+def _flat(tensor: Tensor, entry: Entry) -> Tensor:
+    return as_rows(tensor, entry.order).view(-1)
+
+
+# ---- Streaming -------------------------------------------------------------------------------------------------------
+
+
+class _Slot:
+    """A part of the buffer, and what has been asked of it."""
+
+    def __init__(self, buffer: Tensor, event: Callable[[], Any]) -> None:
+        self.buffer = buffer
+        self.loaded, self.updated, self.stored = event(), event(), event()
+        self.homes: frozenset[int] = frozenset()  # memory that its last store may still be writing to
+
+
+class Pager:
+    """The buffer of one device, through which the state of batches on that device streams.
+
+    What waits for what: an update for its load; a store for its update; a load for the store that empties its slot; and
+    a batch's first load for stores of earlier steps to the same memory. The host waits in `settle` alone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._buffer = torch.empty(SLOTS * SLOT_BYTES, dtype=torch.uint8, device=device)
+        self._inward, self._updates, self._outward, event = queues(device, self._buffer)
+        self._slots = [_Slot(part, event) for part in self._buffer.view(SLOTS, SLOT_BYTES)]
+        self.buffer_bytes = self._buffer.nbytes
+        self._dealt = 0  # loads that have been given a slot
+        self._ahead: deque[tuple[Load, int]] = deque()  # loads in the slots that wait for their updates; their versions
+        self._followers: dict[Batch, Batch] = {}  # what came after each batch in the last turn
+        self._seen: dict[Batch, Batch] = {}  # in this one
+        self._latest: Batch | None = None
+
+    def run(
+        self, batch: Batch, hypers: ctypes.Array[Hyper], update: Callable[[Load], None], *, on_device: bool
+    ) -> None:
+        """Updates a batch whose state is on the host.
+
+        When all of it has been asked of the device, loads of the batch that came next in the last turn are fetched too.
+
+        Args:
+            batch: on this device.
+            hypers: constants of the groups; of a batch that has run before, the same block sizes.
+            update: one step of a load, by a backend.
+            on_device: update counts are in device memory, so that only one piece of each parameter must count.
+        """
+        if self._latest is not None and batch.reusable:
+            self._seen[self._latest] = batch
+        self._latest = batch
+        if batch.loads is None:
+            batch.loads = self._cut(batch, hypers)
+        try:
+            self._stream(batch.loads, batch, update, on_device)
+        except BaseException:
+            self._ahead.clear()
+            raise
+
+    def turn(self) -> None:
+        """Ends an iteration: the batches that have run since the last call are expected again in this order."""
+        self._followers, self._seen, self._latest = self._seen, {}, None
+
+    def settle(self) -> None:
+        """Waits until the state on the host is complete. What has been fetched ahead will be fetched again."""
+        self._ahead.clear()
+        self._outward.finish()
+
+    def _stream(self, loads: Sequence[Load], batch: Batch, update: Callable[[Load], None], on_device: bool) -> None:
+        upcoming = self._upcoming(batch)
+        if not all(load is next(upcoming, None) and version == load.version() for load, version in self._ahead):
+            self._ahead.clear()
+            upcoming = self._upcoming(batch)
+        waiting = next(upcoming, None)
+        for load in loads:
+            waiting = self._fill(waiting, upcoming)
+            slot = self._slots[load.place]
+            load.refresh(on_device)
+            self._updates.wait(slot.loaded)
+            self._updates.run(lambda load=load: update(load))  # type: ignore[misc]
+            self._updates.record(slot.updated)
+            self._outward.wait(slot.updated)
+            self._outward.run(load.store)
+            self._outward.record(slot.stored)
+            slot.homes = load.homes
+            self._ahead.popleft()
+        self._fill(waiting, upcoming)
+
+    def _upcoming(self, batch: Batch | None) -> Iterator[Load]:
+        """The loads of a batch, then those of the batches that are expected after it."""
+        while batch is not None:
+            yield from batch.loads or ()
+            batch = self._followers.get(batch)
+
+    def _fill(self, waiting: Load | None, upcoming: Iterator[Load]) -> Load | None:
+        """Fetches loads as long as their slots are free; returns the first one that is not."""
+        while waiting is not None and all(waiting.place != load.place for load, _ in self._ahead):
+            slot = self._slots[waiting.place]
+            self._inward.wait(slot.stored)
+            if waiting.first:
+                for other in self._slots:
+                    if not other.homes.isdisjoint(waiting.homes):
+                        self._inward.wait(other.stored)
+            self._inward.run(waiting.fetch)
+            self._inward.record(slot.loaded)
+            self._ahead.append((waiting, waiting.version()))
+            waiting = next(upcoming, None)
+        return waiting
+
+    def _cut(self, batch: Batch, hypers: ctypes.Array[Hyper]) -> list[Load]:
+        block_sizes = [hypers[entry.hyper].block_size for entry in batch.entries]
+        block_bytes = []
+        for entry, block_size in zip(batch.entries, block_sizes, strict=True):
+            each = entry.momentum.element_size() + (entry.residual is not None)
+            block_bytes.append(block_size * each + 4 * (entry.scales is not None))
+        tensors = [t for e in batch.entries for t in (e.momentum, e.scales, e.residual) if t is not None]
+        homes = frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
+        loads = []
+        for pieces in cut([(entry.rows, entry.cols) for entry in batch.entries], block_sizes, block_bytes):
+            place = self._dealt % SLOTS
+            loads.append(Load(batch, pieces, place, self._slots[place].buffer, homes))
+            self._dealt += 1
+        loads[0].first = True
+        return loads
