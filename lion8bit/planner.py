@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lion8bit.layout import blocks_per_row, memory_order, rows_and_cols
+from lion8bit.paging import BUFFER_BYTES, LEAST
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 GIB = 2**30
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 SMALLEST_COUNT = 10**7  # the shape that is assumed for a mere count would be a caricature below
-STAGING_BYTES = 2 * 2**25  # two buffers, through which momentum in host memory passes
 
 Shape = tuple[int, ...]
 
@@ -389,7 +389,7 @@ class Method:
         shared: bytes of state that the parameters of 4096 elements and more share.
         fp32: parameters and gradients are fp32 (and autocast computes in 16 bits).
         release: each gradient is freed as soon as its parameter has been stepped.
-        host: the state is in the host's memory.
+        host: the state is in the host's memory (`lion8bit.paging`), but for small parameters.
         for_16_bits: it makes a difference where the trained weights are 16-bit ones only.
         for_bf16: and among these bf16 only.
     """
@@ -536,6 +536,8 @@ def estimate(
     width = DTYPE_BYTES[dtype]
     rows = {}
     for key, method in methods("fp32" if lora else dtype, block_size, min_8bit_size).items():
+        if method.host and gpus > 1:  # FSDP2 has an offloading of its own, which takes the weights too
+            continue
         rows[key] = _row(found, method, width, batch * sequence, checkpointing, gpus, vram, reserve)
     return Plan(
         model=found.name,
@@ -606,7 +608,8 @@ def _row(
     moments = _moments(model, method.release, whole, table, block, last, width, tokens, checkpointing)
     peak, extra = max(moments.items(), key=lambda item: item[1] + (0 if item[0] == "step" else passing))
     activations = None if model.widths is None else _activations(model.widths, width, tokens, checkpointing)
-    on_gpu = min(state, STAGING_BYTES) if method.host else state
+    host = sum(method.state(piece) for piece in held if piece.numel >= LEAST) if method.host else 0
+    on_gpu = state - host + BUFFER_BYTES * bool(host)
     total = weights + on_gpu + extra + (0 if peak == "step" else passing)
     return Row(
         label=method.label,
@@ -617,7 +620,7 @@ def _row(
         activations=activations,
         total=total,
         peak=peak,
-        host=state if method.host else 0,
+        host=host,
         fits=None if vram is None else total + reserve * GIB <= vram * GIB,
     )
 

@@ -1,0 +1,161 @@
+"""Owns a Llama in plain torch, with the names of transformers' `LlamaForCausalLM`, and the public configurations.
+
+It exists so that the example beside it needs nothing but torch. What it saves, transformers loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+INIT_STD = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A configuration by the names that Hugging Face gives to its numbers."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    model_type: str = "llama"
+
+    def get_text_config(self) -> Config:
+        """This one, as `lion8bit.planner` asks."""
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """What transformers reads from config.json."""
+        fixed = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "torch_dtype": "bfloat16"}
+        return {**dataclasses.asdict(self), **fixed}
+
+
+# The Llama-3 ones without the rescaled rotation of 3.1 and 3.2, which is for contexts beyond 8192 tokens.
+SHAPES = {
+    "llama-7b": Config(4096, 11008, 32, 32, 32, 32000, 2048, 1e4, 1e-6),  # LLaMA 7B
+    "llama3-8b": Config(4096, 14336, 32, 32, 8, 128256, 8192, 5e5),  # Llama-3-8B
+    "llama-3b": Config(3072, 8192, 28, 24, 8, 128256, 8192, 5e5, tie_word_embeddings=True),  # Llama-3.2-3B
+    "tiny": Config(128, 352, 2, 4, 2, 256, 512, 1e4),  # for tests
+}
+
+
+class Attention(nn.Module):
+    """Causal attention with rotated queries and keys, which several query heads may share."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width = self.width = config.hidden_size // config.num_attention_heads
+        heads, key_heads = config.num_attention_heads * width, config.num_key_value_heads * width
+        self.q_proj = nn.Linear(config.hidden_size, heads, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_heads, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_heads, bias=False)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = (each * cos + torch.cat([-each.chunk(2, -1)[1], each.chunk(2, -1)[0]], -1) * sin for each in (q, k))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward network, each on the norm of what it is added to."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+
+class Llama(nn.Module):
+    """[batch, length] tokens -> [batch, length, vocab_size] logits; `build` fills in the weights."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = True
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.model.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The output layer."""
+        return self.lm_head
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.model.embed_tokens(tokens)
+        cos, sin = self._rotation(tokens.shape[1], x)
+        for layer in self.model.layers:
+            x = checkpoint(layer, x, cos, sin, use_reentrant=False) if self.checkpointing else layer(x, cos, sin)
+        return self.lm_head(self.model.norm(x))  # type: ignore[no-any-return]
+
+    def _rotation(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        width = self.config.hidden_size // self.config.num_attention_heads
+        rates = self.config.rope_theta ** (-torch.arange(0, width, 2, device=like.device).float() / width)
+        angles = torch.outer(torch.arange(length, device=like.device).float(), rates).repeat(1, 2)
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes config.json and pytorch_model.bin, which transformers loads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config.record(), indent=1) + "\n")
+        torch.save(self.state_dict(), folder / "pytorch_model.bin")
+
+
+def build(config: Config, device: torch.device, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Llama:
+    """A Llama with random weights, made on the device in its dtype: no fp32 copy exists anywhere."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model = Llama(config)
+    finally:
+        torch.set_default_dtype(before)
+    if config.tie_word_embeddings:
+        del model.lm_head.weight  # its memory would be taken and given back
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_(0, INIT_STD, generator=generator) if param.dim() > 1 else param.fill_(1.0)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
