@@ -134,7 +134,7 @@ class Problem:
 PROBLEMS = {
     "lm": Problem(lambda quick: tasks.byte_lm(width=128), steps=400, batch=16),
     "conv": Problem(lambda quick: tasks.digits(), steps=400, batch=32),
-    "embedding": Problem(lambda quick: tasks.n_grams(width=128), steps=400, batch=8),
+    "embedding": Problem(lambda quick: tasks.n_grams(width=128), steps=400, batch=8, shift=4),
     "gpt2": Problem(
         lambda quick: tasks.gpt2(1, 64, 16, 512, tasks.help_topics()) if quick else tasks.gpt2(),
         steps=1000,
