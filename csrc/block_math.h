@@ -22,8 +22,6 @@ using std::memcpy;
 
 #if defined(__CUDACC__)
 #define LION8BIT_FN __device__ __forceinline__
-#elif defined(_MSC_VER) && !defined(__clang__)
-#define LION8BIT_FN __forceinline
 #else
 #define LION8BIT_FN inline __attribute__((always_inline))
 #endif

@@ -1,8 +1,19 @@
 // Owns the C interface that lion8bit/cpu.py calls: the choice of instruction set and the split of the work over
 // threads.
+#include <atomic>
+
+#if defined(_OPENMP)
 #include <omp.h>
+#else
+#include <system_error>
+#include <thread>
+#include <vector>
+#endif
 #if !defined(_WIN32)
 #include <pthread.h>
+#endif
+#if defined(LION8BIT_X86)
+#include <cpuid.h>
 #endif
 
 #include "cpu_kernel.h"
@@ -28,6 +39,27 @@ bool forked = false;
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
+// Calls work(member, members) for each of at most `team` members, on threads of their own but for the caller's, and
+// returns when all have returned.
+#if defined(_OPENMP)  // torch's pool of threads, see lion8bit/cpu.py
+template <class Work> void in_parallel(int team, const Work& work) {
+#pragma omp parallel num_threads(team) if (team > 1)
+    work(omp_get_thread_num(), omp_get_num_threads());
+}
+#else
+template <class Work> void in_parallel(int team, const Work& work) {
+    std::vector<std::thread> others;
+    int member = 1;
+    try {
+        for (; member < team; ++member) others.emplace_back(work, member, team);
+    } catch (const std::system_error&) {  // there are no more threads
+    }
+    work(0, team);
+    for (; member < team; ++member) work(member, team);
+    for (std::thread& other : others) other.join();
+}
+#endif
+
 int64_t count_blocks(const Tensor& tensor, const Hyper& hyper) {
     return tensor.rows * lion8bit::blocks_per_row(tensor.cols, hyper.block_size);
 }
@@ -40,10 +72,15 @@ LION8BIT_EXPORT int32_t lion8bit_format_version() { return lion8bit::kFormatVers
 // How many of the kernels this processor can run: they are numbered from 0, each later one needs more.
 LION8BIT_EXPORT int32_t lion8bit_kernels() {
 #if defined(LION8BIT_X86)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    // By the registers themselves: __builtin_cpu_supports needs a library that clang does not have on Windows.
+    unsigned eax, ebx, ecx, edx, saved, unused;
+    constexpr unsigned kHasXgetbv = 1u << 27;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & kHasXgetbv)) return 1;
+    __asm__("xgetbv" : "=a"(saved), "=d"(unused) : "c"(0));  // the registers that the operating system saves
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 1;
+    constexpr unsigned kAvx2 = 1u << 5, kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+    const bool avx2 = (saved & 0x06) == 0x06 && (ebx & kAvx2);
+    const bool avx512 = avx2 && (saved & 0xe0) == 0xe0 && (ebx & kAvx512) == kAvx512;
     return 1 + avx2 + avx512;
 #else
     return 1;
@@ -62,10 +99,8 @@ LION8BIT_EXPORT int64_t lion8bit_update(const Tensor* tensors,  // [count]
     constexpr int64_t kBlocksWorthAThread = 64;
     const int64_t useful = total / kBlocksWorthAThread + 1;
     const int team = forked ? 1 : static_cast<int>(useful < threads ? useful : threads);
-    int64_t nonfinite = 0;
-#pragma omp parallel num_threads(team) reduction(+ : nonfinite) if (team > 1)
-    {
-        const int64_t members = omp_get_num_threads(), member = omp_get_thread_num();
+    std::atomic<int64_t> nonfinite{0};
+    in_parallel(team, [&](int64_t member, int64_t members) {
         int64_t begin = total / members * member + (member < total % members ? member : total % members);
         int64_t end = begin + total / members + (member < total % members);
         for (int64_t i = 0; i < count && end > 0; ++i) {
@@ -78,6 +113,6 @@ LION8BIT_EXPORT int64_t lion8bit_update(const Tensor* tensors,  // [count]
             begin -= blocks;
             end -= blocks;
         }
-    }
+    });
     return nonfinite;
 }

@@ -228,7 +228,6 @@ struct Bfloat16 {
 };
 struct Float16 {
     using Element = uint16_t;
-    static constexpr uint32_t kSign = 0x80008000u, kLarge = 0x40004000u;
     template <bool> static LION8BIT_FN Pair<Floats> read(const uint16_t* from) {
         const Pair<Uints> patterns = from_words<false>(from);
         return {from_float16<Floats>(patterns.first), from_float16<Floats>(patterns.second)};
@@ -240,12 +239,6 @@ struct Float16 {
 };
 
 // ---- Reductions -----------------------------------------------------------------------------------------------------
-
-LION8BIT_FN int32_t horizontal_or(Ints x) {
-    int32_t joined = 0;
-    for (int lane = 0; lane < kLanes; ++lane) joined |= x[lane];
-    return joined;
-}
 
 LION8BIT_FN int32_t horizontal_max(Ints x) {
 #if defined(__AVX512F__)
@@ -270,7 +263,9 @@ LION8BIT_FN bool any_set(Ints x, uint32_t mask) {
 #elif defined(__AVX2__)
     return !_mm256_testz_si256(bit_cast<__m256i>(masked), bit_cast<__m256i>(masked));
 #else
-    return horizontal_or(masked) != 0;
+    int32_t joined = 0;
+    for (int lane = 0; lane < kLanes; ++lane) joined |= masked[lane];
+    return joined != 0;
 #endif
 }
 

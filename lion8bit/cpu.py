@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ def load_library() -> ctypes.CDLL | str:
         if not path.exists():
             return f"the wheel was built without a C++ compiler ({name} is missing)"
         try:
+            _provide_openmp()
             library = ctypes.CDLL(str(path))
         except OSError as error:
             return f"{name} cannot be loaded: {error}"
@@ -43,6 +45,15 @@ def load_library() -> ctypes.CDLL | str:
         ctypes.c_int32,
     ]
     return library
+
+
+def _provide_openmp() -> None:
+    """Has OpenMP's functions in sight of a library that is linked with none, so that it takes the threads of torch.
+
+    torch's wheels bring an OpenMP under a name that differs from release to release, and show it to all libraries.
+    """
+    if sys.platform == "linux" and not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)
 
 
 def unavailable_reason() -> str | None:

@@ -27,6 +27,7 @@ from lion8bit.reference import encode, lion_step_
 
 OLDEST_TORCH = (2, 6)
 REINSTALL = "pip install --force-reinstall --no-deps lion8bit"
+OPENMP = "install GNU's OpenMP runtime (Debian and Ubuntu: apt install libgomp1)"
 COMPILER = f"install CMake and a C++17 compiler (g++ or clang), then: {REINSTALL} --no-binary lion8bit"
 BUILDS = "https://pytorch.org/get-started/locally"
 
@@ -107,7 +108,8 @@ def _cpu() -> Iterator[Finding]:
     yield _checked("plain torch", partial(_difference, portable.update_, torch.device("cpu")))
     reason = cpu.unavailable_reason()
     if reason is not None:
-        remedy = COMPILER if "without a C++ compiler" in reason else REINSTALL
+        remedies = {"without a C++ compiler": COMPILER, "libgomp": OPENMP, "": REINSTALL}
+        remedy = next(remedy for sign, remedy in remedies.items() if sign in reason)
         yield Finding("CPU kernel", "problem", f"{reason}; CPU parameters are stepped in plain torch, slowly", remedy)
         return
     available, forced = cpu.available_kernels(), os.environ.get(cpu.ISA_VARIABLE)

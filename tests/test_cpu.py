@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
+import platform
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +22,10 @@ from lion8bit.batch import hyper_array
 from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Hyper, Tensor
 from lion8bit.reference import decode
 
+ROOT = Path(__file__).parents[1]
 AVAILABLE = cpu.available_kernels()
+COMPILER = os.environ.get("CXX") or shutil.which("c++")
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 KERNELS = [
     pytest.param(kernel, marks=pytest.mark.skipif(kernel not in AVAILABLE, reason=f"needs a processor with {kernel}"))
     for kernel in cpu.KERNELS
@@ -158,6 +165,51 @@ def test_environment_variable_selects_the_kernel() -> None:
     wrong = subprocess.run([sys.executable, "-c", script], env={"LION8BIT_ISA": "mmx", "PATH": ""},
                            capture_output=True, text=True)  # fmt: skip
     assert "LION8BIT_ISA must be one of" in wrong.stderr
+
+
+@linux
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor")
+def test_instruction_sets_are_those_of_the_processor() -> None:
+    text = Path("/proc/cpuinfo").read_text()
+    flags = set(next(line for line in text.splitlines() if line.startswith("flags")).split())
+    needed = {"avx2": {"avx2"}, "avx512": {"avx2", "avx512f", "avx512dq", "avx512bw", "avx512vl"}}
+    assert ("baseline", *(name for name, features in needed.items() if features <= flags)) == AVAILABLE
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("flag", ["-fopenmp", "-pthread"])
+def test_each_block_goes_to_one_thread(flag: str, tmp_path: Path) -> None:
+    """With OpenMP, as on Linux, and with threads of its own, as elsewhere."""
+    sources = [str(ROOT / "tests/sanitizer/threads_driver.cpp"), str(ROOT / "csrc/cpu_api.cpp")]
+    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", flag, f"-I{ROOT / 'csrc'}"]
+    subprocess.run([str(COMPILER), *options, *sources, "-o", str(tmp_path / "driver")], check=True)
+    done = subprocess.run([str(tmp_path / "driver")], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "sound\n"), done.stderr
+
+
+LOAD = """
+import ctypes, sys
+library, runtime = sys.argv[1:]
+try:
+    ctypes.CDLL(library)
+except OSError as error:
+    assert "undefined symbol" in str(error), error
+ctypes.CDLL(runtime, ctypes.RTLD_GLOBAL)
+assert ctypes.CDLL(library).lion8bit_update(None, ctypes.c_int64(0), None, 0, 1) == 0
+assert "libgomp.so.1" not in open("/proc/self/maps").read()
+"""
+
+
+@linux
+def test_the_library_takes_the_openmp_that_torch_has_loaded(tmp_path: Path) -> None:
+    """Under whatever name: wheels of torch give theirs one of their own, and a machine may have no other."""
+    library, maps = cpu.load_library(), Path("/proc/self/maps").read_text()
+    assert isinstance(library, ctypes.CDLL)
+    loaded = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line}
+    assert len(loaded) == 1  # one pool of threads
+    renamed = tmp_path / "libgomp-1.so"
+    renamed.write_bytes(Path(*loaded).read_bytes().replace(b"libgomp.so.1\0", b"libgomp-1.so\0"))
+    subprocess.run([sys.executable, "-S", "-c", LOAD, library._name, str(renamed)], check=True)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
