@@ -1,7 +1,7 @@
 """Owns one run of everything that needs a GPU: tests, compute-sanitizer, benchmarks against the peers, and the report.
 
 It imports nothing beside the standard library, so that it can say what is missing; the measurements are made in
-processes of their own (`gpu_step.py`, `gpu_first.py`), which a fault in one cannot disturb.
+processes of their own (`gpu_step.py`, `gpu_first.py`, `examples/full_finetune.py`), where a fault disturbs no other.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 DESCRIPTION = """\
-Tests lion8bit on this machine's GPU, runs it under compute-sanitizer, and times it against the peers that are there.
-Needs no network. Writes gpu.json, gpu.md, gpu.png and the tools' output into one folder; fails where a test, a tool or
-a measurement of lion8bit fails. Parts for which the time does not suffice are left out, the last first, and listed.
+Tests lion8bit on this machine's GPU, runs it under compute-sanitizer, times it against the peers that are there, and
+fine-tunes all weights of 7B, 8B and 3B models in 24 and 12 GiB. Needs no network. Writes gpu.json, gpu.md, gpu.png and
+the tools' output into one folder; fails where a test, a tool or a measurement of lion8bit fails. Parts for which the
+time does not suffice are left out, the last first, and listed.
 """
 
 EPILOG = """\
@@ -39,6 +40,7 @@ examples:
   make gpu PYTHON=python3.12
   python benchmarks/gpu.py --budget 300 --output results
   python benchmarks/gpu.py --part gpt2 1B
+  python benchmarks/gpu.py --part 7B 8B 3B peers                 only the full fine-tuning
   python benchmarks/gpu.py --device cpu --quick --part gpt2       proves the script without a GPU
 """
 
@@ -48,6 +50,43 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BENCHMARKS = ("gpt2", "1B", "llama", "lora", "vit", "sdxl")
 OURS = "lion8bit"
 FLASH = "flashlion"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Training:
+    """A full fine-tuning by `examples/full_finetune.py`, with sequences of 2048 tokens."""
+
+    shape: str
+    limit: int  # GiB of the GPU that the process may take
+    optimizer: str = OURS
+    paged: bool = False
+    steps: int = 20
+
+    def arguments(self, quick: bool, device: str, record: Path) -> list[str]:
+        """Its command line; a quick one is tiny and has no limit."""
+        size = ["--shape", "tiny", "--sequence", "64", "--lr", "1e-3"]
+        if not quick and device != "cpu":
+            size = ["--shape", self.shape, "--memory-limit", str(self.limit)]
+        paged = ["--paged"] if self.paged else []
+        common = ["--optimizer", self.optimizer, "--steps", str(self.steps), "--device", device, "--json", str(record)]
+        return [*size, *paged, *common]
+
+
+PEER_STEPS = 5
+TRAININGS = {
+    "7B": [Training("llama-7b", 24)],
+    "8B": [Training("llama3-8b", 24, paged=True)],
+    "3B": [Training("llama-3b", 12, paged=True)],
+    "peers": [
+        Training("llama-7b", 24, "bitsandbytes", steps=PEER_STEPS),
+        Training("llama-7b", 24, FLASH, steps=PEER_STEPS),
+        Training("llama3-8b", 24, "bitsandbytes", paged=True, steps=PEER_STEPS),
+        Training("llama-3b", 12, FLASH, steps=PEER_STEPS),
+        Training("llama-7b", 24, "adamw", steps=PEER_STEPS),
+    ],
+}
+OUT_OF_MEMORY = 3  # exit code of the example
 
 
 @dataclass(frozen=True)
@@ -65,8 +104,12 @@ PARTS = (  # in the order of their worth
     Part("gpt2", 20, 90),
     Part("1B", 20, 90),
     Part("llama", 25, 120),
+    Part("7B", 45, 110),
+    Part("8B", 60, 130),
+    Part("3B", 45, 90),
     Part("memcheck", 15, 60),
     Part("racecheck", 15, 60),
+    Part("peers", 60, 150),
     Part("sdxl", 25, 90),
     Part("lora", 20, 60),
     Part("vit", 20, 60),
@@ -154,6 +197,7 @@ class Session:
         self.settings, self.output, self.site = settings, output, site
         self.log = output / "gpu.log"
         self.rows = site / "rows.jsonl"
+        self.trainings: list[dict[str, Any]] = []
         self.variables = {**os.environ, "PYTHONUNBUFFERED": "1", "LION8BIT_CACHE_DIR": str(site / "kernels")}
         self.variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
 
@@ -199,6 +243,8 @@ class Session:
             return self.start(limit)
         if part.name in SANITIZERS:
             return self.sanitizer(part.name, limit)
+        if part.name in TRAININGS:
+            return self.train(part.name, limit)
         return self.benchmark(part.name, limit)
 
     def tests(self, limit: float) -> dict[str, Any]:
@@ -255,6 +301,28 @@ class Session:
         good = finished.status == 0 and "stepped every kind" in finished.output and bool(found)
         return {"status": status_of(finished, good), "detail": found[-1] if found else last_line(finished.output)}
 
+    def train(self, name: str, limit: float) -> dict[str, Any]:
+        """Fine-tunes all weights of a large model; that a peer runs out of memory is a result."""
+        if absent := missing(["rich"]):
+            return {"status": "skipped", "detail": f"{absent[0]} is not installed"}
+        end, told, worst = time.monotonic() + limit, [], "passed"
+        chosen = self.settings.contender
+        for training in TRAININGS[name]:
+            if chosen and training.optimizer not in chosen:
+                continue
+            place = self.site / f"training-{len(self.trainings)}.json"
+            arguments = training.arguments(self.settings.quick, self.settings.device, place)
+            command = [sys.executable, ROOT / "examples" / "full_finetune.py", *arguments]
+            left = end - time.monotonic()
+            finished = self.call(command, left) if left > 10 else Finished(124, "no time was left")
+            record = json.loads(place.read_text()) if place.exists() else {}
+            outcome = outcome_of(training, finished, record)
+            self.trainings.append({**vars(training), **record, "shape": training.shape, "outcome": outcome})
+            told.append(f"{training.shape} {training.optimizer}: {outcome}")
+            if training.optimizer == OURS and not outcome.startswith("done"):
+                worst = status_of(finished, False)
+        return {"status": worst, "detail": "; ".join(told)}
+
     def benchmark(self, model: str, limit: float) -> dict[str, Any]:
         """All contenders on one model; rows that were measured before a failure are kept."""
         if absent := missing(["rich"]):
@@ -270,6 +338,15 @@ class Session:
         good = finished.status == 0 and bool(measured) and not bad
         detail = f"{len(measured)} of {len(mine)} rows measured" if mine else last_line(finished.output)
         return {"status": status_of(finished, good), "detail": detail}
+
+
+def outcome_of(training: Training, finished: Finished, record: dict[str, Any]) -> str:
+    """How a training ended, in words that begin with "done" where it took all its steps."""
+    if finished.status == OUT_OF_MEMORY and record.get("out_of_memory"):
+        return f"out of memory: {record['out_of_memory']['where']}"
+    if finished.status != 0 or len(record.get("losses", [])) != training.steps:
+        return "timed out" if finished.status == 124 else f"failed: {last_line(finished.output)}"
+    return f"done, loss {record['losses'][0]:.2f} to {record['losses'][-1]:.2f}"
 
 
 def excused(row: dict[str, Any]) -> bool:
@@ -336,6 +413,25 @@ def judge(record: dict[str, Any]) -> list[dict[str, Any]]:
     for process, bound in (("first_process", 2.0), ("second_process", 0.3)):
         value = start and start[process]["first_step"]
         add(f"first step of the {process.replace('_', ' ')}", f"under {bound} s", value, bound, ".2f")
+    for training in record["trainings"]:
+        if training["optimizer"] != OURS:
+            continue
+        name = f"{training['shape']} in {training['limit']} GiB{', momentum on the host' if training['paged'] else ''}"
+        done = training["outcome"].startswith("done")
+        peak, planned = (training["peak_bytes"], training["planned_bytes"]) if done else (None, None)
+        losses = training["losses"] if done else []
+        bound = training["limit"]
+        add(
+            f"{name}: reserved at most", f"at most {bound} GiB", peak and training["reserved_bytes"] / GIB, bound, ".2f"
+        )
+        add(f"{name}: peak over the plan's", "at most 1.03", peak and peak / planned, 1.03, ".3f")
+        add(
+            f"{name}: last five losses over the first",
+            "at most 0.9",
+            sum(losses[-5:]) / 5 / losses[0] if losses else None,
+            0.9,
+            ".3f",
+        )
     slower = []
     compared = 0
     for row in rows:
@@ -380,6 +476,10 @@ def markdown(record: dict[str, Any]) -> str:
         ["goal", "requirement", "measured", "verdict"],
         [[goal["goal"], goal["requirement"], goal["measured"], words[goal["met"]]] for goal in record["goals"]],
     )
+    if record["trainings"]:
+        lines += ["## Full fine-tuning in bf16, one sequence of 2048 tokens, gradient release, checkpointing", ""]
+        heads = ["model", "limit", "optimizer", "state on", "outcome", "peak GiB", "planned", "state GiB", "tokens/s"]
+        lines += table(heads, [training_cells(training) for training in record["trainings"]])
     for model in dict.fromkeys(row["model"] for row in record["rows"]):
         mine = [row for row in record["rows"] if row["model"] == model]
         size = mine[0].get("parameters", 0) / 1e6
@@ -388,6 +488,26 @@ def markdown(record: dict[str, Any]) -> str:
         heads = ["dtype", "optimizer", "GPU ms", "wall ms", "bytes/param", "GB/s", "of copy", "GPU time over ours"]
         lines += table(heads, [row_cells(row, find(mine, model, row["dtype"], OURS)) for row in mine])
     return "\n".join(lines)
+
+
+def training_cells(training: dict[str, Any]) -> list[str]:
+    """The cells of one training."""
+
+    def gib(name: str) -> str:
+        return f"{training[name] / GIB:.2f}" if training.get(name) is not None else "-"
+
+    speed = training.get("tokens_per_second")
+    return [
+        training["shape"],
+        f"{training['limit']} GiB",
+        training["optimizer"],
+        "host" if training["paged"] else "GPU",
+        training["outcome"],
+        gib("peak_bytes"),
+        gib("planned_bytes"),
+        gib("state_bytes"),
+        "-" if speed is None else f"{speed:.0f}",
+    ]
 
 
 def row_cells(row: dict[str, Any], ours: dict[str, Any] | None) -> list[str]:
@@ -528,6 +648,7 @@ def main() -> int:
         left = settings.budget - (time.monotonic() - begin)
         record["parts"] = run_parts(chosen, left, run)
         record["rows"] = read_rows(session.rows)
+        record["trainings"] = session.trainings
         print(write(record, output))
     failed = [part["part"] for part in record["parts"] if part["status"] in ("failed", "timed out")]
     for part in record["parts"]:

@@ -404,7 +404,19 @@ def test_page_and_verdicts_of_a_made_up_record(gpu: Any, tmp_path: Path) -> None
         {"part": "vit", "status": "dropped", "detail": "needs 20 s, 1 s were left"},
     ]
     machine = {"gpu": {"name": "Made-up GPU", "cuda": "0.0"}, "driver": "0", "versions": {"torch": "0", "x": None}}
-    record = {"environment": machine, "parts": parts, "rows": rows, "trial": False}
+    losses, gib = [10.0, 9.0, 8.5, 8.0, 7.5, 7.0], 2**30
+    done = {"peak_bytes": 20 * gib, "reserved_bytes": 23 * gib, "planned_bytes": 19 * gib, "losses": losses}
+    ended = [gpu.outcome_of(gpu.Training("x", 24, steps=6), gpu.Finished(0, ""), done)]
+    full = {"out_of_memory": {"where": "backward pass of step 1"}, "losses": [], "peak_bytes": 23.5 * gib}
+    ended.append(gpu.outcome_of(gpu.Training("x", 24), gpu.Finished(3, ""), full))
+    ended.append(gpu.outcome_of(gpu.Training("x", 24), gpu.Finished(1, "no\nmodule"), {}))
+    assert ended == ["done, loss 10.00 to 7.00", "out of memory: backward pass of step 1", "failed: module"]
+    trainings = [
+        {**vars(gpu.Training("llama-7b", 24)), **done, "outcome": ended[0]},
+        {**vars(gpu.Training("llama3-8b", 24, paged=True)), **full, "outcome": ended[1]},
+        {**vars(gpu.Training("llama-7b", 24, "bitsandbytes")), "outcome": ended[2]},
+    ]
+    record = {"environment": machine, "parts": parts, "rows": rows, "trainings": trainings, "trial": False}
     page = gpu.write(record, tmp_path)
     met = {goal["goal"]: goal["met"] for goal in record["goals"]}
     assert met["1B fp32: share of copy bandwidth"] is True
@@ -415,6 +427,14 @@ def test_page_and_verdicts_of_a_made_up_record(gpu: Any, tmp_path: Path) -> None
     assert met["llama bf16: wall time over flashlion's"] is None
     assert (met["first step of the first process"], met["first step of the second process"]) == (False, True)
     assert met["slower than a peer"] is False
+    assert (
+        met["llama-7b in 24 GiB: reserved at most"]
+        is met["llama-7b in 24 GiB: last five losses over the first"]
+        is True
+    )
+    assert met["llama-7b in 24 GiB: peak over the plan's"] is False
+    assert met["llama3-8b in 24 GiB, momentum on the host: reserved at most"] is None
+    assert "| llama-7b | 24 GiB | bitsandbytes | GPU | failed: module | - | - | - | - |" in page
     assert "gpt2 bf16 flashlion gpu 1.11x; gpt2 bf16 flashlion wall 1.11x" in page
     assert "# Made-up GPU" in page and "| vit | dropped |  | needs 20 s, 1 s were left |" in page
     assert "| bf16 | bitsandbytes | 5.500 | 5.500 | 8.00 | 400 | 10.0% | 5.50x |" in page
@@ -429,15 +449,32 @@ def test_trial_run_goes_through_every_process(tmp_path: Path) -> None:
     wheels.mkdir()
     (wheels / "nonsense-1-py3-none-any.whl").write_bytes(b"no wheel")
     output = tmp_path / "results"
-    arguments = ["--part", "start", "memcheck", "vit", "--contender", "lion8bit", "adamw", "--budget", "200"]
+    arguments = [
+        "--part",
+        "start",
+        "8B",
+        "memcheck",
+        "peers",
+        "vit",
+        "--contender",
+        "lion8bit",
+        "adamw",
+        "--budget",
+        "200",
+    ]
     places = ["--output", str(output), "--wheels", str(wheels)]
     printed = run_script("gpu", "--device", "cpu", "--quick", *arguments, *places)
     record = json.loads((output / "gpu.json").read_text())
     assert [(part["part"], part["status"]) for part in record["parts"]] == [
         ("start", "passed"),
+        ("8B", "passed"),
         ("memcheck", "skipped"),
+        ("peers", "passed"),
         ("vit", "passed"),
     ]
+    ours, adamw = record["trainings"]
+    assert ours["outcome"].startswith("done") and ours["paged"] and len(ours["losses"]) == 20
+    assert adamw["outcome"].startswith("done") and (adamw["optimizer"], len(adamw["losses"])) == ("adamw", 5)
     assert [(row["dtype"], row["contender"], row["status"]) for row in record["rows"]] == [
         ("bf16", "lion8bit", "measured"),
         ("bf16", "adamw", "measured"),

@@ -559,7 +559,7 @@ def test_sharded_parameters_are_refused(mesh: Any) -> None:
 def large(device: str, **options: Any) -> Twins:
     """Parameters of several slots of the usual size, and small ones."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(4096, 11000), (300, 257), (70_000,), (100,), (8192, 4096)]
+    shapes = [(4096, 5000), (300, 257), (70_000,), (100,), (8192, 3000)]
     params = [torch.randn(shape, generator=generator).bfloat16().to(device).requires_grad_() for shape in shapes]
     return params, Lion8bit(params, lr=1e-3, weight_decay=0.1, **options)
 
