@@ -108,6 +108,7 @@ PARTS = (  # in the order of their worth
     Part("8B", 60, 130),
     Part("3B", 45, 90),
     Part("memcheck", 15, 60),
+    Part("memory", 60, 150),
     Part("racecheck", 15, 60),
     Part("peers", 60, 150),
     Part("sdxl", 25, 90),
@@ -241,6 +242,8 @@ class Session:
             return self.tests(limit)
         if part.name == "start":
             return self.start(limit)
+        if part.name == "memory":
+            return self.memory(limit)
         if part.name in SANITIZERS:
             return self.sanitizer(part.name, limit)
         if part.name in TRAININGS:
@@ -338,6 +341,24 @@ class Session:
         good = finished.status == 0 and bool(measured) and not bad
         detail = f"{len(measured)} of {len(mine)} rows measured" if mine else last_line(finished.output)
         return {"status": status_of(finished, good), "detail": detail}
+
+    def memory(self, limit: float) -> dict[str, Any]:
+        """What training takes in memory with each optimizer, with the allocator's snapshots beside the results."""
+        if absent := missing(["rich"]):
+            return {"status": "skipped", "detail": f"{absent[0]} is not installed"}
+        file = self.output / "memory.json"
+        file.unlink(missing_ok=True)
+        options = ["--device", self.settings.device, "--json", file, "--snapshot", self.output, "--skip", "torchao"]
+        options += [] if missing(["matplotlib"]) else ["--plot", self.output / "memory.png"]
+        options += ["--quick"] if self.settings.quick else []
+        finished = self.call([sys.executable, HERE / "memory.py", *options], limit)
+        cases = json.loads(file.read_text())["cases"] if file.exists() else {}
+        rows = [(key, row) for case in cases.values() for key, row in case["rows"].items()]
+        measured = [row for _, row in rows if row["status"] == "measured"]
+        bad = [key for key, row in rows if key.startswith(OURS) and row["status"] == "failed"]
+        good = finished.status == 0 and bool(measured) and not bad
+        detail = f"{len(measured)} of {len(rows)} rows measured" if rows else last_line(finished.output)
+        return {"status": status_of(finished, good), "detail": detail, "memory": cases}
 
 
 def outcome_of(training: Training, finished: Finished, record: dict[str, Any]) -> str:
@@ -487,6 +508,10 @@ def markdown(record: dict[str, Any]) -> str:
         lines += [f"Copy bandwidth {mine[0]['copy_gb_per_s']:.0f} GB/s. Medians, caches flushed before each step.", ""]
         heads = ["dtype", "optimizer", "GPU ms", "wall ms", "bytes/param", "GB/s", "of copy", "GPU time over ours"]
         lines += table(heads, [row_cells(row, find(mine, model, row["dtype"], OURS)) for row in mine])
+    for case in next((part["memory"] for part in record["parts"] if "memory" in part), {}).values():
+        lines += [f"## Memory, {case['title']}", ""]
+        heads = ["optimizer", "weights", "gradients", "state", "activations", "peak, GiB", "in", "planned", "reserved"]
+        lines += table(heads, [memory_cells(row) for row in case["rows"].values()])
     return "\n".join(lines)
 
 
@@ -508,6 +533,15 @@ def training_cells(training: dict[str, Any]) -> list[str]:
         gib("state_bytes"),
         "-" if speed is None else f"{speed:.0f}",
     ]
+
+
+def memory_cells(row: dict[str, Any]) -> list[str]:
+    """The cells of a row of `memory.py`, in GiB."""
+    if row["status"] != "measured":
+        return [row["label"], f"{row['status']}: {row['phase']}", *[""] * 7]
+    sizes = [row.get(name) for name in ("weights", "gradients", "state", "activations", "peak", "planned", "process")]
+    cells = ["-" if size is None else f"{size / GIB:.2f}" for size in sizes]
+    return [row["label"], *cells[:5], row["peak_in"], *cells[5:]]
 
 
 def row_cells(row: dict[str, Any], ours: dict[str, Any] | None) -> list[str]:

@@ -30,6 +30,7 @@ BENCHMARKS = {  # name: (script, help)
     "convergence": ("convergence", "Final losses of optimizers; bf16 weights at small rates."),
     "speed": ("step_time", "Time of a step on real models' shapes, beside others."),
     "overhead": ("overhead", "What a step costs beside its kernel."),
+    "memory": ("memory", "What training takes, by part, moment and optimizer."),
     "footprint": ("footprint", "Bytes of state, allocations, import and installation."),
 }
 

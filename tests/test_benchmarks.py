@@ -23,7 +23,7 @@ pytest.importorskip("rich", reason="needs the extra named demo")
 pytest.importorskip("matplotlib", reason="needs the extra named demo")
 
 REPOSITORY = Path(__file__).parent.parent
-SCRIPTS = ("fidelity", "convergence", "step_time", "footprint", "overhead")
+SCRIPTS = ("fidelity", "convergence", "step_time", "footprint", "memory", "overhead")
 TESTS = Path(__file__).parent
 
 
@@ -304,6 +304,45 @@ def test_goals_have_verdicts(footprint: dict[str, Any]) -> None:
     assert met["install"] is None
 
 
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_split_and_as_planned(tmp_path: Path) -> None:
+    picture = tmp_path / "memory.png"
+    rows = ["--case", "full", "limit", "--contender", "adamw", "lion8bit-release"]
+    record, printed = run_quick("memory", tmp_path, *rows, "--plot", str(picture))
+    full, limit = record["cases"]["full"], record["cases"]["limit"]
+    adamw, ours = full["rows"]["adamw"], full["rows"]["lion8bit-release"]
+    assert adamw["gradients"] == adamw["weights"] == ours["weights"] and ours["gradients"] == 0
+    assert adamw["state"] > 1.99 * adamw["weights"] and ours["state"] < 0.55 * ours["weights"]
+    assert (adamw["peak_in"], ours["peak_in"]) == ("step", "backward")
+    for row in (adamw, ours):
+        assert row["peak"] == max(moment["peak"] for moment in row["moments"].values())
+        assert row["state"] < row["checkpoint"] < 1.1 * row["state"] + 10_000
+        assert row["peak"] == pytest.approx(row["planned"], rel=0.08), "temporaries of AdamW's step are not planned"
+        if sys.platform == "linux":
+            assert row["process"] > 0
+    assert limit["rows"]["adamw"]["status"] == "out of memory"
+    assert "out of memory" in printed and picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("case", ["lora", "activations"])
+def test_memory_where_the_optimizer_hardly_matters(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    memory = importlib.import_module("memory")
+    row = memory.measure(memory.QUICK_CASES[case], memory.ALL["lion8bit"], torch.device("cpu"))
+    assert row["status"] == "measured" and row["state"] < 0.08 * row["peak"]
+    assert row["peak"] == pytest.approx(row["planned"], rel=0.06)
+
+
+def test_memory_limit_has_to_be_positive(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--limit", "0"])
+    with pytest.raises(SystemExit):
+        importlib.import_module("memory").main()
+    assert "--limit must be positive, got 0.0" in capsys.readouterr().err
+
+
 # ---- Overhead --------------------------------------------------------------------------------------------------------
 
 
@@ -398,10 +437,16 @@ def test_page_and_verdicts_of_a_made_up_record(gpu: Any, tmp_path: Path) -> None
         made_up_row("gpt2", "bf16", "flashlion", 0.9, 0.6),
         {**made_up_row("gpt2", "fp32", "flashlion", 1, 1), "status": "failed", "reason": "TypeError: a | b"},
     ]
+    sizes = dict.fromkeys(("weights", "gradients", "state", "activations", "peak", "process"), 2**30)
+    memory = {
+        "adamw": {"label": "AdamW", "status": "out of memory", "phase": "step"},
+        "optimi": {"label": "optimi", "status": "measured", "peak_in": "backward", **sizes},
+    }
     start = {"first_process": {"first_step": 2.5}, "second_process": {"first_step": 0.2}}
     parts = [
         {"part": "start", "status": "passed", "detail": "", "seconds": 3, "start": start},
         {"part": "vit", "status": "dropped", "detail": "needs 20 s, 1 s were left"},
+        {"part": "memory", "status": "passed", "detail": "", "memory": {"full": {"title": "made up", "rows": memory}}},
     ]
     machine = {"gpu": {"name": "Made-up GPU", "cuda": "0.0"}, "driver": "0", "versions": {"torch": "0", "x": None}}
     losses, gib = [10.0, 9.0, 8.5, 8.0, 7.5, 7.0], 2**30
@@ -439,6 +484,8 @@ def test_page_and_verdicts_of_a_made_up_record(gpu: Any, tmp_path: Path) -> None
     assert "# Made-up GPU" in page and "| vit | dropped |  | needs 20 s, 1 s were left |" in page
     assert "| bf16 | bitsandbytes | 5.500 | 5.500 | 8.00 | 400 | 10.0% | 5.50x |" in page
     assert "| fp32 | flashlion | TypeError: a / b |" in page
+    assert "## Memory, made up" in page and "| AdamW | out of memory: step |" in page
+    assert "| optimi | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | backward | - | 1.00 |" in page
     assert json.loads((tmp_path / "gpu.json").read_text())["goals"] == record["goals"]
     assert (tmp_path / "gpu.md").read_text() == page
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
