@@ -1,0 +1,97 @@
+"""The pages say what is true: their Python runs, their commands are known, and every option in them exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import textwrap
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from lion8bit import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"(?:lion8bit [a-z-]|python (?:benchmarks|examples)/|make [a-z])[^`|#\n]*")
+
+
+def python_of(page: Path) -> str:
+    """A page's blocks of Python, those in comments too, each on the lines where it stands, so that errors name them."""
+    page_lines, lines = page.read_text().splitlines(), []
+    for match in FENCE.finditer(page.read_text()):
+        if match["language"] == "python":
+            begin = page.read_text().count("\n", 0, match.start("text"))
+            lines += [""] * (begin - len(lines)) + textwrap.dedent(match["text"]).splitlines()
+    assert len(lines) <= len(page_lines)
+    return "\n".join(lines)
+
+
+def commands_of(page: Path) -> list[str]:
+    """What a page tells to type, in blocks that are not of another language and in code within the text."""
+    text = page.read_text()
+    shown = [match["text"] for match in FENCE.finditer(text) if match["language"] in ("", "sh", "bash", "console")]
+    shown += re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text))
+    lines = [line.strip().removeprefix("$ ") for part in shown for line in part.replace("\\\n", " ").splitlines()]
+    return [match[0].strip() for line in lines if (match := COMMAND.match(line))]
+
+
+def run_python(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=folder, env=environment)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_of(page)], ids=lambda page: page.stem)
+def test_python_runs(page: Path, tmp_path: Path) -> None:
+    """All of a page in one process of its own, in an empty folder."""
+    (tmp_path / page.name).write_text(python_of(page))
+    done = run_python(page.name, tmp_path)
+    if missing := re.search(r"^ModuleNotFoundError: No module named '([^.']+)", done.stderr, re.MULTILINE):
+        assert missing[1] != "lion8bit", done.stderr
+        pytest.skip(f"needs {missing[1]}")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", sorted({command for page in PAGES for command in commands_of(page)}))
+def test_commands_are_known(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --help each of them says so, and names its options. (typer looks at the others first, argparse does not.)"""
+    program, *words = shlex.split(command)
+    if program == "make":
+        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    if program == "lion8bit":
+        pytest.importorskip("typer", reason="needs typer")
+        start, arguments = cli.main, [program, *words]
+    else:
+        start, arguments = partial(runpy.run_path, str(ROOT / words[0]), run_name="__main__"), words
+        monkeypatch.syspath_prepend((ROOT / words[0]).parent)
+    monkeypatch.setattr(sys, "argv", [*arguments, "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where completion would be installed
+    with pytest.raises(SystemExit) as end:
+        start()
+    said = capsys.readouterr()
+    assert not end.value.code, said.err
+    for option in (word.split("=")[0] for word in words if word.startswith("--")):
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", said.out), f"{option} is not in the help of {command}"
+
+
+def test_blocks_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!--\n```python\na = 1\n```\n-->\ntext `lion8bit demo --steps 3` and ``\n- item\n\n"
+        "  ```python\n  assert a == 2\n  ```\n\n```\nmake test  # all\nlion8bit bench speed \\\n  --quick\n```\n"
+        "```toml\nlion8bit none\n```\n"
+    )
+    assert python_of(page) == "\n\na = 1\n\n\n\n\n\n\nassert a == 2"
+    assert commands_of(page) == ["make test", "lion8bit bench speed    --quick", "lion8bit demo --steps 3"]
+    (tmp_path / "page.py").write_text(python_of(page))
+    assert 'page.py", line 10' in run_python("page.py", tmp_path).stderr
