@@ -135,6 +135,13 @@ def by_class(trainer_class: Any, model: nn.Module, **arguments: Any) -> Any:
     return trainer_class(model=model, optimizer_cls_and_kwargs=(Lion8bit, dict(OPTIONS)), **arguments)
 
 
+def by_attribute(trainer_class: Any, model: nn.Module, **arguments: Any) -> Any:
+    """As a plugin can that gets a trainer when it is complete."""
+    trainer = trainer_class(model=model, **arguments)
+    trainer.optimizer_cls_and_kwargs = (Lion8bit, dict(OPTIONS))
+    return trainer
+
+
 def by_instance(trainer_class: Any, model: nn.Module, **arguments: Any) -> Any:
     params = [param for param in model.parameters() if param.requires_grad]
     return trainer_class(model=model, optimizers=(Lion8bit(params, **OPTIONS), None), **arguments)
@@ -149,7 +156,7 @@ def by_subclass(trainer_class: Any, model: nn.Module, **arguments: Any) -> Any:
     return LionTrainer(model=model, **arguments)
 
 
-@pytest.mark.parametrize("build", [by_class, by_instance, by_subclass])
+@pytest.mark.parametrize("build", [by_class, by_attribute, by_instance, by_subclass])
 @pytest.mark.parametrize("make_model", [language_model, lora_model])
 def test_gpu_or_cpu_trainer_resumes_bit_for_bit(
     tmp_path: Path, make_model: Callable[[], nn.Module], build: Callable[..., Any]
@@ -165,6 +172,18 @@ def test_gpu_or_cpu_trainer_resumes_bit_for_bit(
     resumed = build(transformers.Trainer, forget(make_model()), **arguments)
     resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{SAVED}"))
     assert_equal(everything(resumed.model, resumed.optimizer), everything(model, straight.optimizer))
+
+
+def test_trainer_takes_the_rate_from_the_pair_and_the_decay_from_its_arguments(tmp_path: Path) -> None:
+    transformers = need("transformers")
+    pair = (Lion8bit, {"lr": 3e-4, "weight_decay": 0.7})
+    arguments = trainer_arguments(tmp_path, learning_rate=5e-5, weight_decay=0.2)
+    trainer = transformers.Trainer(language_model(), arguments, optimizer_cls_and_kwargs=pair)
+    groups = trainer.create_optimizer().param_groups
+    assert [(group["lr"], group["weight_decay"], group["betas"]) for group in groups] == [
+        (3e-4, 0.2, (0.9, 0.99)),
+        (3e-4, 0.0, (0.9, 0.99)),  # biases and norms
+    ]
 
 
 def test_gpu_or_cpu_lora_plus_learns_b_faster(tmp_path: Path) -> None:
