@@ -106,9 +106,9 @@ LION8BIT_FN float approximate_reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-LION8BIT_FN float approximate_reciprocal_root(float x) {
+LION8BIT_FN float approximate_reciprocal_root(float x) {  // of |x|
     float y;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm("{.reg .f32 a; abs.f32 a, %1; rsqrt.approx.ftz.f32 %0, a;}" : "=f"(y) : "f"(x));
     return y;
 }
 #else  // tests/emulator has its own
@@ -125,6 +125,12 @@ template <> struct LanesOf<float> {
         const float y = approximate_reciprocal_root(x), root = x * y;
         return __fmaf_rn(__fmaf_rn(-root, root, x), y * 0.5f, root);
     }
+    // x with its sign taken to its root, by the same steps; NaN where x is 0 or below 2^-126.
+    static LION8BIT_FN float signed_root(float x) {
+        const float y = approximate_reciprocal_root(x), size = fabsf(x) * y, root = x * y;
+        return __fmaf_rn(__fmaf_rn(-root, size, x), y * 0.5f, root);
+    }
+    static LION8BIT_FN float subtract_where(bool condition, float a, float b) { return condition ? a - b : a; }
     static LION8BIT_FN int32_t truncate(float x) { return __float2int_rz(x); }
     // To nearest even; the low byte is that of the integer, which 1.5 * 2^23 brings to the end of the significand.
     static LION8BIT_FN int32_t round(float x) { return bit_cast<int32_t>(x + 12582912.0f); }
@@ -144,6 +150,7 @@ template <> struct LanesOf<float> {
     using Int = int32_t;
     using Uint = uint32_t;
     static LION8BIT_FN float square_root(float x) { return __builtin_sqrtf(x); }
+    static LION8BIT_FN float subtract_where(bool condition, float a, float b) { return condition ? a - b : a; }
     static LION8BIT_FN int32_t truncate(float x) { return static_cast<int32_t>(x); }
     static LION8BIT_FN float range_over(float scale) { return kRangeSquared / scale; }
 };
@@ -152,7 +159,13 @@ template <class F> using Int = typename LanesOf<F>::Int;
 template <class F> using Uint = typename LanesOf<F>::Uint;
 
 template <class F> LION8BIT_FN Int<F> bits(F x) { return bit_cast<Int<F>>(x); }
-template <class F> LION8BIT_FN F magnitude(F x) { return bit_cast<F>(bits(x) & 0x7fffffff); }
+template <class F> LION8BIT_FN F magnitude(F x) {
+#if defined(__CUDACC__)
+    return fabsf(x);  // no instruction, but a modifier of an operand
+#else
+    return bit_cast<F>(bits(x) & 0x7fffffff);
+#endif
+}
 template <class F> LION8BIT_FN F copy_sign(F magnitude_, F sign) {
     return bit_cast<F>((bits(sign) & int32_t(0x80000000)) | bits(magnitude_));
 }
@@ -176,8 +189,8 @@ struct Codec {
     float decode_gain;  // s * (1 / (A*A))
 };
 
-LION8BIT_FN float dither(float scale) {  // (byte + 1/2) / 256 - 1/2, exact
-    return static_cast<float>(bits(scale) & kDitherMask) * 0x1p-8f - 127.5f * 0x1p-8f;
+LION8BIT_FN float dither(float scale) {  // (byte + 1/2) / 256 - 1/2, exact; 0x43000000 is 128
+    return bit_cast<float>((bits(scale) & kDitherMask) << 8 | 0x43000000) - (128.0f + 127.5f * 0x1p-8f);
 }
 LION8BIT_FN float stored_scale(float absmax) { return absmax < kMinScale ? 0.0f : absmax; }
 LION8BIT_FN Codec encoder(float scale) {
@@ -200,10 +213,19 @@ template <class F> LION8BIT_FN Int<F> encode(F momentum, const Codec& codec) {
     return LanesOf<F>::round(scaled == 0.0f ? F{} + static_cast<float>(kZeroCode) : level);
 }
 
+#if defined(__CUDACC__) || defined(LION8BIT_EMULATED)
+// What `encode` returns, in fewer steps, or the bits of a NaN where |m| * A*A/s is below 2^-126.
+LION8BIT_FN int32_t encode_or_nan(float momentum, const Codec& codec) {
+    return LanesOf<float>::round(LanesOf<float>::signed_root(momentum * codec.encode_gain) + codec.dither);
+}
+#endif
+
 // m = t*|t| * (s * 1/(A*A)), t = code - u
-template <class F> LION8BIT_FN F decode(F code, const Codec& codec) {
+// NoZeros: the caller knows that the code is not that of zero.
+template <bool NoZeros = false, class F> LION8BIT_FN F decode(F code, const Codec& codec) {
     const F t = code - codec.dither;
     const F value = t * magnitude(t) * codec.decode_gain;
+    if constexpr (NoZeros) return value;
     return code == static_cast<float>(kZeroCode) ? F{} : value;
 }
 
@@ -224,16 +246,15 @@ LION8BIT_FN auto lion_step(const H& hyper, F& param, F& grad, F& momentum) {
     const auto skipped = (bits(grad) & 0x7fffffff) >= kOverflowBits;
     const F blended = momentum * hyper.blend + grad * hyper.one_minus_blend;
     const F averaged = momentum * hyper.beta + grad * hyper.one_minus_beta;
-    F update = copy_sign(hyper.lr - F{}, blended);
-    update = blended == 0.0f ? F{} : update;  // sign(0) = 0
+    const F update = copy_sign(hyper.lr - F{}, blended);
+    auto moves = blended != 0.0f;  // sign(0) = 0
     if constexpr (General) {
         if (hyper.flags & kCautious) {
             const auto agrees = (bits(blended) ^ bits(grad)) >= 0;
-            update = agrees ? update : F{};
-            update = grad == 0.0f ? F{} : update;
+            moves = moves & agrees & (grad != 0.0f);
         }
     }
-    const F moved = param * hyper.decay - update;
+    const F moved = LanesOf<F>::subtract_where(moves, param * hyper.decay, update);
     if constexpr (Trusted) {
         param = moved;
         momentum = averaged;
@@ -297,8 +318,9 @@ template <int32_t rounding, class F> LION8BIT_FN Uint<F> to_float16(F x, Uint<F>
 // Zero, infinity and NaN have no residual: there it is not read, so that a weight which is set to one of them from
 // outside is exactly that.
 
-// `residual` is sign-extended.
-template <class F> LION8BIT_FN F from_compensated(Uint<F> pattern, Uint<F> residual) {
+// `residual` is sign-extended. Number: the caller knows that the bf16 part is neither zero, infinity nor NaN.
+template <class F, bool Number = false> LION8BIT_FN F from_compensated(Uint<F> pattern, Uint<F> residual) {
+    if constexpr (Number) return bit_cast<F>((pattern << 16) + (residual << 8));
     const auto has_residual = (pattern & 0x7fffu) - 1u < 0x7f7fu;
     return bit_cast<F>((pattern << 16) + (has_residual ? residual << 8 : Uint<F>{}));
 }

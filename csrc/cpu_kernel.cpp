@@ -37,6 +37,9 @@ using Floats = Vector<float>;
 template <> struct LanesOf<Floats> {
     using Int = Vector<int32_t>;
     using Uint = Vector<uint32_t>;
+    static LION8BIT_FN Floats subtract_where(Int condition, Floats a, Floats b) {  // the mask costs less than a choice
+        return a - (condition ? b : Floats{});
+    }
     static LION8BIT_FN Floats square_root(Floats x) {
 #if defined(__AVX512F__)
         return _mm512_sqrt_ps(x);

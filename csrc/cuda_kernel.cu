@@ -11,6 +11,7 @@ namespace lion8bit {
 constexpr int32_t kThreads = 256;  // of a CUDA block
 constexpr int32_t kPerLane = 8;    // consecutive elements of a thread
 constexpr uint32_t kFullWarp = 0xffffffffu;
+constexpr int32_t kMany = 1 << 30;  // more elements, and blocks, than a CUDA block steps
 
 // A learning rate in device memory, of one parameter group.
 struct Rate {
@@ -55,6 +56,16 @@ template <> struct PatternOf<4> {
 };
 template <int32_t dtype> using ElementOf = typename PatternOf<dtype == kFloat32 ? 4 : 2>::type;
 
+LION8BIT_FN void store(uint4* to, uint4 words) {
+#if defined(__CUDA_ARCH__)  // the compiler makes four stores of an assignment where it sees the words one by one
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z),
+                 "r"(words.w)
+                 : "memory");
+#else
+    *to = words;
+#endif
+}
+
 template <class T> struct Octet {
     static constexpr int32_t kPerWord = 4 / sizeof(T);
     static constexpr int32_t kWords = kPerLane / kPerWord;
@@ -84,12 +95,12 @@ template <class T> struct Octet {
         } else {
 #pragma unroll
             for (int32_t w = 0; w < kWords; w += 4) {
-                reinterpret_cast<uint4*>(to)[w / 4] = {words[w], words[w + 1], words[w + 2], words[w + 3]};
+                store(reinterpret_cast<uint4*>(to) + w / 4, {words[w], words[w + 1], words[w + 2], words[w + 3]});
             }
         }
     }
 
-    // The first `count` elements, at any address; the others read as `padding`.
+    // The first `count` elements, or all 8 where it is more, at any address; the others read as `padding`.
     LION8BIT_FN void load_part(const T* from, int32_t count, uint32_t padding) {
         *this = {};
 #pragma unroll
@@ -117,11 +128,20 @@ template <int32_t dtype> LION8BIT_FN float to_float(uint32_t pattern) {
     }
 }
 
+// Whether `pack` takes in a NaN without being told.
+template <int32_t rounding> LION8BIT_FN constexpr bool packs_nan() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return rounding == kNearest;
+#else
+    return false;
+#endif
+}
+
 // Two parameters as they are stored, with 16 random bits for each. `number`: neither is a NaN.
 template <int32_t dtype, int32_t rounding, bool number>
 LION8BIT_FN uint32_t pack(float low, float high, uint32_t random) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800  // one instruction for the same, but for the bits of a NaN
-    if constexpr (rounding == kNearest) {
+    if constexpr (packs_nan<rounding>()) {  // one instruction for the same, but for the bits of a NaN
+#if defined(__CUDA_ARCH__)
         uint32_t packed;
         if constexpr (dtype == kBfloat16) {
             asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
@@ -129,8 +149,8 @@ LION8BIT_FN uint32_t pack(float low, float high, uint32_t random) {
             asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
         }
         return packed;
-    }
 #endif
+    }
     if constexpr (dtype == kBfloat16) {
         return to_bfloat16<rounding, number>(low, random & 0xffffu) | to_bfloat16<rounding, number>(high, random >> 16)
                                                                           << 16;
@@ -151,21 +171,54 @@ template <int32_t dtype, class Grads> LION8BIT_FN bool suspicious(const Grads& g
     return (sums & ~mask) != 0;
 }
 
-// Whether some of the gradients are not zero.
-template <int32_t dtype, class Grads> LION8BIT_FN bool nonzero(const Grads& grads) {
-    uint32_t joined = 0;
+// The bits that occur in any of the numbers, in both halves where two share a word.
+template <class T> LION8BIT_FN uint32_t joined(const Octet<T>& numbers) {
+    uint32_t bits = 0;
 #pragma unroll
-    for (int32_t w = 0; w < Grads::kWords; ++w) joined |= grads.words[w];
-    return (joined & (dtype == kFloat32 ? 0x7fffffffu : 0x7fff7fffu)) != 0;
+    for (int32_t w = 0; w < Octet<T>::kWords; ++w) bits |= numbers.words[w];
+    return bits;
+}
+// What `joined` has where some number is not zero, and where some is 2 or more in magnitude.
+template <class T> constexpr uint32_t kNonzeroBits = sizeof(T) == 4 ? 0x7fffffffu : 0x7fff7fffu;
+template <class T> constexpr uint32_t kLargeBits = sizeof(T) == 4 ? 0x40000000u : 0x40004000u;
+
+// Not 0 where some code is that of zero.
+LION8BIT_FN uint32_t zeros(const Octet<unsigned char>& codes) {
+    uint32_t found = 0;
+#pragma unroll
+    for (const uint32_t word : codes.words) {
+        const uint32_t flipped = word ^ 0x80808080u;  // no bits where the code is kZeroCode
+        found |= (flipped - 0x01010101u) & ~flipped;
+    }
+    return found & 0x80808080u;
+}
+
+// Not 0 where some number of 16 bits is zero.
+LION8BIT_FN uint32_t zeros(const Octet<uint16_t>& numbers) {
+    uint32_t nonzero = 0xffffffffu;
+#pragma unroll
+    for (const uint32_t word : numbers.words) nonzero &= (word & 0x7fff7fffu) + 0x7fff7fffu;
+    return ~nonzero & 0x80008000u;
 }
 
 template <bool value_> struct Constant {
     static constexpr bool value = value_;
 };
 
+// Keeps what is the same for a warp in a register of each thread: the compiler would move it there anew for each use.
+// It does not see that no lane has 32 below it.
+template <class T> LION8BIT_FN void keep([[maybe_unused]] T& value) {
+#if defined(__CUDA_ARCH__)
+    uint32_t bits_ = bit_cast<uint32_t>(value);
+    asm volatile("{.reg .u32 a; mov.u32 a, %%lanemask_lt; shr.u32 a, a, 31; or.b32 %0, %0, a;}" : "+r"(bits_));
+    value = bit_cast<T>(bits_);
+#endif
+}
 LION8BIT_FN bool aligned(const void* pointer, uint64_t bytes) {
     return reinterpret_cast<uint64_t>(pointer) % bytes == 0;
 }
+
+LION8BIT_FN int32_t at_most(int64_t count, int32_t most) { return count < most ? static_cast<int32_t>(count) : most; }
 
 // ---- What device memory decides -------------------------------------------------------------------------------------
 
@@ -231,41 +284,56 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             }
         }
     }
-    auto* const param = static_cast<Param*>(tensor.param);
-    const auto* const grad = static_cast<const Grad*>(tensor.grad);
-    auto* const momentum = static_cast<Momentum*>(tensor.momentum);
-    auto* const residual = reinterpret_cast<Byte*>(tensor.residual);
-    float* const scales = tensor.scales;
-    const int64_t cols = tensor.cols;
+    // Rows that end with a whole block follow each other without a gap: they are one row.
+    const bool seamless = tensor.rows == 1 || tensor.cols % block_size == 0;
+    const int64_t cols = seamless ? tensor.rows * tensor.cols : tensor.cols;
     const int64_t row_blocks = blocks_per_row(cols, block_size);
-    const int64_t blocks = tensor.rows * row_blocks;
-    const bool flat = tensor.rows == 1 || cols % block_size == 0;  // block b starts at element b * block_size
-    const int64_t run = flat ? tensor.rows * cols : cols;          // elements from one short block to the next
-    const bool vector = (tensor.rows == 1 || cols % kPerLane == 0) && aligned(param, 16) && aligned(grad, 16) &&
-                        aligned(momentum, quantized ? 8 : 16) && (rounding != kCompensated || aligned(residual, 8));
+    const int64_t blocks = seamless ? row_blocks : tensor.rows * row_blocks;
+    const int64_t first_block =
+        static_cast<int64_t>(tile - launch.first_tile[index]) * launch.passes * kBlocksPerPass;  // of this tile
+    const int64_t row = seamless ? 0 : first_block / row_blocks;
+    const int64_t in_row = first_block - row * row_blocks;
+    const int32_t thread = static_cast<int32_t>(threadIdx.x);
+    const int32_t lane = static_cast<int32_t>(threadIdx.x % kLanes);
+    const int32_t thread_block = static_cast<int32_t>(threadIdx.x / kLanes);
+    // What this thread steps in its first pass, if the row does not end before.
+    const int64_t first_element = row * cols + in_row * block_size + thread * kPerLane;
+    auto* param = static_cast<Param*>(tensor.param) + first_element;
+    const auto* grad = static_cast<const Grad*>(tensor.grad) + first_element;
+    auto* momentum = static_cast<Momentum*>(tensor.momentum) + first_element;
+    auto* residual = reinterpret_cast<Byte*>(tensor.residual) + first_element;
+    float* scales = tensor.scales + first_block + thread_block;
+    const bool vectors = (seamless || cols % kPerLane == 0) && aligned(tensor.param, 16) && aligned(tensor.grad, 16) &&
+                         aligned(tensor.momentum, quantized ? 8 : 16) &&
+                         (rounding != kCompensated || aligned(tensor.residual, 8));
     RandomKey key = random_key(tensor.seed, update);
-#if defined(__CUDA_ARCH__)
-    asm volatile("" : "+r"(key.low), "+r"(key.high));  // or the compiler computes it anew in every pass
-#endif
+    keep(key.low), keep(key.high);
+    keep(hyper.lr);
 
-    const int32_t lane = static_cast<int32_t>(threadIdx.x) % kLanes;
-    int64_t first_of_pass = static_cast<int64_t>(tile - launch.first_tile[index]) * launch.passes * kBlocksPerPass;
+    // Within the tile 32 bits are enough, also for what is cut off here.
+    const int32_t tile_blocks = at_most(blocks - first_block, launch.passes * kBlocksPerPass);
+    const int32_t blocks_in_row = at_most(row_blocks, kMany), elements_in_row = at_most(cols, kMany);
+    const int32_t blocks_to_end = at_most(row_blocks - in_row, kMany);  // of the row that the tile begins in
+    const int32_t elements_to_end = at_most(cols - in_row * block_size, kMany) - thread * kPerLane;
+    const int32_t gap = static_cast<int32_t>(row_blocks * block_size - cols);  // what a row's last block is short of
+    const int32_t whole_from = vectors ? kPerLane : kMany + 1;                 // elements left for a vector access
+    const uint32_t group = (kFullWarp >> (32 - kLanes)) << (threadIdx.x % 32 / kLanes * kLanes);  // lanes of a block
+    // NaN cannot come out of a step whose gradient and parameter are below 2^120.
+    const uint32_t wild = magnitude(hyper.lr) < 2.0f && magnitude(hyper.decay) < 2.0f ? 0 : 1;
     int32_t nonfinite = 0;
-    for (int32_t pass = 0; pass < launch.passes && first_of_pass < blocks; ++pass, first_of_pass += kBlocksPerPass) {
+    for (int32_t pass_block = 0; pass_block < tile_blocks; pass_block += kBlocksPerPass) {
         // Threads without elements go along: every lane of a warp takes part in the shuffles.
-        const int64_t block = first_of_pass + static_cast<int32_t>(threadIdx.x) / kLanes;
-        int64_t in_run = block * block_size, offset = in_run;
-        if (!flat) {
-            const int64_t row = (block >> 31) == 0 && (row_blocks >> 31) == 0
-                                    ? static_cast<uint32_t>(block) / static_cast<uint32_t>(row_blocks)
-                                    : block / row_blocks;
-            in_run = (block - row * row_blocks) * block_size;
-            offset = row * cols + in_run;
+        const int32_t block = pass_block + thread_block;
+        int32_t offset = pass_block * block_size;  // from this thread's first element
+        int32_t left = elements_to_end - offset;   // in this row
+        if (block >= blocks_to_end) {
+            const uint32_t beyond = block - blocks_to_end, row_length = blocks_in_row;
+            const int32_t rows = static_cast<int32_t>(beyond / row_length);
+            const int32_t in_this_row = static_cast<int32_t>(beyond % row_length);
+            offset -= (rows + 1) * gap;
+            left = block < tile_blocks ? elements_in_row - in_this_row * block_size - lane * kPerLane : 0;
         }
-        offset += lane * kPerLane;
-        const int64_t left = block < blocks ? run - in_run - lane * kPerLane : 0;
-        const int32_t count = left >= kPerLane ? kPerLane : left > 0 ? static_cast<int32_t>(left) : 0;
-        const bool whole = vector && count == kPerLane;
+        const bool whole = left >= whole_from;
 
         Octet<Param> params;
         Octet<Grad> grads;
@@ -277,100 +345,103 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             params.load_whole(param + offset);
             grads.load_whole(grad + offset);
         } else {
-            if constexpr (rounding == kCompensated) residuals.load_part(residual + offset, count, 0);
-            momenta.load_part(momentum + offset, count, quantized ? uint32_t(kZeroCode & 0xff) : 0);
-            params.load_part(param + offset, count, 0);
-            grads.load_part(grad + offset, count, 0);
+            if constexpr (rounding == kCompensated) residuals.load_part(residual + offset, left, 0);
+            momenta.load_part(momentum + offset, left, quantized ? uint32_t(kZeroCode & 0xff) : 0);
+            params.load_part(param + offset, left, 0);
+            grads.load_part(grad + offset, left, 0);
         }
         Codec codec = {};
         float old_scale = 0.0f;
         if constexpr (quantized) {
-            if (block < blocks) old_scale = scales[block];
+            if (block < tile_blocks) old_scale = scales[pass_block];
             codec = decoder(old_scale);
         }
 
-        float p[kPerLane], m[kPerLane];
-        float largest = 0.0f;
-        bool touched = !general && nonzero<grad_dtype>(grads);
-        const auto step = [&](auto trusted) {
+        // Ordinary: no element needs a test of its own. Few instructions tell for all 8.
+        constexpr bool nan_matters = param_dtype == kBfloat16 && !packs_nan<rounding>();
+        const uint32_t grad_bits = joined(grads);
+        uint32_t doubts = grad_bits & kLargeBits<Grad>;
+        if constexpr (quantized) doubts |= zeros(momenta);
+        if constexpr (nan_matters) doubts |= (joined(params) & kLargeBits<Param>) | wild;
+        if constexpr (rounding == kCompensated) doubts |= zeros(params);
+        const auto ordinary = [&] {
+            if constexpr (quantized) {
+                if (zeros(momenta)) return false;
+            }
+            if constexpr (rounding == kCompensated) {
+                if (zeros(params)) return false;
+            }
+            if constexpr (nan_matters) {
+                if (wild || suspicious<param_dtype>(params)) return false;
+            }
+            return !suspicious<grad_dtype>(grads);
+        };
+
+        float m[kPerLane], largest = 0.0f;
+        bool touched = !general && (grad_bits & kNonzeroBits<Grad>) != 0;
+        Octet<Param> moved;
+        Octet<Byte> moved_residuals = {};
+        const auto step = [&](auto ordinary_) {
+            constexpr bool plain = decltype(ordinary_)::value;
+            float p[kPerLane];
 #pragma unroll
             for (int32_t i = 0; i < kPerLane; ++i) {
                 if constexpr (rounding == kCompensated) {
                     const auto signed_residual = static_cast<int32_t>(static_cast<int8_t>(residuals.get(i)));
-                    p[i] = from_compensated<float>(params.get(i) & 0xffffu, static_cast<uint32_t>(signed_residual));
+                    p[i] =
+                        from_compensated<float, plain>(params.get(i) & 0xffffu, static_cast<uint32_t>(signed_residual));
                 } else {
                     p[i] = to_float<param_dtype>(params.get(i));
                 }
-                if constexpr (quantized) {
-                    m[i] = decode(static_cast<float>(static_cast<int8_t>(momenta.get(i))), codec);
-                } else {
-                    m[i] = bit_cast<float>(momenta.get(i));
-                }
+                m[i] = quantized ? decode<plain>(static_cast<float>(static_cast<int8_t>(momenta.get(i))), codec)
+                                 : bit_cast<float>(momenta.get(i));
                 float g = to_float<grad_dtype>(grads.get(i));
-                const bool finite = !lion_step<general, decltype(trusted)::value>(hyper, p[i], g, m[i]);
-                if constexpr (!decltype(trusted)::value) nonfinite += !finite;
+                // With flags, decay may make a finite gradient infinite.
+                constexpr bool trusted = plain && !general;
+                const bool finite = !lion_step<general, trusted>(hyper, p[i], g, m[i]);
+                if constexpr (!trusted) nonfinite += !finite;
                 largest = fmaxf(largest, magnitude(m[i]));
                 if constexpr (general) touched |= g != 0.0f;
             }
-        };
-        // One test for all gradients of a thread; with flags, decay may still make a finite gradient infinite.
-        if (general || suspicious<grad_dtype>(grads)) {
-            step(Constant<false>());
-        } else {
-            step(Constant<true>());
-        }
-
-        Octet<Param> moved;
-        Octet<Byte> moved_residuals = {};
-        if constexpr (param_dtype == kFloat32) {
+            if constexpr (param_dtype == kFloat32) {
 #pragma unroll
-            for (int32_t i = 0; i < kPerLane; ++i) moved.words[i] = bit_cast<uint32_t>(p[i]);
-        } else {
-            uint32_t random[kPerLane / 2] = {};
-            if constexpr (rounding == kStochastic) {
-                const uint32_t word_key = block_key(key, tensor.first_block + block);
-                const uint32_t first_pair = static_cast<uint32_t>(lane * kPerLane / 2);
+                for (int32_t i = 0; i < kPerLane; ++i) moved.words[i] = bit_cast<uint32_t>(p[i]);
+            } else if constexpr (rounding == kCompensated) {
+                moved = {};
 #pragma unroll
-                for (uint32_t i = 0; i < kPerLane / 2; ++i) random[i] = random_word(word_key, first_pair + i);
-            }
-            const auto pack_all = [&](auto number) {
-                constexpr bool number_ = decltype(number)::value;
-                if constexpr (rounding == kCompensated) {
-                    moved = {};
-#pragma unroll
-                    for (int32_t i = 0; i < kPerLane; ++i) {
-                        const uint32_t rounded = to_24_bits<number_>(p[i]);
-                        moved.put(i, bfloat16_part(rounded));
-                        moved_residuals.put(i, residual_part(rounded) & 0xffu);
-                    }
-                } else {
-#pragma unroll
-                    for (int32_t i = 0; i < kPerLane; i += 2) {
-                        moved.words[i / 2] = pack<param_dtype, rounding, number_>(p[i], p[i + 1], random[i / 2]);
-                    }
+                for (int32_t i = 0; i < kPerLane; ++i) {
+                    const uint32_t rounded = to_24_bits<plain>(p[i]);
+                    moved.put(i, bfloat16_part(rounded));
+                    moved_residuals.put(i, residual_part(rounded) & 0xffu);
                 }
-            };
-            bool numbers = true;  // one branch instead of a choice for each element
-#pragma unroll
-            for (int32_t i = 0; i < kPerLane; ++i) numbers &= p[i] == p[i];
-            if (numbers) {
-                pack_all(Constant<true>());
             } else {
-                pack_all(Constant<false>());
+                const uint32_t word_key =
+                    rounding == kStochastic ? block_key(key, tensor.first_block + first_block + block) : 0;
+#pragma unroll
+                for (int32_t i = 0; i < kPerLane; i += 2) {
+                    const uint32_t random = rounding == kStochastic
+                                                ? random_word(word_key, static_cast<uint32_t>(lane * kPerLane + i) / 2)
+                                                : 0;
+                    moved.words[i / 2] = pack<param_dtype, rounding, plain>(p[i], p[i + 1], random);
+                }
             }
+        };
+        if (doubts == 0 || ordinary()) {
+            step(Constant<true>());
+        } else {
+            step(Constant<false>());
         }
         if (whole) {
             moved.store_whole(param + offset);
             if constexpr (rounding == kCompensated) moved_residuals.store_whole(residual + offset);
         } else {
-            moved.store_part(param + offset, count);
-            if constexpr (rounding == kCompensated) moved_residuals.store_part(residual + offset, count);
+            moved.store_part(param + offset, left);
+            if constexpr (rounding == kCompensated) moved_residuals.store_part(residual + offset, left);
         }
 
         Octet<Momentum> stored = {};
         bool idle = false;
         if constexpr (quantized) {
-            const uint32_t group = (kFullWarp >> (32 - kLanes)) << (threadIdx.x % 32 / kLanes * kLanes);
             float scale = decayed_scale(old_scale, hyper.beta);
             idle = (__ballot_sync(kFullWarp, touched) & group) == 0 && scale >= kMinScale;
 #pragma unroll
@@ -379,11 +450,16 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             }
             if (!idle) scale = stored_scale(largest);
             codec = encoder(scale);
+            int32_t encoded[kPerLane], encoded_bits = 0;
 #pragma unroll
-            for (int32_t i = 0; i < kPerLane; ++i) {
-                stored.put(i, static_cast<uint32_t>(encode(m[i], codec)) & 0xffu);
+            for (int32_t i = 0; i < kPerLane; ++i) encoded_bits |= encoded[i] = encode_or_nan(m[i], codec);
+            if (encoded_bits & 0x20000000) {  // some is a NaN: the others are between 2^23 and 2^24
+#pragma unroll
+                for (int32_t i = 0; i < kPerLane; ++i) encoded[i] = encode(m[i], codec);
             }
-            if (lane == 0 && block < blocks) scales[block] = scale;
+#pragma unroll
+            for (int32_t i = 0; i < kPerLane; ++i) stored.put(i, static_cast<uint32_t>(encoded[i]) & 0xffu);
+            if (lane == 0 && block < tile_blocks) scales[pass_block] = scale;
         } else {
 #pragma unroll
             for (int32_t i = 0; i < kPerLane; ++i) stored.put(i, bit_cast<uint32_t>(m[i]));
@@ -392,7 +468,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         if (whole) {
             stored.store_whole(momentum + offset);
         } else {
-            stored.store_part(momentum + offset, count);
+            stored.store_part(momentum + offset, left);
         }
     }
 
@@ -408,7 +484,15 @@ LION8BIT_FN void update_tile(const Launch& launch) {
 }  // namespace lion8bit
 
 #if defined(LION8BIT_PARAM_DTYPE)
-extern "C" __global__ void __launch_bounds__(lion8bit::kThreads)
+// CUDA blocks that a multiprocessor is to hold at least: as many as the registers allow without spills.
+#if LION8BIT_GENERAL
+#define LION8BIT_RESIDENT 3
+#elif LION8BIT_WEIGHT_ROUNDING == 2 || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800)
+#define LION8BIT_RESIDENT 4
+#else
+#define LION8BIT_RESIDENT 5
+#endif
+extern "C" __global__ void __launch_bounds__(lion8bit::kThreads, LION8BIT_RESIDENT)
     lion8bit_update(const __grid_constant__ lion8bit::Launch<LION8BIT_TENSORS, LION8BIT_HYPERS> launch) {
     lion8bit::update_tile<LION8BIT_PARAM_DTYPE, LION8BIT_GRAD_DTYPE, LION8BIT_QUANTIZED, LION8BIT_BLOCK_SIZE,
                           LION8BIT_WEIGHT_ROUNDING, LION8BIT_GENERAL, LION8BIT_ON_DEVICE>(launch);

@@ -326,6 +326,26 @@ def test_parameters_that_are_not_finite(library: ctypes.CDLL, param_dtype: torch
 
 
 @needs_compiler
+@pytest.mark.parametrize("lr", [1e-3, 3.0, float("nan")])
+@pytest.mark.parametrize(("param_dtype", "rounding"), [(p, r) for p in PARAM_DTYPES for r in roundings(p)])
+def test_elements_that_need_tests_of_their_own(
+    library: ctypes.CDLL, param_dtype: torch.dtype, rounding: str, lr: float
+) -> None:
+    """Threads whose 8 elements are all of usual size take a shorter path; here neighbours are not."""
+    pair = Pair((4, 1000), param_dtype, torch.float32, 128, rounding=rounding)
+    for state in (pair.expected, pair.actual):
+        state.param[1, ::13] *= 1000
+        state.param[2, ::11] = 0.0
+    grads = make_gradient((4, 1000), torch.float32, pair.generator, False)
+    grads[0, ::17], grads[3, ::9] = 1e6, 0.0
+    pair.next_grad = lambda: None  # type: ignore[method-assign]
+    pair.expected_grad, pair.grad = grads, grads.clone()
+    hyper = hyper_for("decay", 128, rounding)
+    hyper.lr = lr
+    run_steps([pair], [hyper], on(Emulated(library)), steps=4)
+
+
+@needs_compiler
 @pytest.mark.parametrize("cols", [3, 20, 131])
 def test_padding_of_a_short_block_counts_as_zero(library: ctypes.CDLL, cols: int) -> None:
     # Gradients that cancel the momentum: whatever stood in the padding would be the largest element of the block.

@@ -12,7 +12,7 @@ float lion8bit::approximate_reciprocal(float x) {
     return bit_cast<float>(bit_cast<uint32_t>(nearest) + fmix32(bit_cast<uint32_t>(x)) % 9 - 4);
 }
 float lion8bit::approximate_reciprocal_root(float x) {
-    return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x)));
+    return static_cast<float>(1.0 / std::sqrt(std::fabs(static_cast<double>(x))));
 }
 
 namespace {
@@ -165,6 +165,7 @@ extern "C" int64_t inexact_results() {
     for (uint32_t i = 0; i < 1u << 24; ++i) {
         const float x = lion8bit::bit_cast<float>(0x3f800000u + i);  // [1, 4)
         wrong += Lanes::square_root(x) != std::sqrt(x);
+        wrong += Lanes::signed_root(x) != std::sqrt(x) || Lanes::signed_root(-x) != -std::sqrt(x);
         wrong += Lanes::range_over(x) != lion8bit::kRangeSquared / x;
         for (const float scale : {x * 0x1p-100f, x * 0x1p125f}) {  // the smallest and largest scales
             wrong += Lanes::range_over(scale) != lion8bit::kRangeSquared / scale;
