@@ -10,6 +10,7 @@ import mmap
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -535,6 +536,20 @@ def test_tensors_beyond_32_bits(library: ctypes.CDLL, cols: int, monkeypatch: py
     assert_same(param[tail].view(shape), expected, "param")
     assert_same(codes[tail].view(shape), codes_.contiguous(), "codes")
     assert_same(scales[first_scale:].view(scales_.shape), scales_, "scales")
+
+
+@needs_compiler
+@needs_nvrtc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without NVIDIA's own driver")
+def test_calls_arrive_at_the_driver(
+    library: ctypes.CDLL, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["-std=c++17", "-shared", "-fPIC", "-ldl", "-Wl,-soname,libcuda.so.1"]
+    driver = build(request.config.cache.mkdir("emulator"), "fake_driver.cpp", flags, ".so")
+    monkeypatch.setenv(cuda.CACHE_VARIABLE, str(tmp_path))
+    program = [sys.executable, str(Path(__file__).parent / "through_driver.py"), str(driver), library._name]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "sound\n"), done.stderr[-3000:]
 
 
 @pytest.fixture(scope="session")
