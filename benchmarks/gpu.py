@@ -251,12 +251,16 @@ class Session:
         return self.benchmark(part.name, limit)
 
     def tests(self, limit: float) -> dict[str, Any]:
-        """Every test that needs a GPU; their names begin with test_gpu."""
+        """Every test that needs a GPU; their names begin with test_gpu, or their parameter is called on_gpu."""
         if missing(["pytest"]):
             return {"status": "skipped", "detail": "pytest is not installed"}
-        files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "def test_gpu" in path.read_text()]
+        files = [
+            path
+            for path in sorted((ROOT / "tests").glob("test_*.py"))
+            if re.search(r"def test_gpu|on_gpu|ON_GPU", path.read_text())
+        ]
         report = self.output / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-k", "test_gpu", "-c", ROOT / "pyproject.toml"]
+        command = [sys.executable, "-m", "pytest", "-q", "-k", "test_gpu or on_gpu", "-c", ROOT / "pyproject.toml"]
         command += [
             "-o",
             f"cache_dir={self.site}/cache",

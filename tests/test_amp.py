@@ -23,7 +23,7 @@ from lion8bit import Lion8bit, cuda, portable
 from lion8bit.control import UpdateCounts
 
 ON_EMULATOR = pytest.param("emulated", marks=pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"))
-ON_GPU = pytest.param("cuda", marks=needs_gpu)
+ON_GPU = pytest.param("cuda", marks=needs_gpu, id="on_gpu")
 on_device = pytest.mark.parametrize("place", [ON_EMULATOR, ON_GPU], indirect=True)
 
 

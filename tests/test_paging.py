@@ -14,7 +14,7 @@ import torch
 from cases import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_amp import Place, assert_same_contents, contents, place, scaler_for, set_grads  # noqa: F401
+from test_amp import ON_GPU, Place, assert_same_contents, contents, place, scaler_for, set_grads  # noqa: F401
 from test_cuda import library, needs_gpu  # noqa: F401
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,7 +68,7 @@ def train(twins: Twins, steps: int, seed: int = 0, how: str = "together") -> Non
                 param.grad = None
         elif how == "one twice" and step % 2 == 0:  # unexpectedly, so that nothing has been fetched ahead
             optimizer.step_param(params[0], groups[params[0]])
-        if how != "alone":
+        if how != "alone" and params[-1].dim() == 4:
             params[-1].grad = params[-1].grad.contiguous(memory_format=torch.channels_last)
         optimizer.step()
 
@@ -572,17 +572,18 @@ def usual_slots(monkeypatch: pytest.MonkeyPatch, small_slots: None) -> None:
     monkeypatch.setattr(paging, "SLOT_BYTES", 16 << 20)
 
 
-@needs_gpu
-@pytest.mark.parametrize("how", HOW)
-def test_gpu_pages_at_full_size(usual_slots: None, how: str) -> None:
-    twins = [large("cuda", is_paged=paged, weight_rounding="compensated") for paged in (False, True)]
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+@pytest.mark.parametrize("how", ["together", "alone"])
+def test_slots_of_full_size(usual_slots: None, how: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paging, "DEVICES", {device})
+    twins = [large(device, is_paged=paged, weight_rounding="compensated") for paged in (False, True)]
     for each in twins:
-        train(each, 3, how=how)
+        train(each, 2, how=how)
     assert_same_contents(*(contents(optimizer) for _, optimizer in twins))
-    for state in twins[1][1].state.values():
+    for param, state in twins[1][1].state.items():
         for value in state.values():
-            if isinstance(value, torch.Tensor) and value.numel() >= 1 << 16:
-                assert value.device.type == "cpu" and value.is_pinned()
+            if isinstance(value, torch.Tensor) and param.numel() >= 1 << 16:
+                assert value.device.type == "cpu" and value.is_pinned() == (device == "cuda")
 
 
 @needs_gpu
