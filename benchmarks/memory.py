@@ -37,13 +37,12 @@ from common import (
 )
 from gpu_step import flash
 from rich.table import Table
-from step_time import CONTENDERS
+from step_time import CONTENDERS, state_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lion8bit import Lion, Lion8bit, estimate, fuse_into_backward
 from lion8bit.bytelm import rotary_table, rotate
-from lion8bit.demo import state_bytes
 
 DESCRIPTION = """\
 What does training take in memory, at which moment, and what of it does the optimizer change? Transformers in the shapes
@@ -51,7 +50,7 @@ of public models, with random weights, are trained for a few steps by each optim
 
   full         full fine-tuning in bf16 with activation checkpointing: the case that this library is for
   lora         adapters of rank 16 only: the state of few parameters, so no optimizer makes a difference
-  activations  a long sequence without checkpointing: activations are most of it
+  activations  a longer sequence without checkpointing: at the peak no gradient is there yet, so releasing gains nothing
   limit        full fine-tuning in a process that is held to a limit, which some optimizers run out of
 
 Columns:
@@ -77,6 +76,7 @@ examples:
   python benchmarks/memory.py --case full --contender adamw lion8bit lion8bit-release
   python benchmarks/memory.py --case limit --limit 1.5
   python benchmarks/memory.py --json memory.json --plot memory.png
+  python benchmarks/memory.py --contender adamw --case full --json memory.json --add memory.json      in pieces
   python benchmarks/memory.py --device cuda --snapshot .
 """
 
@@ -694,6 +694,7 @@ def main() -> None:
     options.add_argument("--snapshot", type=Path, metavar="FOLDER", help="GPU: write memory snapshots of the case full")
     options.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     options.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options.add_argument("--add", type=Path, metavar="FILE", help="begin with the rows of this file, an earlier --json")
     settings = options.parse_args()
     if settings.limit is not None and settings.limit <= 0:
         options.error(f"--limit must be positive, got {settings.limit}")
@@ -714,11 +715,14 @@ def main() -> None:
     only = [key for key in only or ALL if key not in settings.skip]
     todo = {name: chosen(cases[name], device.type, only) for name in settings.case}
     results: dict[str, Any] = {"environment": record, "device": device.type, "cases": {}}
+    if settings.add:
+        results["cases"] = json.loads(settings.add.read_text())["cases"]
     with progress("memory") as bar:
         task = bar.add_task("", total=sum(map(len, todo.values())))
         for name, keys in todo.items():
             case = cases[name]
-            found = results["cases"][name] = {"title": f"{name}: {case.title()}", "limit": case.limit, "rows": {}}
+            started = {"title": f"{name}: {case.title()}", "limit": case.limit, "rows": {}}
+            found = results["cases"].setdefault(name, started)
             for key in keys:
                 bar.update(task, description=f"{name}, {ALL[key].label}")
                 if device.type == "cuda":
@@ -728,6 +732,7 @@ def main() -> None:
                 else:
                     found["rows"][key] = in_own_process(name, key, settings)
                 bar.advance(task)
+                found["rows"] = {other: found["rows"][other] for other in ALL if other in found["rows"]}
                 write_json(settings.json, "memory", settings, results)
             out.print(table(found))
     save_figure(draw(results), settings.plot)
