@@ -292,6 +292,25 @@ def fsdp2_takes_the_bytes_of_the_plan() -> None:
 
 
 @check
+def fsdp2_with_gradient_release() -> None:
+    from lion8bit import fuse_into_backward
+
+    for rank in world(2):
+        nets = [fsdp2(make_net(torch.bfloat16), 2) for _ in range(2)]
+        ordinary, released = (make_optimizer(net) for net in nets)
+        fuse_into_backward(nets[1], released)
+        schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (ordinary, released)]
+        for step in range(3):
+            for net, optimizer, scheduler in zip(nets, (ordinary, released), schedulers, strict=True):
+                net(Net.tokens(10 * step + rank)).float().square().mean().backward()
+                assert all((param.grad is None) == (optimizer is released) for param in net.parameters())
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+            assert_equal(contents(released), contents(ordinary))
+
+
+@check
 def fsdp2_with_a_compiled_step() -> None:
     for rank in world(2):
         net = make_net(torch.bfloat16)

@@ -179,3 +179,28 @@ def test_closure_by_position_and_betas_as_a_list() -> None:
     plain.step()
     for param, other in zip(module.parameters(), twin.parameters(), strict=True):
         assert_same(param.detach(), other.detach(), "parameter")
+
+
+def test_partitions_of_a_flat_buffer_step_as_vectors() -> None:
+    """As DeepSpeed's ZeRO does: slices of one buffer take the place of parameters before the first step."""
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(3 * 5001, generator=generator)
+    whole = torch.nn.Parameter(flat.clone())
+    slices = [torch.nn.Parameter(flat.narrow(0, start, 5001)) for start in range(0, len(flat), 5001)]
+    optimizers = [Lion8bit([torch.nn.Parameter(torch.zeros(70, 90))], weight_decay=0.1) for _ in slices]
+    for optimizer, part in zip(optimizers, slices, strict=True):
+        optimizer.param_groups[0]["params"] = [part]
+    reference = [Lion8bit([part.detach().clone().requires_grad_()], weight_decay=0.1) for part in slices]
+    for _ in range(3):
+        grads = torch.randn(len(flat), generator=generator).split(5001)
+        for optimizer, alone, grad in zip(optimizers, reference, grads, strict=True):
+            for stepped in (optimizer, alone):
+                stepped.param_groups[0]["params"][0].grad = grad.clone()
+                stepped.step()
+    for optimizer, alone, part in zip(optimizers, reference, slices, strict=True):
+        copy = alone.param_groups[0]["params"][0]
+        assert optimizer.state[part]["codes"].shape == (5001,)
+        assert_same(part.detach(), copy.detach(), "slice")
+        assert_same(optimizer.momentum(part), alone.momentum(copy), "momentum")
+    assert_same(flat, torch.cat([part.detach() for part in slices]), "buffer")
+    assert not torch.equal(flat, whole)
