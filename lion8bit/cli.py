@@ -336,6 +336,50 @@ def build_app() -> "typer.Typer":
         console.print(planner.plan_table(plan))
         console.print(planner.plan_bars(plan, console.width))
 
+    @app.command()
+    def convert(
+        source: Annotated[Path, typer.Argument(metavar="IN", help="File of torch.save with an optimizer's state.")],
+        target: Annotated[Path, typer.Argument(metavar="OUT", help="File to write.")],
+        to: Annotated[
+            str,
+            typer.Option(
+                help="lion8bit, or who shall load it: lion-pytorch, timm, flashoptim, torch-optimi, bitsandbytes."
+            ),
+        ] = "lion8bit",
+        block_size: Annotated[int, typer.Option(help="Elements per scale of lion8bit: 64, 128 or 256.")] = 128,
+        min_8bit_size: Annotated[int, typer.Option(help="Smaller parameters keep fp32 momentum in lion8bit.")] = 4096,
+        optim_bits: Annotated[int, typer.Option(help="8, or 32 for fp32 momentum in lion8bit.")] = 8,
+        force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
+        as_json: Annotated[
+            bool,
+            typer.Option("--json", help="Print JSON, and nothing else, to standard output."),
+        ] = False,
+    ) -> None:
+        """Convert a checkpoint from one library's Lion to another's; no model is needed.
+
+        The state may be the whole file (as Trainer's optimizer.pt) or lie under "optimizer", "optimizer_state_dict" or
+        "optimizer_states"; all else in the file stays. Momentum is exact but where it is encoded to 8 bits anew.
+
+        Examples: `lion8bit convert optimizer.pt ours.pt`, `lion8bit convert ours.pt theirs.pt --to bitsandbytes`,
+        `lion8bit convert ours.pt finer.pt --block-size 64`
+        """
+        from lion8bit.convert import ConversionError, convert_file
+
+        options = {"block_size": block_size, "min_8bit_size": min_8bit_size, "optim_bits": optim_bits}
+        try:
+            summary = convert_file(source, target, to, **options, force=force)
+        except ConversionError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(USAGE_ERROR) from error
+        if as_json:
+            typer.echo(json.dumps(summary, indent=2))
+        else:
+            before, after = (summary[name] / 1e6 for name in ("bytes_before", "bytes_after"))
+            typer.echo(
+                f"{target}: the momentum of {summary['with_state']} parameters, {summary['elements']:,} elements, from "
+                f"{summary['from']} ({before:.2f} MB) to {summary['to']} ({after:.2f} MB)"
+            )
+
     bench = typer.Typer(help="Run a benchmark; the arguments that follow its name are its own, --help included.")
     app.add_typer(bench, name="bench", no_args_is_help=True)
 

@@ -318,6 +318,7 @@ def test_the_shell_completes(words: str, offered: str) -> None:
 
 
 def test_importing_the_package_imports_no_extra() -> None:
-    code = "import sys, lion8bit; print({'typer', 'rich', 'matplotlib', 'bitsandbytes'} & set(sys.modules))"
+    extras = {"typer", "rich", "matplotlib", "transformers", "bitsandbytes"}
+    code = f"import sys, lion8bit; print({extras} & set(sys.modules))"
     done = run_python("-c", code)
     assert done.stdout.strip() == "set()", done.stderr
