@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import types
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +21,20 @@ from lion8bit.reference import RANGE_SQUARED
 bitsandbytes = pytest.importorskip("bitsandbytes")
 lion_pytorch = pytest.importorskip("lion_pytorch")
 optimi = pytest.importorskip("optimi", reason="needs torch-optimi")
+
+
+def timm_lion() -> Any:
+    """timm's Lion, from its file: importing timm itself takes torchvision."""
+    spec = importlib.util.find_spec("timm")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("needs timm")
+    stand_ins = {}
+    for name, folder in (("timm", ""), ("timm.optim", "optim")):
+        stand_ins[name] = types.ModuleType(name)
+        stand_ins[name].__path__ = [str(Path(spec.submodule_search_locations[0]) / folder)]
+    with mock.patch.dict("sys.modules", stand_ins):
+        return importlib.import_module("timm.optim.lion").Lion
+
 
 OPTIONS = {"lr": 3e-3, "betas": (0.95, 0.98), "weight_decay": 0.1}
 Make = Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
@@ -38,6 +56,8 @@ PEERS: dict[str, Make] = {
     "bitsandbytes Lion8bit, not wrapped": lambda params: BareLion8bit(params, **OPTIONS),
     "bitsandbytes Lion": lambda params: bitsandbytes.optim.Lion(params, **OPTIONS),
     "lion8bit.Lion": lambda params: Lion(params, **OPTIONS),
+    "timm": lambda params: timm_lion()(params, **OPTIONS),
+    "timm foreach": lambda params: timm_lion()(params, **OPTIONS, foreach=True),
 }
 
 
