@@ -107,15 +107,15 @@ PARTS = (  # in the order of their worth
     Part("7B", 45, 110),
     Part("8B", 60, 130),
     Part("3B", 45, 90),
-    Part("memcheck", 15, 60),
+    Part("memcheck", 20, 90),
     Part("memory", 60, 150),
-    Part("racecheck", 15, 60),
+    Part("racecheck", 20, 90),
     Part("peers", 60, 150),
     Part("sdxl", 25, 90),
     Part("lora", 20, 60),
     Part("vit", 20, 60),
-    Part("initcheck", 15, 60),
-    Part("synccheck", 15, 60),
+    Part("initcheck", 20, 90),
+    Part("synccheck", 20, 90),
 )
 
 

@@ -140,7 +140,8 @@ class Block:
 def parse(listing: str) -> list[Block]:
     """The basic blocks of the first function in what ``nvdisasm -c`` prints, in their order in memory.
 
-    A call leaves its block without a successor: no path that is looked for goes through one.
+    A call of another function leaves its block without a successor: no path that is looked for goes through one. A call
+    of a label is a jump.
     """
     label, line = (
         re.compile(r"^(\.L_\w+):"),
@@ -161,10 +162,10 @@ def parse(listing: str) -> list[Block]:
     for index, block in enumerate(blocks[:-1]):
         last = block.code[-1] if block.code else Instruction("", "NOP", "")
         target = re.search(r"`\((\.L_\w+)\)", last.operands)
-        if last.name == "BRA" and target:
+        if last.name in ("BRA", "CALL") and target:
             block.next.append(starts[target[1]])
         conditional = bool(last.guard) or (last.name == "BRA" and re.search(r"\bU?[PR]+\d", last.operands) is not None)
-        if last.name not in ("BRA", "EXIT", "RET", "CALL") or (conditional and last.name != "CALL"):
+        if last.name not in ("BRA", "EXIT", "RET", "CALL") or conditional:
             block.next.append(index + 1)
     return blocks
 
@@ -222,7 +223,8 @@ def hot_path(blocks: Sequence[Block], accesses: Counter[Access]) -> tuple[list[I
     way, start, end = min(ways, key=lambda each: len(each[0]))
     before = (shortest(blocks, 0, index) for index, block in enumerate(blocks) if start in block.next and index < start)
     exits = [index for index, block in enumerate(blocks) if block.code and block.code[-1].name == "EXIT"]
-    after = (shortest(blocks, follower, last) for follower in blocks[end].next if follower != start for last in exits)
+    out = {follower for block in blocks[start : end + 1] for follower in block.next if follower > end}
+    after = (shortest(blocks, follower, last) for follower in out for last in exits)
     around = [min((each for each in found if each), key=len, default=[]) for found in (before, after)]
     return way, around[0] + around[1]
 

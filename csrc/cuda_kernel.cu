@@ -487,7 +487,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
 // CUDA blocks that a multiprocessor is to hold at least: as many as the registers allow without spills.
 #if LION8BIT_GENERAL
 #define LION8BIT_RESIDENT 3
-#elif LION8BIT_WEIGHT_ROUNDING == 2 || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800)
+#elif LION8BIT_WEIGHT_ROUNDING == 2 || LION8BIT_ON_DEVICE || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800)
 #define LION8BIT_RESIDENT 4
 #else
 #define LION8BIT_RESIDENT 5

@@ -45,7 +45,9 @@ kernel:
         /*00f0*/                   FADD R5, R5, R5 ;
 .L_x_4:
         /*0100*/               @P3 STG.E desc[UR4][R2.64], R5 ;
-        /*0110*/               @P4 BRA `(.L_x_0) ;
+        /*0110*/              @!P4 CALL.REL.NOINC `(.L_x_6) ;
+        /*0118*/                   BRA `(.L_x_0) ;
+.L_x_6:
         /*0120*/                   EXIT ;
 .L_x_5:
         /*0130*/                   BRA `(.L_x_5);
@@ -54,7 +56,7 @@ $slow:
         /*0140*/                   STG.E desc[UR4][R2.64], R5 ;
         /*0150*/                   RET.REL.NODEC R2 `(kernel) ;
 """
-HOT = ["IADD3", "ISETP", "BRA", "LDG", "BRA", "MUFU", "FFMA", "BRA", "STG", "BRA"]
+HOT = ["IADD3", "ISETP", "BRA", "LDG", "BRA", "MUFU", "FFMA", "BRA", "STG", "CALL", "BRA"]
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def test_hot_path_of_a_listing(sass: Any) -> None:
     path, around = sass.hot_path(blocks, Counter({("LDG", 16): 1, ("STG", 4): 1}))
     assert [each.name for each in path] == HOT
     assert path[3].opcode == "LDG.E.128" and path[3].access == ("LDG", 16)
-    assert path[2].guard == "@!P1" and path[-2].guard == "@P3"
+    assert path[2].guard == "@!P1" and path[-3].guard == "@P3"
     assert [each.name for each in around] == ["S2R", "EXIT", "EXIT"]
     slow, _ = sass.hot_path(blocks, Counter({("LDG", 1): 1, ("STG", 4): 1}))
     assert [each.name for each in slow] == [*HOT[:3], "LDG", "BRA", *HOT[4:]]
@@ -79,7 +81,7 @@ def test_hot_path_of_a_listing(sass: Any) -> None:
 
 def test_units_of_a_listing(sass: Any) -> None:
     path, _ = sass.hot_path(sass.parse(LISTING), Counter({("LDG", 16): 1, ("STG", 4): 1}))
-    expected = {"issue": 10, "float": 1, "integer": 4, "special": 8, "memory": 16 + 4}
+    expected = {"issue": 11, "float": 1, "integer": 4, "special": 8, "memory": 16 + 4}
     assert sass.busy(path, sass.CHIPS[90]) == expected
     assert sass.busy(path, sass.CHIPS[75]) == {**expected, "float": 2}
 
@@ -126,7 +128,7 @@ def test_growth_is_reported(sass: Any) -> None:
     any(importlib.util.find_spec(name) is None for name in ("cuda", "nvidia")), reason="needs NVRTC and nvdisasm"
 )
 def test_kernel_is_within_its_budget(tmp_path: Path) -> None:
-    """An H200's memory leaves 56 cycles for a bf16 element and 98 for an fp32 one."""
+    """An H200's memory leaves 56 cycles for a bf16 element and 98 for an fp32 one; some are to spare."""
     target = tmp_path / "sass.json"
     command = [sys.executable, BENCHMARKS / "sass.py", "--quick", "--arch", "90", "--json", target]
     environment = {**os.environ, "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
@@ -134,8 +136,8 @@ def test_kernel_is_within_its_budget(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Prediction, not a measurement" in done.stdout
     kernels = json.loads(target.read_text())["architectures"]["90"]
-    assert kernels["bf16, nearest"]["busy_per_element"] <= 55
-    assert kernels["fp32"]["busy_per_element"] <= 90
+    assert kernels["bf16, nearest"]["busy_per_element"] <= 46
+    assert kernels["fp32"]["busy_per_element"] <= 46
     for kernel in kernels.values():
         assert kernel["local_memory"] == 0
         assert kernel["occupancy"] >= 0.5
