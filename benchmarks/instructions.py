@@ -49,10 +49,21 @@ CASES: dict[str, tuple[str, str, int, str, int]] = {  # parameter, gradient, 8-b
 
 
 def build(folder: Path) -> Path:
-    """Compiles the program that makes the call; needs no more than the C++ compiler."""
+    """Compiles the program that makes the call, with the OpenMP runtime that the library finds in its process."""
     program = folder / "instructions"
     sources = HERE.parent / "csrc"
-    command = ["g++", "-O1", "-std=c++17", f"-I{sources}", str(HERE / "instructions.cpp"), "-o", str(program), "-ldl"]
+    command = [
+        "g++",
+        "-O1",
+        "-std=c++17",
+        f"-I{sources}",
+        str(HERE / "instructions.cpp"),
+        "-o",
+        str(program),
+        "-ldl",
+        "-Wl,--no-as-needed",
+        "-fopenmp",
+    ]
     subprocess.run(command, check=True)
     return program
 
