@@ -14,7 +14,7 @@ import torch
 from lion8bit.control import UpdateCounts
 from lion8bit.describe import describe
 from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols
-from lion8bit.sharding import Position, is_dtensor, local, local_state, position
+from lion8bit.sharding import first_block, is_dtensor, local, local_state
 
 if TYPE_CHECKING:
     from lion8bit.paging import Load
@@ -36,7 +36,7 @@ class Entry:
     order: tuple[int, ...]  # memory order of the dimensions
     rows: int
     cols: int
-    position: Position
+    first_block: int  # of the whole parameter's blocks, where this is a part of it
     seed: int
     hyper: int  # index into the step's Hypers
     state: dict[str, Any]
@@ -100,7 +100,7 @@ def make_entry(
         order=order,
         rows=rows,
         cols=cols,
-        position=position(source, cols, block_size),
+        first_block=first_block(source, block_size),
         seed=seed,
         hyper=hyper,
         state=state,
@@ -226,7 +226,7 @@ class Batch:
             row.momentum = entry.momentum.data_ptr()
             row.scales = 0 if entry.scales is None else entry.scales.data_ptr()
             row.residual = 0 if entry.residual is None else entry.residual.data_ptr()
-            row.rows, row.cols, row.first_block = entry.rows, entry.cols, entry.position.first_block
+            row.rows, row.cols, row.first_block = entry.rows, entry.cols, entry.first_block
             row.seed, row.step, row.hyper = entry.seed, entry.state["step"], entry.hyper
             row.param_dtype, row.grad_dtype = DTYPES[entry.param.dtype], DTYPES[grad.dtype]
         self.columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Tensor))

@@ -226,7 +226,7 @@ class Load:
                 residual = self._bring(_flat(whole.residual, whole)[elements], slot).view(shape)
             if whole.scales is not None:
                 scales = self._bring(whole.scales.view(-1)[blocks], slot).view(piece.rows, -1)
-            first_block = whole.position.first_block + piece.first_block
+            first_block = whole.first_block + piece.first_block
             entry = replace(
                 whole,
                 param=param,
@@ -236,7 +236,7 @@ class Load:
                 order=(0, 1),
                 rows=piece.rows,
                 cols=piece.cols,
-                position=whole.position._replace(first_block=first_block),
+                first_block=first_block,
             )
             self.entries.append(entry)
             self.table[number] = batch.table[piece.entry]

@@ -8,20 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lion8bit.layout import blocks_per_row
-
-
-class Position(NamedTuple):
-    """Where local rows stand among the blocks of the whole parameter, which stochastic rounding counts."""
-
-    first_block: int  # the block of the first element
-    row_blocks: int  # blocks from one row to the next
-    skip: int  # elements of the first element's block that come before it
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -76,10 +68,10 @@ def keeps_blocks_whole(param: Any, block_size: int) -> bool:
     return parts == 1 or (param.shape[1] % parts == 0 and cols % (parts * block_size) == 0)
 
 
-def position(param: Any, cols: int, block_size: int) -> Position:
-    """The `Position` of a parameter's local tensor, whose rows have ``cols`` elements if it is a plain one."""
+def first_block(param: Any, block_size: int) -> int:
+    """Which block of the whole parameter a local tensor begins in: stochastic rounding counts those of the whole."""
     if not is_dtensor(param) or not local(param).numel():
-        return Position(0, blocks_per_row(cols, block_size), 0)
+        return 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
@@ -88,8 +80,7 @@ def position(param: Any, cols: int, block_size: int) -> Position:
     start = 0
     for index, size in zip(inner, sizes, strict=True):
         start = start * size + index
-    row_blocks = blocks_per_row(math.prod(sizes), block_size)
-    return Position(row * row_blocks + start // block_size, row_blocks, start % block_size)
+    return row * blocks_per_row(math.prod(sizes), block_size) + start // block_size
 
 
 def gradients(params: Sequence[Any], grads: list[Any]) -> list[Tensor]:
