@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from common import Shape, available, environment, make_params, numel, spread
 from models import GPU_MODELS, QUICK_GPU_MODELS
-from step_time import CONTENDERS, DTYPES, LR, OURS, Contender, Params, state_bytes, time_call
+from step_time import CONTENDERS, DTYPES, LR, OURS, Contender, Params, time_call
 
 from lion8bit import Lion8bit
+from lion8bit.demo import state_bytes
 
 SECONDS_PER_CONTENDER = 3.0  # of repeats, its first steps apart
 SHARE_OF_MEMORY = 0.9  # of what is free, that parameters, gradients and our state may take

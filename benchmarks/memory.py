@@ -37,12 +37,13 @@ from common import (
 )
 from gpu_step import flash
 from rich.table import Table
-from step_time import CONTENDERS, state_bytes
+from step_time import CONTENDERS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lion8bit import Lion, Lion8bit, estimate, fuse_into_backward
 from lion8bit.bytelm import rotary_table, rotate
+from lion8bit.demo import state_bytes
 
 DESCRIPTION = """\
 What does training take in memory, at which moment, and what of it does the optimizer change? Transformers in the shapes

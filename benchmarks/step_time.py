@@ -42,7 +42,7 @@ from torch import Tensor
 
 from lion8bit import Lion8bit, portable
 from lion8bit import optimizer as lion8bit_optimizer
-from lion8bit.demo import tensors_in
+from lion8bit.demo import state_bytes
 
 DESCRIPTION = """\
 How long does a step take, and how near is that to what the memory allows? Every contender steps the same parameters and
@@ -348,16 +348,6 @@ def measure(
         if row["status"] == "extrapolated":
             row["time_over_ours"] = row["ns_per_parameter"] / rows[OURS]["ns_per_parameter"]
     return {"bandwidth": bandwidth, "streams": speeds, "rows": rows}
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's tensors, those inside of a peer's own objects too; shared tensors count once."""
-    held = [
-        value if type(value) is Tensor else getattr(value, "__dict__", value)
-        for state in optimizer.state.values()
-        for value in state.values()
-    ]
-    return sum({(t.device, t.data_ptr(), t.nbytes): t.nbytes for t in tensors_in(held)}.values())
 
 
 def bytes_moved(params: Params, optimizer: torch.optim.Optimizer) -> int:

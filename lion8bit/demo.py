@@ -434,9 +434,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state: momentum, codes, scales, maps, counters; shared tensors count once."""
-    sizes = {(t.device, t.data_ptr(), t.nbytes): t.nbytes for t in tensors_in(dict(optimizer.state))}
-    return sum(sizes.values())
+    """Bytes of an optimizer's state: momentum, codes, scales, maps, counters; shared tensors count once.
+
+    A tensor of a class of its own (torchao's) has no memory; its tensors are its attributes.
+    """
+    held = [
+        value if type(value) is torch.Tensor else getattr(value, "__dict__", value)
+        for state in optimizer.state.values()
+        for value in state.values()
+    ]
+    return sum({(t.device, t.data_ptr(), t.nbytes): t.nbytes for t in tensors_in(held)}.values())
 
 
 def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> int:

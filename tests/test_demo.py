@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,18 +22,11 @@ pytest.importorskip("matplotlib", reason="needs the extra named demo")
 Console = pytest.importorskip("rich.console", reason="needs the extra named demo").Console
 CliRunner = pytest.importorskip("typer.testing", reason="needs the extra named demo").CliRunner
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 3
 REPOSITORY = Path(__file__).parent.parent
 SMALL = ["--steps", str(STEPS), "--batch-size", "1", "--eval-windows", "2", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Runs on one thread: the work is small, and threads that wait for each other slow down on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

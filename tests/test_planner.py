@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from lion8bit.cli import build_app
 from lion8bit.demo import state_bytes
 from lion8bit.paging import BUFFER_BYTES
 from lion8bit.planner import GIB
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LLAMA = {
     "model_type": "llama",
@@ -56,15 +59,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 500,
     },
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The work is small, and threads that wait for each other slow down on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Convolutions(nn.Module):
@@ -262,17 +256,11 @@ def test_more_gpus_hold_less() -> None:
 # ---- Activations and the peak ----------------------------------------------------------------------------------------
 
 
-def peak_bytes(call: Callable[[], Any]) -> tuple[int, int]:
-    """Highest and final number of tensor bytes that a call holds beyond those before it."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest, now
+@pytest.fixture
+def tensors_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tuple[int, int]]:
+    """How `benchmarks/memory.py` measures the tensors of a call: most and last."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("memory").tensors_of  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -281,7 +269,12 @@ def peak_bytes(call: Callable[[], Any]) -> tuple[int, int]:
     [("llama", 96, True), ("llama", 8, True), ("llama", 96, False), ("llama_tied", 8, True), ("llama_tied", 8, False)],
 )
 def test_peak_is_what_an_iteration_allocates(
-    name: str, tokens: int, release: bool, checkpointing: bool, tmp_path: Path
+    name: str,
+    tokens: int,
+    release: bool,
+    checkpointing: bool,
+    tmp_path: Path,
+    tensors_of: Callable[[Callable[[], Any]], tuple[int, int]],
 ) -> None:
     folder = hugging_face(name, tmp_path)
     model = build(folder).train()
@@ -301,8 +294,8 @@ def test_peak_is_what_an_iteration_allocates(
 
     for _ in range(2):
         outputs.clear()
-        highest, kept = peak_bytes(forward)
-        highest = max(highest, kept + peak_bytes(backward)[0])
+        highest, kept = tensors_of(forward)
+        highest = max(highest, kept + tensors_of(backward)[0])
         optimizer.step()
         optimizer.zero_grad()
     plan = estimate(folder, dtype="fp32", batch=2, sequence=tokens, checkpointing=checkpointing)
