@@ -31,6 +31,7 @@ int main(int argc, char** argv) {
     tensor.residual = residual.data();
     tensor.rows = 1;
     tensor.cols = count;
+    tensor.row_stride = static_cast<uint32_t>(count);
     tensor.step = 1;
     tensor.param_dtype = static_cast<int32_t>(number(2));
     tensor.grad_dtype = static_cast<int32_t>(number(3));

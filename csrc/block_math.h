@@ -77,7 +77,8 @@ struct Tensor {
     int8_t* residual;  // [rows, cols] int8 below a bf16 param, updated in place; null unless weights are compensated
     int64_t rows;
     int64_t cols;
-    int64_t first_block;  // index of the first block here within the whole parameter, of which this may be a shard
+    uint32_t first;       // index of the first element within the whole parameter, of which this may be a shard
+    uint32_t row_stride;  // elements of the whole from the start of a row to that of the next; both modulo 2^32
     uint32_t seed;        // tells parameters apart in stochastic rounding
     uint32_t step;        // counts this parameter's updates from 1; or indexes Launch::counters of the CUDA kernel
     int16_t param_dtype;  // Dtype
@@ -339,19 +340,11 @@ template <class U> LION8BIT_FN U residual_part(U rounded) { return rounded >> 8;
 
 // ---- Random bits for stochastic rounding ---------------------------------------------------------------------------
 //
-// A function of (parameter, its update count, block, element) alone: it needs no state, and shards agree with the
-// whole.
+// A function of (parameter, its update count, element) alone: it needs no state, and shards agree with the whole. An
+// element is counted within the whole parameter, modulo 2^32.
 
-struct RandomKey {
-    uint32_t low, high;
-};
-LION8BIT_FN RandomKey random_key(uint32_t seed, uint32_t step) {
-    return {fmix32(fmix32(seed) + step), fmix32(fmix32(step ^ 0x9e3779b9u) + seed)};
-}
-LION8BIT_FN uint32_t block_key(const RandomKey& key, int64_t block) {
-    return fmix32(static_cast<uint32_t>(block) ^ key.low) ^ key.high;
-}
-// 32 bits for elements 2*pair (low half) and 2*pair + 1 (high half) of a block.
-template <class U> LION8BIT_FN U random_word(uint32_t block_key_, U pair) { return fmix32(pair ^ block_key_); }
+LION8BIT_FN uint32_t random_key(uint32_t seed, uint32_t step) { return fmix32(fmix32(seed) + step); }
+// 32 bits for an element whose index is even (low half) and the next one (high half).
+template <class U> LION8BIT_FN U random_word(uint32_t key, U even) { return fmix32(even ^ key); }
 
 }  // namespace lion8bit

@@ -307,13 +307,16 @@ LION8BIT_FN void encode_block(const float* momentum, const Codec& codec, int8_t*
     }
 }
 
-// 16 random bits for each element of a block.
-LION8BIT_FN void fill_random(uint16_t* random, uint32_t key, int length) {
-    Uints pair;
-    for (int lane = 0; lane < kLanes; ++lane) pair[lane] = lane;
-    for (int at = 0; at < length; at += 2 * kLanes, pair += kLanes) {
-        store(random + at, random_word(key, pair));  // little-endian: the even element is the low half
+// 16 random bits for each element of a block, whose first one is `element` in the whole parameter. They begin at the
+// returned place in `random`, which has room for two vectors more.
+LION8BIT_FN const uint16_t* fill_random(uint16_t* random, uint32_t key, uint32_t element, int length) {
+    const int odd = element % 2;
+    Uints even;
+    for (int lane = 0; lane < kLanes; ++lane) even[lane] = element - odd + 2 * lane;
+    for (int at = 0; at < length + odd; at += 2 * kLanes, even += 2 * kLanes) {
+        store(random + at, random_word(key, even));  // little-endian: the even element is the low half
     }
+    return random + odd;
 }
 
 // The bits of the gradients of a block, joined by or.
@@ -334,16 +337,17 @@ template <class Param, class Grad, class Momentum> struct Blocks {
     Momentum* momentum;
     int8_t* residual;
     float* scale;
-    int64_t index;  // of the first block in the whole parameter
+    uint32_t element;  // index of the first one in the whole parameter
 };
 
 // Steps `count` blocks of `length` elements each, a multiple of kGroup.
 template <class Param, class Grad, bool quantized, bool general, int32_t rounding, class Momentum>
 __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, typename Grad::Element, Momentum> at,
-                                              int length, int64_t count, const RandomKey& key, const WideHyper& hyper) {
+                                              int length, int64_t count, uint32_t key, const WideHyper& hyper) {
     constexpr bool woven = sizeof(typename Param::Element) == 2 || sizeof(typename Grad::Element) == 2;
     int64_t skipped = 0;
-    alignas(64) uint16_t random[kMaxBlockSize];
+    alignas(64) uint16_t random_bits[kMaxBlockSize + 2 * kLanes];
+    const uint16_t* random = random_bits;
     // A block is encoded after the next one is stepped, which hides the latency of its scale.
     alignas(64) float momenta[2][kMaxBlockSize];
     float *stepped = momenta[0], *waiting = momenta[1];
@@ -352,7 +356,7 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
     for (; count > 0; --count) {
         const float old_scale = quantized ? *at.scale : 0.0f;
         const Codec codec = decoder(old_scale);
-        if constexpr (rounding == kStochastic) fill_random(random, block_key(key, at.index++), length);
+        if constexpr (rounding == kStochastic) random = fill_random(random_bits, key, at.element, length);
 
         Ints largest = {}, touched = {}, skipped_lanes = {};  // a true lane is -1
         const auto step_pair = [&](auto trusted, int place, Ints* residuals) LION8BIT_INLINE {
@@ -437,6 +441,7 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
         }
         at.param += length;
         at.grad += length;
+        at.element += length;
         at.momentum += length;
         if constexpr (rounding == kCompensated) at.residual += length;
     }
@@ -452,27 +457,30 @@ int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, 
     using ParamElement = typename Param::Element;
     using GradElement = typename Grad::Element;
     const WideHyper hyper = widen(options);
-    const RandomKey key = random_key(tensor.seed, tensor.step);
+    const uint32_t key = random_key(tensor.seed, tensor.step);
     const int64_t block_size = options.block_size, cols = tensor.cols;
     const int64_t row_blocks = blocks_per_row(cols, options.block_size);
-    const auto blocks = [&](int64_t block, int64_t offset) {
+    const auto blocks = [&](int64_t block, int64_t offset, int64_t element) {
         return Blocks<ParamElement, GradElement, Momentum>{static_cast<ParamElement*>(tensor.param) + offset,
                                                            static_cast<const GradElement*>(tensor.grad) + offset,
                                                            static_cast<Momentum*>(tensor.momentum) + offset,
                                                            tensor.residual + (rounding == kCompensated ? offset : 0),
                                                            tensor.scales + (quantized ? block : 0),
-                                                           tensor.first_block + block};
+                                                           tensor.first + static_cast<uint32_t>(element)};
     };
     const auto step = [&](const auto& at, int length, int64_t count) {
         return step_blocks<Param, Grad, quantized, general, rounding>(at, length, count, key, hyper);
     };
-    if (cols % block_size == 0)
-        return step(blocks(first, first * block_size), static_cast<int>(block_size), last - first);
+    // Rows that end with a whole block follow each other without a gap, here and in the whole parameter.
+    if (cols % block_size == 0 && (rounding != kStochastic || tensor.row_stride == static_cast<uint32_t>(cols))) {
+        const int64_t offset = first * block_size;
+        return step(blocks(first, offset, offset), static_cast<int>(block_size), last - first);
+    }
 
     int64_t skipped = 0;
     for (int64_t block = first; block < last;) {
-        const int64_t in_row = block % row_blocks, offset = block / row_blocks * cols + in_row * block_size;
-        const auto at = blocks(block, offset);
+        const int64_t row = block / row_blocks, in_row = block % row_blocks, begin = in_row * block_size;
+        const auto at = blocks(block, row * cols + begin, row * tensor.row_stride + begin);
         const int64_t whole = cols / block_size - in_row;
         if (whole > 0) {
             const int64_t count = whole < last - block ? whole : last - block;
@@ -497,7 +505,8 @@ int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, 
             std::memset(residual + length, 0, padded - length);
             std::memcpy(residual, at.residual, length);
         }
-        const Blocks<ParamElement, GradElement, Momentum> copy = {param, grad, momentum, residual, at.scale, at.index};
+        const Blocks<ParamElement, GradElement, Momentum> copy = {param,    grad,     momentum,
+                                                                  residual, at.scale, at.element};
         skipped += step(copy, padded, 1);
         std::memcpy(at.param, param, length * sizeof(ParamElement));
         std::memcpy(at.momentum, momentum, length * sizeof(Momentum));

@@ -284,8 +284,10 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             }
         }
     }
-    // Rows that end with a whole block follow each other without a gap: they are one row.
-    const bool seamless = tensor.rows == 1 || tensor.cols % block_size == 0;
+    // Rows that end with a whole block follow each other without a gap: they are one row, unless the whole parameter
+    // has more between them.
+    const bool together = rounding != kStochastic || tensor.row_stride == static_cast<uint32_t>(tensor.cols);
+    const bool seamless = tensor.rows == 1 || (tensor.cols % block_size == 0 && together);
     const int64_t cols = seamless ? tensor.rows * tensor.cols : tensor.cols;
     const int64_t row_blocks = blocks_per_row(cols, block_size);
     const int64_t blocks = seamless ? row_blocks : tensor.rows * row_blocks;
@@ -306,8 +308,8 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     const bool vectors = (seamless || cols % kPerLane == 0) && aligned(tensor.param, 16) && aligned(tensor.grad, 16) &&
                          aligned(tensor.momentum, quantized ? 8 : 16) &&
                          (rounding != kCompensated || aligned(tensor.residual, 8));
-    RandomKey key = random_key(tensor.seed, update);
-    keep(key.low), keep(key.high);
+    uint32_t key = random_key(tensor.seed, update);
+    keep(key);
     keep(hyper.lr);
 
     // Within the tile 32 bits are enough, also for what is cut off here.
@@ -316,7 +318,11 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     const int32_t blocks_to_end = at_most(row_blocks - in_row, kMany);  // of the row that the tile begins in
     const int32_t elements_to_end = at_most(cols - in_row * block_size, kMany) - thread * kPerLane;
     const int32_t gap = static_cast<int32_t>(row_blocks * block_size - cols);  // what a row's last block is short of
-    const int32_t whole_from = vectors ? kPerLane : kMany + 1;                 // elements left for a vector access
+    // In the whole parameter: the index of this thread's first element, and what is between rows beside their blocks.
+    const uint32_t first_index = tensor.first + static_cast<uint32_t>(row) * tensor.row_stride +
+                                 static_cast<uint32_t>(in_row * block_size + thread * kPerLane);
+    const uint32_t index_gap = tensor.row_stride - static_cast<uint32_t>(row_blocks * block_size);
+    const int32_t whole_from = vectors ? kPerLane : kMany + 1;  // elements left for a vector access
     const uint32_t group = (kFullWarp >> (32 - kLanes)) << (threadIdx.x % 32 / kLanes * kLanes);  // lanes of a block
     // NaN cannot come out of a step whose gradient and parameter are below 2^120.
     const uint32_t wild = magnitude(hyper.lr) < 2.0f && magnitude(hyper.decay) < 2.0f ? 0 : 1;
@@ -326,11 +332,13 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         const int32_t block = pass_block + thread_block;
         int32_t offset = pass_block * block_size;  // from this thread's first element
         int32_t left = elements_to_end - offset;   // in this row
+        uint32_t element = first_index + static_cast<uint32_t>(offset);
         if (block >= blocks_to_end) {
             const uint32_t beyond = block - blocks_to_end, row_length = blocks_in_row;
             const int32_t rows = static_cast<int32_t>(beyond / row_length);
             const int32_t in_this_row = static_cast<int32_t>(beyond % row_length);
             offset -= (rows + 1) * gap;
+            element += static_cast<uint32_t>(rows + 1) * index_gap;
             left = block < tile_blocks ? elements_in_row - in_this_row * block_size - lane * kPerLane : 0;
         }
         const bool whole = left >= whole_from;
@@ -415,14 +423,19 @@ LION8BIT_FN void update_tile(const Launch& launch) {
                     moved_residuals.put(i, residual_part(rounded) & 0xffu);
                 }
             } else {
-                const uint32_t word_key =
-                    rounding == kStochastic ? block_key(key, tensor.first_block + first_block + block) : 0;
+                uint32_t random[kPerLane / 2 + 1] = {};
+                if constexpr (rounding == kStochastic) {
+#pragma unroll
+                    for (uint32_t i = 0; i < kPerLane / 2; ++i) random[i] = random_word(key, (element & ~1u) + 2 * i);
+                    if (element % 2) {  // begins with the second half of a word
+                        random[kPerLane / 2] = random_word(key, element - 1 + kPerLane);
+#pragma unroll
+                        for (int32_t i = 0; i < kPerLane / 2; ++i) random[i] = random[i] >> 16 | random[i + 1] << 16;
+                    }
+                }
 #pragma unroll
                 for (int32_t i = 0; i < kPerLane; i += 2) {
-                    const uint32_t random = rounding == kStochastic
-                                                ? random_word(word_key, static_cast<uint32_t>(lane * kPerLane + i) / 2)
-                                                : 0;
-                    moved.words[i / 2] = pack<param_dtype, rounding, plain>(p[i], p[i + 1], random);
+                    moved.words[i / 2] = pack<param_dtype, rounding, plain>(p[i], p[i + 1], random[i / 2]);
                 }
             }
         };

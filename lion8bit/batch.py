@@ -14,7 +14,7 @@ import torch
 from lion8bit.control import UpdateCounts
 from lion8bit.describe import describe
 from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols
-from lion8bit.sharding import first_block, is_dtensor, local, local_state
+from lion8bit.sharding import is_dtensor, local, local_state, place_in_whole
 
 if TYPE_CHECKING:
     from lion8bit.paging import Load
@@ -36,7 +36,8 @@ class Entry:
     order: tuple[int, ...]  # memory order of the dimensions
     rows: int
     cols: int
-    first_block: int  # of the whole parameter's blocks, where this is a part of it
+    first: int  # index of the first element within the whole parameter, where this is a part of it
+    row_stride: int  # elements of the whole parameter from the start of a row to that of the next
     seed: int
     hyper: int  # index into the step's Hypers
     state: dict[str, Any]
@@ -91,6 +92,9 @@ def make_entry(
             raise RuntimeError(f"state must have memory, got {name} without storage")
     if scales is not None and not scales.is_contiguous():
         raise ValueError(f"scales must be contiguous, got strides {scales.stride()}")
+    first, row_stride = 0, cols
+    if is_dtensor(source) and order == (*range(param.dim()),):
+        (rows, cols), first, row_stride = place_in_whole(source)
     ordered, ordered_grad = _in_order(param, order, momentum), _in_order(grad, order, momentum)
     entry = Entry(
         param=ordered,
@@ -100,7 +104,8 @@ def make_entry(
         order=order,
         rows=rows,
         cols=cols,
-        first_block=first_block(source, block_size),
+        first=first,
+        row_stride=row_stride,
         seed=seed,
         hyper=hyper,
         state=state,
@@ -226,7 +231,8 @@ class Batch:
             row.momentum = entry.momentum.data_ptr()
             row.scales = 0 if entry.scales is None else entry.scales.data_ptr()
             row.residual = 0 if entry.residual is None else entry.residual.data_ptr()
-            row.rows, row.cols, row.first_block = entry.rows, entry.cols, entry.first_block
+            row.rows, row.cols = entry.rows, entry.cols
+            row.first, row.row_stride = entry.first & 0xFFFFFFFF, entry.row_stride & 0xFFFFFFFF
             row.seed, row.step, row.hyper = entry.seed, entry.state["step"], entry.hyper
             row.param_dtype, row.grad_dtype = DTYPES[entry.param.dtype], DTYPES[grad.dtype]
         self.columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Tensor))

@@ -112,7 +112,8 @@ class Tensor(ctypes.Structure):
     residual: int
     rows: int
     cols: int
-    first_block: int
+    first: int
+    row_stride: int
     seed: int
     step: int
     param_dtype: int
@@ -127,7 +128,8 @@ class Tensor(ctypes.Structure):
         ("residual", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("cols", ctypes.c_int64),
-        ("first_block", ctypes.c_int64),
+        ("first", ctypes.c_uint32),
+        ("row_stride", ctypes.c_uint32),
         ("seed", ctypes.c_uint32),
         ("step", ctypes.c_uint32),
         ("param_dtype", ctypes.c_int16),

@@ -226,7 +226,7 @@ class Load:
                 residual = self._bring(_flat(whole.residual, whole)[elements], slot).view(shape)
             if whole.scales is not None:
                 scales = self._bring(whole.scales.view(-1)[blocks], slot).view(piece.rows, -1)
-            first_block = whole.first_block + piece.first_block
+            first = whole.first + piece.start
             entry = replace(
                 whole,
                 param=param,
@@ -236,7 +236,7 @@ class Load:
                 order=(0, 1),
                 rows=piece.rows,
                 cols=piece.cols,
-                first_block=first_block,
+                first=first,
             )
             self.entries.append(entry)
             self.table[number] = batch.table[piece.entry]
@@ -244,7 +244,7 @@ class Load:
             row.param, row.momentum = param.data_ptr(), momentum.data_ptr()
             row.scales = 0 if scales is None else scales.data_ptr()
             row.residual = 0 if residual is None else residual.data_ptr()
-            row.rows, row.cols, row.first_block = piece.rows, piece.cols, first_block
+            row.rows, row.cols, row.first = piece.rows, piece.cols, first & 0xFFFFFFFF
         self._columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Row))
         self._rows = np.array([piece.entry for piece in pieces])
         sizes = np.array([batch.grads[piece.entry].element_size() for piece in pieces])

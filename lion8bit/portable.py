@@ -33,9 +33,10 @@ def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> 
     """
     for entry, grad_of_entry, row in zip(batch.entries, batch.grads, batch.table, strict=True):
         hyper = hypers[entry.hyper]
-        param, grad, momentum = (as_rows(t, entry.order) for t in (entry.param, grad_of_entry, entry.momentum))
-        residual = None if entry.residual is None else as_rows(entry.residual, entry.order)
-        per_row = blocks_per_row(entry.cols, hyper.block_size)
+        param, grad, momentum = (
+            as_rows(t, entry.order).view(entry.rows, entry.cols) for t in (entry.param, grad_of_entry, entry.momentum)
+        )
+        residual = None if entry.residual is None else as_rows(entry.residual, entry.order).view(entry.rows, entry.cols)
         for vertical, horizontal in pieces(entry.rows, entry.cols, hyper.block_size):
             first = horizontal.start // hyper.block_size
             blocks = slice(first, first + blocks_per_row(horizontal.stop - horizontal.start, hyper.block_size))
@@ -48,6 +49,6 @@ def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> 
                 residual=None if residual is None else residual[vertical, horizontal],
                 seed=row.seed,
                 step=row.step,
-                first_block=row.first_block + vertical.start * per_row + first,
-                row_blocks=per_row,
+                first=row.first + vertical.start * row.row_stride + horizontal.start,
+                row_stride=row.row_stride,
             )

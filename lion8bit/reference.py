@@ -133,35 +133,28 @@ def decode(codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
 
 
 def random_bits(
-    shape: tuple[int, int],
-    block_size: int,
-    *,
-    seed: int,
-    step: int,
-    first: int,
-    stride: int,
-    device: torch.device | None = None,
+    shape: tuple[int, int], *, seed: int, step: int, first: int, row_stride: int, device: torch.device | None = None
 ) -> Tensor:
-    """16 uniform bits per element, a function of (seed, step, block, element) alone.
+    """16 uniform bits per element, a function of (seed, step, element) alone::
+
+        e    = first + row*row_stride + column, modulo 2^32
+        word = fmix32((e - e%2) ^ fmix32(fmix32(seed) + step))
+        bits = low half of word for an even e, high half for an odd one
 
     Args:
         shape: [rows, cols].
         seed: tells parameters apart.
         step: the parameter's update count, from 1.
-        first: index of the first block within the whole parameter.
-        stride: blocks from one row to the next.
+        first: index of the first element within the whole parameter.
+        row_stride: elements of the whole parameter from the start of a row to that of the next.
 
     Returns:
         [rows, cols] int64 in [0, 2^16).
     """
-    rows, cols = shape
-    low = fmix32((fmix32(seed) + step) & _MASK32)
-    high = fmix32((fmix32(step ^ 0x9E3779B9) + seed) & _MASK32)
-    blocks = torch.arange(blocks_per_row(cols, block_size), device=device)
-    index = first + torch.arange(rows, device=device)[:, None] * stride + blocks
-    keys = fmix32((index & _MASK32) ^ low) ^ high
-    words = fmix32(keys[..., None] ^ torch.arange(block_size // 2, device=device))
-    return from_blocks(torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(2), cols)
+    rows, cols = (torch.arange(size, device=device) for size in shape)
+    element = (first + rows[:, None] * row_stride + cols) & _MASK32
+    word = fmix32((element & ~1) ^ fmix32((fmix32(seed) + step) & _MASK32))
+    return word >> (element & 1) * 16 & 0xFFFF
 
 
 def to_bfloat16(x: Tensor, random: Tensor | None) -> Tensor:
@@ -240,8 +233,8 @@ def lion_step_(
     residual: Tensor | None = None,
     seed: int = 0,
     step: int = 1,
-    first_block: int = 0,
-    row_blocks: int | None = None,
+    first: int = 0,
+    row_stride: int | None = None,
 ) -> Tensor:
     """One Lion step in place on rows of a parameter::
 
@@ -260,8 +253,8 @@ def lion_step_(
         scales: [rows, blocks_per_row] fp32 or None; updated in place.
         hyper: the group's constants.
         residual: [rows, cols] int8, what compensated weights hold below a bf16 ``param``; updated in place.
-        seed, step, first_block: what stochastic rounding is a function of, see `random_bits`.
-        row_blocks: blocks from one row to the next in the whole parameter, where these rows are a part of it.
+        seed, step, first, row_stride: what stochastic rounding is a function of, see `random_bits`; by default these
+            rows are a whole parameter.
 
     Returns:
         The number of elements skipped, a 0-dim int64 tensor.
@@ -292,16 +285,10 @@ def lion_step_(
     else:
         random = None
         if hyper.weight_rounding == _STOCHASTIC:
-            stride = blocks_per_row(param.shape[1], hyper.block_size) if row_blocks is None else row_blocks
-            shape = (param.shape[0], param.shape[1])
+            rows, cols = param.shape
+            stride = cols if row_stride is None else row_stride
             random = random_bits(
-                shape,
-                hyper.block_size,
-                seed=seed,
-                step=step,
-                first=first_block,
-                stride=stride,
-                device=param.device,
+                (rows, cols), seed=seed, step=step, first=first, row_stride=stride, device=param.device
             )
         param.copy_((to_bfloat16 if param.dtype == torch.bfloat16 else to_float16)(moved, random))
     if scales is None:

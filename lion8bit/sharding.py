@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion8bit.layout import blocks_per_row
-
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a `torch.distributed.tensor.DTensor`."""
@@ -68,19 +66,24 @@ def keeps_blocks_whole(param: Any, block_size: int) -> bool:
     return parts == 1 or (param.shape[1] % parts == 0 and cols % (parts * block_size) == 0)
 
 
-def first_block(param: Any, block_size: int) -> int:
-    """Which block of the whole parameter a local tensor begins in: stochastic rounding counts those of the whole."""
-    if not is_dtensor(param) or not local(param).numel():
-        return 0
+def place_in_whole(param: Any) -> tuple[tuple[int, int], int, int]:
+    """Where the elements of a DTensor's local part lie in the whole, of which stochastic rounding is a function.
+
+    Returns:
+        [rows, cols] of the local part, such that elements of a row are neighbours in the whole too; the index of its
+        first element there; and how far apart the starts of rows are there. Where more than one dimension beyond the
+        first is cut, no such rows exist, and it is as if only the last of them were.
+    """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+    shape, piece = param.shape, local(param).shape
+    if len(shape) < 2:
+        shape, piece = (1, *shape), (1, *piece)
     _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    row, inner = (offset[0], offset[1:]) if param.dim() > 1 else (0, offset)
-    sizes = param.shape[-len(inner) :] if inner else ()
-    start = 0
-    for index, size in zip(inner, sizes, strict=True):
-        start = start * size + index
-    return row * blocks_per_row(math.prod(sizes), block_size) + start // block_size
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    first = sum(index * stride for index, stride in zip(offset, strides[len(shape) - len(offset) :], strict=True))
+    cut = max((dim for dim in range(1, len(shape)) if piece[dim] != shape[dim]), default=1)
+    return (math.prod(piece[:cut]), math.prod(piece[cut:])), first, strides[cut - 1]
 
 
 def gradients(params: Sequence[Any], grads: list[Any]) -> list[Tensor]:

@@ -104,6 +104,8 @@ class RowsState:
         else:
             self.momentum = torch.zeros(shape)
         self.seed = seed
+        cols = shape[1]  # every other one is a part of a larger parameter
+        self.first, self.row_stride = ((0, cols), (7, cols), (2**32 - 9, cols + 1), (64, cols + 128))[seed % 4]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         named = {"param": self.param, "momentum": self.momentum, "scales": self.scales, "residual": self.residual}
@@ -111,8 +113,9 @@ class RowsState:
 
     def reference_step(self, grad: torch.Tensor, hyper: Hyper, step: int) -> int:
         skipped = reference.lion_step_(
-            self.param, grad, self.momentum, self.scales, hyper, residual=self.residual, seed=self.seed, step=step
-        )
+            self.param, grad, self.momentum, self.scales, hyper, residual=self.residual, seed=self.seed, step=step,
+            first=self.first, row_stride=self.row_stride,
+        )  # fmt: skip
         return int(skipped)
 
     def descriptor(self, grad: torch.Tensor, step: int, hyper: int = 0) -> Tensor:
@@ -124,6 +127,8 @@ class RowsState:
             residual=0 if self.residual is None else self.residual.data_ptr(),
             rows=self.param.shape[0],
             cols=self.param.shape[1],
+            first=self.first,
+            row_stride=self.row_stride,
             seed=self.seed,
             step=step,
             param_dtype=DTYPES[self.param.dtype],

@@ -141,19 +141,23 @@ def test_many_tensors_over_threads(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_shard_is_the_part_of_the_whole(kernel: str) -> None:
-    """Stepping rows [3:] with their first block's index gives what stepping the whole gives there."""
+    """Stepping rows [3:], or columns, from where they lie in the whole gives what stepping the whole gives there."""
     hyper, shape = hyper_for("decay", 64, "stochastic", lr=1e-4), (8, 200)
-    whole = RowsState(shape, torch.bfloat16, 64, True, 5)
-    shard = RowsState(shape, torch.bfloat16, 64, True, 5)
-    assert shard.scales is not None
-    shard.param, shard.momentum, shard.scales = shard.param[3:], shard.momentum[3:], shard.scales[3:]
     grad = make_gradient(shape, torch.bfloat16, torch.Generator().manual_seed(1), bad=False)
-    native_update([whole.descriptor(grad, 1)], [hyper], kernel, 1)
-    row = shard.descriptor(grad[3:], 1)
-    row.first_block = 3 * 4
-    native_update([row], [hyper], kernel, 1)
-    assert_same(shard.param, whole.param[3:], "param")
-    assert_same(shard.momentum, whole.momentum[3:], "codes")
+    parts = [(True, slice(3, 8), slice(0, 200)), (True, slice(0, 8), slice(64, 128)),
+             (False, slice(2, 8), slice(33, 142)), (False, slice(7, 8), slice(199, 200))]  # fmt: skip
+    for quantized, rows, cols in parts:
+        whole, shard = (RowsState(shape, torch.bfloat16, 64, quantized, 5) for _ in range(2))
+        whole.first, whole.row_stride = 0, shape[1]
+        shard.first, shard.row_stride = rows.start * shape[1] + cols.start, shape[1]
+        shard.param, shard.momentum = (t[rows, cols].contiguous() for t in (shard.param, shard.momentum))
+        if shard.scales is not None:
+            shard.scales = shard.scales[rows, cols.start // 64 : -(-cols.stop // 64)].contiguous()
+        part = grad[rows, cols].contiguous()
+        native_update([whole.descriptor(grad, 1)], [hyper], kernel, 1)
+        native_update([shard.descriptor(part, 1)], [hyper], kernel, 1)
+        assert_same(shard.param, whole.param[rows, cols].contiguous(), "param")
+        assert_same(shard.momentum, whole.momentum[rows, cols].contiguous(), "momentum")
 
 
 def test_environment_variable_selects_the_kernel() -> None:

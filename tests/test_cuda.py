@@ -505,7 +505,7 @@ def test_tensors_beyond_32_bits(library: ctypes.CDLL, cols: int, monkeypatch: py
     codes, scales = reserve(total).view(torch.int8), reserve(blocks * 4).view(torch.float32)
     tensor = Tensor(
         param=param.data_ptr(), grad=grad.data_ptr(), momentum=codes.data_ptr(), scales=scales.data_ptr(), rows=rows,
-        cols=cols, first_block=2**33 + 9, seed=3, step=5, param_dtype=1, grad_dtype=1,
+        cols=cols, first=2**31 + 9, row_stride=cols, seed=3, step=5, param_dtype=1, grad_dtype=1,
     )  # fmt: skip
     batch, hyper = Batch(torch.device("cpu"), (Tensor * 1)(tensor)), hyper_for("decay", 128, "stochastic")
     grid = -(-blocks // 16)
@@ -522,7 +522,7 @@ def test_tensors_beyond_32_bits(library: ctypes.CDLL, cols: int, monkeypatch: py
     expected = param[tail].view(shape).clone()
     codes_, scales_ = reference.encode(torch.zeros(shape), 128)
     reference.lion_step_(
-        expected, grad[tail].view(shape), codes_, scales_, hyper, seed=3, step=5, first_block=2**33 + 9 + first_scale
+        expected, grad[tail].view(shape), codes_, scales_, hyper, seed=3, step=5, first=2**31 + 9 + start
     )
     cuda.step_(batch, hyper_array([hyper]), torch.zeros(1, dtype=torch.int64), Emulated(library, first=grid - 2))
     assert_same(param[tail].view(shape), expected, "param")

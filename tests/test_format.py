@@ -242,20 +242,20 @@ def test_stochastic_rounding_is_unbiased(value: float, dtype: torch.dtype) -> No
 
 
 def test_random_bits_are_uniform_and_independent() -> None:
-    """Mean, variance and correlations of the 16-bit numbers across elements, blocks, steps and parameters.
+    """Mean, variance and correlations of the 16-bit numbers across elements, rows, steps and parameters.
 
     Each statistic is normal to high accuracy with n = 2^18; 5 sigma on 9 of them fails by chance once in 190,000.
     """
-    n, block = 1 << 18, 128
+    n, cols = 1 << 18, 4096
 
     def draw(seed: int, step: int) -> torch.Tensor:
-        bits = reference.random_bits((64, n // 64), block, seed=seed, step=step, first=0, stride=n // 64 // block)
+        bits = reference.random_bits((n // cols, cols), seed=seed, step=step, first=0, row_stride=cols)
         return (bits.double().flatten() - 32767.5) / 65536
 
     base, sigma = draw(7, 1), math.sqrt(1 / 12)
     assert abs(float(base.mean())) < 5 * sigma / math.sqrt(n)
     assert abs(float(base.square().mean()) - 1 / 12) < 5 * math.sqrt(1 / 180 / n)
     others = [draw(7, 2), draw(8, 1), draw(0, 1), draw(7, 0xFFFFFFFF)]
-    pairs = [(base, other) for other in others] + [(base[:-k], base[k:]) for k in (1, 2, block)]
+    pairs = [(base, other) for other in others] + [(base[:-k], base[k:]) for k in (1, 2, 128, cols)]
     for one, other in pairs:
         assert abs(float((one * other).mean())) < 5 / 12 / math.sqrt(len(one))

@@ -52,6 +52,8 @@ int32_t run_case(const Case& c, const std::string& fault) {
     tensor.residual = reinterpret_cast<int8_t*>(residual.data);
     tensor.rows = c.rows;
     tensor.cols = fault == "cols" ? c.cols + 1 : c.cols;
+    tensor.row_stride = static_cast<uint32_t>(c.cols);
+    tensor.first = c.shifted;
     tensor.seed = 7;
     tensor.step = 1;
     tensor.param_dtype = c.param_dtype;

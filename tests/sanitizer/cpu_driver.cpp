@@ -62,6 +62,8 @@ void run(const Case& c, const std::string& fault) {
     tensor.residual = c.rounding == kCompensated ? reinterpret_cast<int8_t*>(residual.data) : nullptr;
     tensor.rows = c.rows;
     tensor.cols = c.cols;
+    tensor.row_stride = static_cast<uint32_t>(c.cols);
+    tensor.first = c.shifted;
     tensor.seed = 7;
     tensor.step = 1;
     tensor.param_dtype = static_cast<int16_t>(c.param_dtype);
