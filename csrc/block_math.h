@@ -208,10 +208,16 @@ LION8BIT_FN float decayed_scale(float scale, float beta) {
 
 // code = rint(copysign(sqrt(|m| * A*A/s), m) + u); an exact zero has a code of its own. The low byte of the result is
 // the code.
-template <class F> LION8BIT_FN Int<F> encode(F momentum, const Codec& codec) {
-    const F scaled = magnitude(momentum) * codec.encode_gain;
-    const F level = copy_sign(LanesOf<F>::square_root(scaled), momentum) + codec.dither;
-    return LanesOf<F>::round(scaled == 0.0f ? F{} + static_cast<float>(kZeroCode) : level);
+// In two parts, between which others may work: roots take long.
+template <class F> LION8BIT_FN F root(F momentum, const Codec& codec) {
+    return LanesOf<F>::square_root(magnitude(momentum) * codec.encode_gain);
+}
+// NoZeros: the caller looks for the code 0, which an exact zero then gets too.
+template <bool NoZeros = false, class F> LION8BIT_FN Int<F> encode(F momentum, F root_, const Codec& codec) {
+    const F level = copy_sign(root_, momentum) + codec.dither;
+    if constexpr (NoZeros) return LanesOf<F>::round(level);
+    const auto zero = magnitude(momentum) * codec.encode_gain == 0.0f;
+    return LanesOf<F>::round(zero ? F{} + static_cast<float>(kZeroCode) : level);
 }
 
 #if defined(__CUDACC__) || defined(LION8BIT_EMULATED)
@@ -235,9 +241,10 @@ template <bool NoZeros = false, class F> LION8BIT_FN F decode(F code, const Code
 // Updates one element in place. Returns whether it was skipped: a bad gradient leaves the element as it is. `grad`
 // comes back as it enters the formulas; where it is zero in all of a block, the block's codes stay and its scale
 // decays. General is false where no flag is set: the same arithmetic without the tests. Trusted: the caller knows that
-// the gradient is finite.
+// the gradient is finite. Clamped: and that `blend` and `one_minus_blend` are so large that a blended momentum which is
+// not 0 is at least lr, and finite; nor is it -0.
 // H is Hyper, or has the same fields in lanes.
-template <bool General, bool Trusted = false, class H, class F>
+template <bool General, bool Trusted = false, bool Clamped = false, class H, class F>
 LION8BIT_FN auto lion_step(const H& hyper, F& param, F& grad, F& momentum) {
     if constexpr (General) {
         if (hyper.flags & kUnscale) grad = grad * hyper.unscale;
@@ -247,15 +254,20 @@ LION8BIT_FN auto lion_step(const H& hyper, F& param, F& grad, F& momentum) {
     const auto skipped = (bits(grad) & 0x7fffffff) >= kOverflowBits;
     const F blended = momentum * hyper.blend + grad * hyper.one_minus_blend;
     const F averaged = momentum * hyper.beta + grad * hyper.one_minus_beta;
-    const F update = copy_sign(hyper.lr - F{}, blended);
-    auto moves = blended != 0.0f;  // sign(0) = 0
-    if constexpr (General) {
-        if (hyper.flags & kCautious) {
-            const auto agrees = (bits(blended) ^ bits(grad)) >= 0;
-            moves = moves & agrees & (grad != 0.0f);
+    F moved;
+    if constexpr (Clamped) {
+        moved = param * hyper.decay - LanesOf<F>::clamp(blended, hyper.lr - F{});
+    } else {
+        const F update = copy_sign(hyper.lr - F{}, blended);
+        auto moves = blended != 0.0f;  // sign(0) = 0
+        if constexpr (General) {
+            if (hyper.flags & kCautious) {
+                const auto agrees = (bits(blended) ^ bits(grad)) >= 0;
+                moves = moves & agrees & (grad != 0.0f);
+            }
         }
+        moved = LanesOf<F>::subtract_where(moves, param * hyper.decay, update);
     }
-    const F moved = LanesOf<F>::subtract_where(moves, param * hyper.decay, update);
     if constexpr (Trusted) {
         param = moved;
         momentum = averaged;
@@ -319,11 +331,11 @@ template <int32_t rounding, class F> LION8BIT_FN Uint<F> to_float16(F x, Uint<F>
 // Zero, infinity and NaN have no residual: there it is not read, so that a weight which is set to one of them from
 // outside is exactly that.
 
-// `residual` is sign-extended. Number: the caller knows that the bf16 part is neither zero, infinity nor NaN.
-template <class F, bool Number = false> LION8BIT_FN F from_compensated(Uint<F> pattern, Uint<F> residual) {
-    if constexpr (Number) return bit_cast<F>((pattern << 16) + (residual << 8));
+// `shifted` is the residual times 2^8. Number: the caller knows that the bf16 part is neither zero, infinity nor NaN.
+template <class F, bool Number = false> LION8BIT_FN F from_compensated(Uint<F> pattern, Uint<F> shifted) {
+    if constexpr (Number) return bit_cast<F>((pattern << 16) + shifted);
     const auto has_residual = (pattern & 0x7fffu) - 1u < 0x7f7fu;
-    return bit_cast<F>((pattern << 16) + (has_residual ? residual << 8 : Uint<F>{}));
+    return bit_cast<F>((pattern << 16) + (has_residual ? shifted : Uint<F>{}));
 }
 
 // To 24 bits, to nearest even, as an fp32 pattern whose low byte means nothing.

@@ -1,11 +1,13 @@
 // Owns the CPU loops over blocks, vectorised for one instruction set; built once per set, with LION8BIT_ISA naming it.
 //
 // A block goes through two loops: one dequantizes, steps and finds the largest new momentum, which waits in a buffer of
-// the first-level cache; the other requantizes it. Both take groups of four vectors. Before them the gradients of the
-// block are joined by a bitwise or, which tells whether the block is idle and whether any gradient needs a closer look.
+// the first-level cache; the other requantizes it. Both take groups of four vectors. A quick look at the gradients and
+// codes comes first: it tells whether the block is idle, and whether it is ordinary, which takes a third fewer
+// instructions.
 #include "cpu_kernel.h"
 
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -39,6 +41,16 @@ template <> struct LanesOf<Floats> {
     using Uint = Vector<uint32_t>;
     static LION8BIT_FN Floats subtract_where(Int condition, Floats a, Floats b) {  // the mask costs less than a choice
         return a - (condition ? b : Floats{});
+    }
+    static LION8BIT_FN Floats clamp(Floats x, Floats limit) {  // to [-limit, limit]; no NaN, limit > 0
+#if defined(__AVX2__)  // integer units are idle; patterns of negative numbers are the largest ones without a sign
+        const Uint pattern = bit_cast<Uint>(x), lowest = bit_cast<Uint>(-limit);
+        const Int above = bit_cast<Int>(pattern < lowest ? pattern : lowest), highest = bit_cast<Int>(limit);
+        return bit_cast<Floats>(above < highest ? above : highest);
+#else
+        const Floats above = x > -limit ? x : -limit;
+        return above < limit ? above : limit;
+#endif
     }
     static LION8BIT_FN Floats square_root(Floats x) {
 #if defined(__AVX512F__)
@@ -158,30 +170,46 @@ LION8BIT_FN void to_words(uint16_t* to, Pair<Uints> patterns) {
 #endif
 }
 
-// Bytes, sign-extended.
+#if defined(__AVX2__)
+// Of each part of 128 bits the run of four bytes that begins at `starts`, each in the highest byte of a lane.
+LION8BIT_FN Ints spread_bytes(Whole bytes, const int (&starts)[kLanes / 4]) {
+    Uints order;
+    for (int lane = 0; lane < kLanes; ++lane) order[lane] = (starts[lane / 4] + lane % 4) << 24 | 0x00ffffff;
+#if defined(__AVX512F__)
+    return bit_cast<Ints>(_mm512_shuffle_epi8(bytes, bit_cast<Whole>(order)));
+#else
+    return bit_cast<Ints>(_mm256_shuffle_epi8(bytes, bit_cast<Whole>(order)));
+#endif
+}
+#endif
+
+// Bytes, each in the highest byte of its lane with zeros below.
 template <bool woven> LION8BIT_FN Pair<Ints> from_bytes(const int8_t* from) {
 #if defined(__AVX512F__)
-    __m256i bytes = load<__m256i>(from);
-    if constexpr (woven) bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
-    return {bit_cast<Ints>(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes))),
-            bit_cast<Ints>(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)))};
+    if constexpr (woven) {
+        const __m512i runs = _mm512_cvtepu32_epi64(load<__m256i>(from));  // two in each part
+        return {spread_bytes(runs, {0, 0, 0, 0}), spread_bytes(runs, {8, 8, 8, 8})};
+    }
+    return {spread_bytes(_mm512_broadcast_i32x4(load<__m128i>(from)), {0, 4, 8, 12}),
+            spread_bytes(_mm512_broadcast_i32x4(load<__m128i>(from + kLanes)), {0, 4, 8, 12})};
 #elif defined(__AVX2__)
-    __m128i bytes = load<__m128i>(from);
-    if constexpr (woven) bytes = _mm_shuffle_epi32(bytes, _MM_SHUFFLE(3, 1, 2, 0));
-    return {bit_cast<Ints>(_mm256_cvtepi8_epi32(bytes)),
-            bit_cast<Ints>(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
+    const __m256i bytes = _mm256_broadcastsi128_si256(load<__m128i>(from));
+    if constexpr (woven) return {spread_bytes(bytes, {0, 8}), spread_bytes(bytes, {4, 12})};
+    return {spread_bytes(bytes, {0, 4}), spread_bytes(bytes, {8, 12})};
 #elif defined(LION8BIT_X86)
     const __m128i bytes = _mm_unpacklo_epi8(__m128i{}, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-    return {bit_cast<Ints>(_mm_srai_epi32(_mm_unpacklo_epi16(__m128i{}, bytes), 24)),
-            bit_cast<Ints>(_mm_srai_epi32(_mm_unpackhi_epi16(__m128i{}, bytes), 24))};
+    return {bit_cast<Ints>(_mm_unpacklo_epi16(__m128i{}, bytes)), bit_cast<Ints>(_mm_unpackhi_epi16(__m128i{}, bytes))};
 #else
-    return {__builtin_convertvector(load<Vector<int8_t> >(from), Ints),
-            __builtin_convertvector(load<Vector<int8_t> >(from + kLanes), Ints)};
+    return {__builtin_convertvector(load<Vector<int8_t> >(from), Ints) << 24,
+            __builtin_convertvector(load<Vector<int8_t> >(from + kLanes), Ints) << 24};
 #endif
 }
 
-// A group of integers in [-128, 127] as bytes.
-template <bool woven> LION8BIT_FN void to_bytes(int8_t* to, const Ints (&group)[4]) {
+typedef int8_t Bytes __attribute__((vector_size(kGroup)));  // of four vectors
+typedef uint8_t UnsignedBytes __attribute__((vector_size(kGroup)));
+
+// A group of integers in [-128, 127] as bytes, in memory and returned.
+template <bool woven> LION8BIT_FN Bytes to_bytes(int8_t* to, const Ints (&group)[4]) {
 #if defined(LION8BIT_X86)
     Whole v[4];
     for (int i = 0; i < 4; ++i) v[i] = bit_cast<Whole>(group[i]);
@@ -200,12 +228,14 @@ template <bool woven> LION8BIT_FN void to_bytes(int8_t* to, const Ints (&group)[
 #else
     for (int i = 0; i < 4; ++i) store(to + i * kLanes, __builtin_convertvector(group[i], Vector<int8_t>));
 #endif
+    return load<Bytes>(to);
 }
 
 // How a parameter or gradient of each dtype is read, and how a parameter is written, two vectors at a time.
 struct Float32 {
     using Element = float;
     static constexpr uint32_t kSign = 0x80000000u, kLarge = 0x40000000u;  // of a word in memory; large: at least 2
+    static constexpr int32_t kTooLarge = 0x43800000;                      // the pattern of kOrdinaryLimit
     template <bool woven> static LION8BIT_FN Pair<Floats> read(const float* from) {
         const auto a = load<Floats>(from), b = load<Floats>(from + kLanes);
         return woven ? weave(a, b) : Pair<Floats>{a, b};
@@ -219,6 +249,7 @@ struct Float32 {
 struct Bfloat16 {
     using Element = uint16_t;
     static constexpr uint32_t kSign = 0x80008000u, kLarge = 0x40004000u;
+    static constexpr int16_t kTooLarge = 0x4380;
     template <bool> static LION8BIT_FN Pair<Floats> read(const uint16_t* from) {
         const Pair<Uints> patterns = from_words<true>(from);
         return {bit_cast<Floats>(patterns.first), bit_cast<Floats>(patterns.second)};
@@ -272,62 +303,143 @@ LION8BIT_FN bool any_set(Ints x, uint32_t mask) {
 #endif
 }
 
+LION8BIT_FN bool any_equal(Bytes x, int8_t value) { return any_set(bit_cast<Ints>(x == value), ~0u); }
+
 // ---- The loops ------------------------------------------------------------------------------------------------------
 
 #define LION8BIT_INLINE __attribute__((always_inline))
+
+LION8BIT_FN bool may_be_ordinary(const Hyper& hyper) {
+    return hyper.blend >= 0x1p-6f && hyper.blend <= 1.0f && hyper.one_minus_blend >= 0.0f &&
+           hyper.one_minus_blend <= 1.0f && hyper.lr > 0.0f && hyper.lr <= 1.0f;
+}
 
 // Hyper with a lane for each element: constants that stay in memory, ready to be operands.
 struct WideHyper {
     Floats lr, decay, coupled_decay, blend, one_minus_blend, beta, one_minus_beta, unscale;
     uint32_t flags;
     float scalar_beta;
+    bool tame;  // what blocks need to be ordinary
 };
-LION8BIT_FN WideHyper widen(const Hyper& hyper) {
+LION8BIT_FN WideHyper widen(const Hyper& hyper, float blend_factor = 1.0f) {
     const auto wide = [](float x) { return x - Floats{}; };
     return {wide(hyper.lr),
             wide(hyper.decay),
             wide(hyper.coupled_decay),
-            wide(hyper.blend),
-            wide(hyper.one_minus_blend),
+            wide(hyper.blend * blend_factor),
+            wide(hyper.one_minus_blend * blend_factor),
             wide(hyper.beta),
             wide(hyper.one_minus_beta),
             wide(hyper.unscale),
             hyper.flags,
-            hyper.beta};
+            hyper.beta,
+            may_be_ordinary(hyper)};
 }
 
-// Encodes a block that has been stepped; `length` is a multiple of kGroup.
-template <bool woven>
-LION8BIT_FN void encode_block(const float* momentum, const Codec& codec, int8_t* codes, int length) {
+// ---- Ordinary blocks ------------------------------------------------------------------------------------------------
+//
+// Where the gradients are below 256, no code is that of zero and the scale is in [2^-56, 256), elements need no tests
+// of their own, if in addition 2^-6 <= blend <= 1, 0 <= one_minus_blend <= 1 and 0 < lr <= 1:
+//
+// - momenta are normal numbers: |t| is at least 2^-9, |m| at least 2^-56 * 2^-18 * 2^-14. So codes may stay shifted to
+//   the top of a lane, 2^24 times as large: powers of two cancel exactly.
+// - the products with blend and one_minus_blend, taken 2^118 times as large, do not overflow. Their sum, if not zero,
+// is
+//   a multiple of half a unit in the last place of blend * m, which is at least 2^118 * 2^-95-23: not below 1, nor lr.
+constexpr float kOrdinaryLimit = 256.0f, kOrdinaryScale = 0x1p-56f, kBlendFactor = 0x1p118f;
+
+LION8BIT_FN Codec shifted(const Codec& codec) {
+    return {codec.dither * 0x1p24f, codec.encode_gain, codec.decode_gain * 0x1p-48f};
+}
+
+struct Look {
+    bool idle;      // all gradients of the block are zero
+    bool ordinary;  // gradients and codes are
+};
+template <class Grad> LION8BIT_FN Look look(const typename Grad::Element* grad, const int8_t* codes, int length) {
+    using Element = std::conditional_t<sizeof(typename Grad::Element) == 2, int16_t, int32_t>;
+    typedef Element Numbers __attribute__((vector_size(kLanes * 4)));
+    constexpr int kVectors = sizeof(Element);  // of a group
+    const auto numbers = [grad](int at, int i) {
+        return load<Numbers>(reinterpret_cast<const char*>(grad + at) + i * sizeof(Numbers));
+    };
+    Numbers joined = {};
+    Bytes least = {};
     for (int at = 0; at < length; at += kGroup) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) joined |= numbers(at, i);
+        const auto bytes = load<Bytes>(codes + at);
+        least = bytes < least ? bytes : least;
+    }
+    Look result = {!any_set(bit_cast<Ints>(joined), ~Grad::kSign), !any_equal(least, kZeroCode)};
+    if (result.ordinary && any_set(bit_cast<Ints>(joined), Grad::kLarge)) {
+        Numbers largest = {};
+        for (int at = 0; at < length; at += kGroup) {
+#pragma GCC unroll 4
+            for (int i = 0; i < kVectors; ++i) {
+                const Numbers size = numbers(at, i) & std::numeric_limits<Element>::max();
+                largest = size > largest ? size : largest;
+            }
+        }
+        result.ordinary = !any_set(bit_cast<Ints>(largest >= Grad::kTooLarge), ~0u);
+    }
+    return result;
+}
+
+// Asks for the memory that will be stepped soon: at the start of a page processors do not foresee it by themselves.
+constexpr int kAhead = 512;  // elements
+template <class T> LION8BIT_FN void prefetch(const T* group) {
+    for (int i = 0; i < kGroup; i += 64 / sizeof(T)) __builtin_prefetch(group + kAhead + i);
+}
+
+struct Roots {
+    Floats of[4];
+};
+
+// A block that has been stepped and is encoded while the next but one is stepped: this hides the latency of its scale,
+// and the square roots, of which a processor starts few, run beside other work.
+template <bool woven> struct Waiting {
+    bool any = false;
+    const float* momentum;
+    Codec codec;
+    int8_t* codes;
+    UnsignedBytes least;  // of the codes so far
+
+    LION8BIT_FN Roots begin(int place) const {
+        Roots roots;
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) roots.of[i] = root(load<Floats>(momentum + place + i * kLanes), codec);
+        return roots;
+    }
+    template <bool no_zeros> LION8BIT_FN void end(int place, const Roots& roots) {
         Ints levels[4];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) levels[i] = encode(load<Floats>(momentum + at + i * kLanes), codec);
-        to_bytes<woven>(codes + at, levels);
+        for (int i = 0; i < 4; ++i) {
+            levels[i] = encode<no_zeros>(load<Floats>(momentum + place + i * kLanes), roots.of[i], codec);
+        }
+        const auto bytes = bit_cast<UnsignedBytes>(to_bytes<woven>(codes + place, levels));
+        least = bytes < least ? bytes : least;
     }
-}
+    // Exact zeros are rare: at first none are looked for, but a code of 0 tells that there may be some.
+    LION8BIT_FN void finish(int length) {
+        if (any_equal(bit_cast<Bytes>(least), 0)) {
+            for (int place = 0; place < length; place += kGroup) end<false>(place, begin(place));
+        }
+        any = false;
+    }
+};
 
 // 16 random bits for each element of a block, whose first one is `element` in the whole parameter. They begin at the
 // returned place in `random`, which has room for two vectors more.
 LION8BIT_FN const uint16_t* fill_random(uint16_t* random, uint32_t key, uint32_t element, int length) {
     const int odd = element % 2;
     Uints even;
-    for (int lane = 0; lane < kLanes; ++lane) even[lane] = element - odd + 2 * lane;
+    for (int lane = 0; lane < kLanes; ++lane) even[lane] = 2 * lane;
+    even += element - odd;
     for (int at = 0; at < length + odd; at += 2 * kLanes, even += 2 * kLanes) {
         store(random + at, random_word(key, even));  // little-endian: the even element is the low half
     }
     return random + odd;
-}
-
-// The bits of the gradients of a block, joined by or.
-template <class Element> LION8BIT_FN Ints join(const Element* grad, int length) {
-    Ints joined = {};
-    for (int at = 0; at < length; at += kGroup) {
-        const auto* const from = reinterpret_cast<const char*>(grad + at);
-#pragma GCC unroll 4
-        for (int i = 0; i < static_cast<int>(sizeof(Element)); ++i) joined |= load<Ints>(from + i * sizeof(Ints));
-    }
-    return joined;
 }
 
 // Where blocks that follow each other in memory lie.
@@ -343,29 +455,31 @@ template <class Param, class Grad, class Momentum> struct Blocks {
 // Steps `count` blocks of `length` elements each, a multiple of kGroup.
 template <class Param, class Grad, bool quantized, bool general, int32_t rounding, class Momentum>
 __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, typename Grad::Element, Momentum> at,
-                                              int length, int64_t count, uint32_t key, const WideHyper& hyper) {
+                                              int length, int64_t count, uint32_t key, const WideHyper& hyper,
+                                              const WideHyper& ordinary_hyper) {
     constexpr bool woven = sizeof(typename Param::Element) == 2 || sizeof(typename Grad::Element) == 2;
     int64_t skipped = 0;
     alignas(64) uint16_t random_bits[kMaxBlockSize + 2 * kLanes];
     const uint16_t* random = random_bits;
-    // A block is encoded after the next one is stepped, which hides the latency of its scale.
-    alignas(64) float momenta[2][kMaxBlockSize];
-    float *stepped = momenta[0], *waiting = momenta[1];
-    Codec waiting_codec = {};
-    bool waits = false;
+    alignas(64) float momenta[3][kMaxBlockSize];  // of this block, of the one that is encoded and of the one between
+    float *stepped = momenta[0], *free = momenta[1], *free_next = momenta[2];
+    Waiting<woven> waiting, next;
     for (; count > 0; --count) {
         const float old_scale = quantized ? *at.scale : 0.0f;
         const Codec codec = decoder(old_scale);
         if constexpr (rounding == kStochastic) random = fill_random(random_bits, key, at.element, length);
 
         Ints largest = {}, touched = {}, skipped_lanes = {};  // a true lane is -1
-        const auto step_pair = [&](auto trusted, int place, Ints* residuals) LION8BIT_INLINE {
+        const auto step_pair = [&](auto ordinary_, const Codec& codec, const WideHyper& constants, int place,
+                                   Ints* residuals) LION8BIT_INLINE {
+            constexpr bool ordinary = decltype(ordinary_)::value;
             const Pair<Floats> grads = Grad::template read<woven>(at.grad + place);
             Floats p[2], g[2] = {grads.first, grads.second}, m[2];
             if constexpr (quantized) {
                 const Pair<Ints> codes = from_bytes<woven>(at.momentum + place);
-                m[0] = decode(__builtin_convertvector(codes.first, Floats), codec);
-                m[1] = decode(__builtin_convertvector(codes.second, Floats), codec);
+                const int shift = ordinary ? 0 : 24;
+                m[0] = decode<ordinary>(__builtin_convertvector(codes.first >> shift, Floats), codec);
+                m[1] = decode<ordinary>(__builtin_convertvector(codes.second >> shift, Floats), codec);
             } else {
                 const Pair<Floats> values = Float32::read<woven>(at.momentum + place);
                 m[0] = values.first, m[1] = values.second;
@@ -373,15 +487,15 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
             if constexpr (rounding == kCompensated) {
                 const Pair<Uints> patterns = from_words<false>(at.param + place);
                 const Pair<Ints> below = from_bytes<woven>(at.residual + place);
-                p[0] = from_compensated<Floats>(patterns.first, bit_cast<Uints>(below.first));
-                p[1] = from_compensated<Floats>(patterns.second, bit_cast<Uints>(below.second));
+                p[0] = from_compensated<Floats>(patterns.first, bit_cast<Uints>(below.first >> 16));
+                p[1] = from_compensated<Floats>(patterns.second, bit_cast<Uints>(below.second >> 16));
             } else {
                 const Pair<Floats> params = Param::template read<woven>(at.param + place);
                 p[0] = params.first, p[1] = params.second;
             }
             for (int i = 0; i < 2; ++i) {
-                const auto bad = lion_step<general, decltype(trusted)::value>(hyper, p[i], g[i], m[i]);
-                if constexpr (!decltype(trusted)::value) {
+                const auto bad = lion_step<general, ordinary, ordinary>(constants, p[i], g[i], m[i]);
+                if constexpr (!ordinary) {
                     skipped_lanes += bad;
                     touched |= bits(g[i]);
                 }
@@ -403,36 +517,49 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
                 Param::template write<woven, rounding>(at.param + place, p[0], p[1], bits16);
             }
         };
-        const auto step_block = [&](auto trusted) LION8BIT_INLINE {
+        const auto step_block = [&](auto ordinary, const Codec& codec) LION8BIT_INLINE {
+            const WideHyper constants =
+                decltype(ordinary)::value ? ordinary_hyper : hyper;  // a copy stays in registers
             for (int place = 0; place < length; place += kGroup) {
+                if constexpr (quantized)
+                    prefetch(at.param + place), prefetch(at.grad + place), prefetch(at.momentum + place);
                 Ints residuals[4];
-                step_pair(trusted, place, residuals);
-                step_pair(trusted, place + 2 * kLanes, residuals + 2);
+                Roots roots;
+                if constexpr (quantized) {
+                    if (waiting.any) roots = waiting.begin(place);
+                }
+                step_pair(ordinary, codec, constants, place, residuals);
+                step_pair(ordinary, codec, constants, place + 2 * kLanes, residuals + 2);
                 if constexpr (rounding == kCompensated) to_bytes<woven>(at.residual + place, residuals);
+                if constexpr (quantized) {
+                    if (waiting.any) waiting.template end<true>(place, roots);
+                }
             }
         };
         bool idle;
         if constexpr (general) {
-            step_block(std::false_type());
+            step_block(std::false_type(), codec);
             idle = !any_set(touched, 0x7fffffffu);
         } else {
-            const Ints joined = join(at.grad, length);
-            idle = !any_set(joined, ~Grad::kSign);
-            if (any_set(joined, Grad::kLarge)) {
-                step_block(std::false_type());
+            const Look seen = look<Grad>(at.grad, at.momentum, length);
+            idle = seen.idle;
+            if (seen.ordinary && hyper.tame && old_scale >= kOrdinaryScale && old_scale < kOrdinaryLimit) {
+                step_block(std::true_type(), shifted(codec));
             } else {
-                step_block(std::true_type());
+                step_block(std::false_type(), codec);
             }
         }
 
         if constexpr (quantized) {
-            if (waits) encode_block<woven>(waiting, waiting_codec, at.momentum - length, length);
+            if (waiting.any) waiting.finish(length);
+            waiting = next;
+            next.any = false;
             float scale = decayed_scale(old_scale, hyper.scalar_beta);
-            waits = !(idle && scale >= kMinScale);
-            if (waits) {
+            if (!(idle && scale >= kMinScale)) {
                 scale = stored_scale(bit_cast<float>(horizontal_max(largest)));
-                waiting_codec = encoder(scale);
-                std::swap(stepped, waiting);
+                next = {true, stepped, encoder(scale), at.momentum, UnsignedBytes{} - 1};
+                std::swap(stepped, free);
+                std::swap(free, free_next);
             }
             *at.scale++ = scale;
         }
@@ -446,7 +573,13 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
         if constexpr (rounding == kCompensated) at.residual += length;
     }
     if constexpr (quantized) {
-        if (waits) encode_block<woven>(waiting, waiting_codec, at.momentum - length, length);
+        for (int left = 2; left > 0; --left, waiting = next, next.any = false) {
+            if (!waiting.any) continue;
+            for (int place = 0; place < length; place += kGroup) {
+                waiting.template end<true>(place, waiting.begin(place));
+            }
+            waiting.finish(length);
+        }
     }
     return skipped;
 }
@@ -456,7 +589,7 @@ int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, 
     using Momentum = std::conditional_t<quantized, int8_t, float>;
     using ParamElement = typename Param::Element;
     using GradElement = typename Grad::Element;
-    const WideHyper hyper = widen(options);
+    const WideHyper hyper = widen(options), ordinary_hyper = widen(options, kBlendFactor);
     const uint32_t key = random_key(tensor.seed, tensor.step);
     const int64_t block_size = options.block_size, cols = tensor.cols;
     const int64_t row_blocks = blocks_per_row(cols, options.block_size);
@@ -469,7 +602,7 @@ int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, 
                                                            tensor.first + static_cast<uint32_t>(element)};
     };
     const auto step = [&](const auto& at, int length, int64_t count) {
-        return step_blocks<Param, Grad, quantized, general, rounding>(at, length, count, key, hyper);
+        return step_blocks<Param, Grad, quantized, general, rounding>(at, length, count, key, hyper, ordinary_hyper);
     };
     // Rows that end with a whole block follow each other without a gap, here and in the whole parameter.
     if (cols % block_size == 0 && (rounding != kStochastic || tensor.row_stride == static_cast<uint32_t>(cols))) {

@@ -396,8 +396,8 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             for (int32_t i = 0; i < kPerLane; ++i) {
                 if constexpr (rounding == kCompensated) {
                     const auto signed_residual = static_cast<int32_t>(static_cast<int8_t>(residuals.get(i)));
-                    p[i] =
-                        from_compensated<float, plain>(params.get(i) & 0xffffu, static_cast<uint32_t>(signed_residual));
+                    p[i] = from_compensated<float, plain>(params.get(i) & 0xffffu,
+                                                          static_cast<uint32_t>(signed_residual) << 8);
                 } else {
                     p[i] = to_float<param_dtype>(params.get(i));
                 }
@@ -468,7 +468,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             for (int32_t i = 0; i < kPerLane; ++i) encoded_bits |= encoded[i] = encode_or_nan(m[i], codec);
             if (encoded_bits & 0x20000000) {  // some is a NaN: the others are between 2^23 and 2^24
 #pragma unroll
-                for (int32_t i = 0; i < kPerLane; ++i) encoded[i] = encode(m[i], codec);
+                for (int32_t i = 0; i < kPerLane; ++i) encoded[i] = encode(m[i], root(m[i], codec), codec);
             }
 #pragma unroll
             for (int32_t i = 0; i < kPerLane; ++i) stored.put(i, static_cast<uint32_t>(encoded[i]) & 0xffu);

@@ -17,9 +17,9 @@ from cases import OPTIONS, PARAM_DTYPES, SHAPES, RowsState, assert_same, hyper_f
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lion8bit import cpu
+from lion8bit import cpu, reference
 from lion8bit.batch import hyper_array
-from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Hyper, Tensor
+from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Hyper, Tensor, make_hyper
 from lion8bit.reference import decode
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +115,42 @@ def test_any_case_equals_reference(rows: int, cols: int, **case) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_at_the_border_of_the_ordinary(kernel: str, dtype: torch.dtype) -> None:
+    """Blocks whose elements need no tests of their own take a shorter path: here they only just do, or do not.
+
+    Momenta of 2^-99 to 2^9; gradients that cancel them exactly or nearly, too large, bad, tiny or zero; many lr.
+    """
+    rows, generator = 11, torch.Generator().manual_seed(0)
+    for power, lr, beta1, beta2 in itertools.product(
+        (-99, -75, -57, -56, -55, 7, 8), (0.0, 1e-42, 1e-4, 1.0, 2.0**40), (0.5, 0.0, 2.0**-6, 0.9), (0.5, 0.99)
+    ):
+        hyper = make_hyper(lr=lr, betas=(beta1, beta2), weight_decay=0.5, weight_rounding="nearest")
+        ours, expected = (RowsState((rows, 128), dtype, 128, True, 0) for _ in range(2))
+        momentum = torch.randn(rows, 128, generator=generator).clamp(-1, 1) * 2.0**power
+        momentum[0, 5] = 0.0
+        codes, scales = reference.encode(momentum, 128)
+        decoded = decode(codes, scales, 128)
+        grad = torch.randn(rows, 128, generator=generator) * 2.0**power
+        grad[1, ::2] = -decoded[1, ::2]
+        grad[2] = -decoded[2]
+        grad[3] = -decoded[3] * (1 + 2.0**-22)
+        grad[4, 7], grad[5, 7], grad[6, 7], grad[7, 7] = 2.0**121, -256.0, float("inf"), 2.0**119
+        grad[8] = 0.0
+        grad[9] *= 1e-42 / 2.0**power
+        for state in (ours, expected):
+            state.param[:, ::3] = -0.0
+            state.momentum, state.scales = codes.clone().contiguous(), scales.clone()
+        for step in (1, 2):
+            given = grad.to(dtype)
+            skipped = native_update([ours.descriptor(given, step)], [hyper], kernel, 1)
+            assert skipped == expected.reference_step(given, hyper, step)
+            for name, tensor in ours.tensors().items():
+                what = f"{name} after step {step}, momenta of 2^{power}, lr {lr}, betas {beta1} and {beta2}"
+                assert_same(tensor, expected.tensors()[name], what)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_many_tensors_over_threads(kernel: str) -> None:
     """One call for tensors of all kinds and two groups, work split inside tensors, equals a reference step each."""
     hypers = [hyper_for("plain", 64), hyper_for("everything", 256, "stochastic")]
@@ -203,7 +239,7 @@ assert ctypes.CDLL(library).lion8bit_update(None, ctypes.c_int64(0), None, 0, 1)
 assert "libgomp.so.1" not in open("/proc/self/maps").read()
 """
 MAPS = """
-from lion8bit import cpu
+from lion8bit import cpu, reference
 cpu.load_library()
 print(open("/proc/self/maps").read())
 """
