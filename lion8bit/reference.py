@@ -257,7 +257,7 @@ def lion_step_(
         grad: [rows, cols] fp32, bf16 or fp16.
         momentum: [rows, cols] int8 codes, or fp32 where ``scales`` is None; updated in place.
         scales: [rows, blocks_per_row] fp32 or None; updated in place.
-        hyper: the group's constants, all finite.
+        hyper: the group's constants.
         residual: [rows, cols] int8, what compensated weights hold below a bf16 ``param``; updated in place.
         seed, step, first_block: what stochastic rounding is a function of, see `random_bits`.
         row_blocks: blocks from one row to the next in the whole parameter, where these rows are a part of it.
@@ -276,7 +276,7 @@ def lion_step_(
     steepest = largest(to_blocks(g.abs(), hyper.block_size))
     c = m * hyper.blend + g * hyper.one_minus_blend
     averaged = m * hyper.beta + g * hyper.one_minus_beta
-    update = c.sign() * hyper.lr
+    update = torch.where(c == 0, torch.zeros_like(c), torch.copysign(torch.full_like(c, hyper.lr), c))
     if hyper.flags & CAUTIOUS:
         agrees = (torch.signbit(c) == torch.signbit(g)) & (g != 0)
         update = torch.where(agrees, update, torch.zeros_like(update))
