@@ -11,7 +11,7 @@ from lion8bit.batch import Work
 from lion8bit.layout import Hyper, as_rows, blocks_per_row
 from lion8bit.reference import lion_step_
 
-PIECE = 1 << 18  # elements at a time; the reference needs up to some 100 bytes of temporaries for each
+PIECE = 1 << 17  # elements at a time: half a megabyte for each temporary, of which some ten live at once
 
 
 def pieces(rows: int, cols: int, block_size: int) -> Iterator[tuple[slice, slice]]:

@@ -71,12 +71,18 @@ def to_blocks(x: Tensor, block_size: int) -> Tensor:
     """[rows, cols] -> [rows, blocks_per_row, block_size], the last block of a row padded with zeros."""
     rows, cols = x.shape
     blocks = blocks_per_row(cols, block_size)
-    return F.pad(x, (0, blocks * block_size - cols)).view(rows, blocks, block_size)
+    missing = blocks * block_size - cols
+    return (F.pad(x, (0, missing)) if missing else x).reshape(rows, blocks, block_size)
 
 
 def from_blocks(blocks: Tensor, cols: int) -> Tensor:
     """[rows, blocks_per_row, block_size] -> [rows, cols], the padding dropped."""
     return blocks.flatten(1)[:, :cols]
+
+
+def largest(magnitudes: Tensor) -> Tensor:
+    """[rows, blocks_per_row, block_size] -> [rows, blocks_per_row]: the largest of a block, NaN where it holds one."""
+    return magnitudes.amax(-1) if magnitudes.numel() else magnitudes.new_zeros(magnitudes.shape[:-1])
 
 
 def dither(scales: Tensor) -> Tensor:
@@ -102,11 +108,12 @@ def encode(momentum: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         codes [rows, cols] int8 and scales [rows, blocks_per_row] fp32.
     """
     blocks = to_blocks(momentum, block_size)
-    scales = blocks.abs().amax(-1) if blocks.numel() else blocks.new_zeros(blocks.shape[:-1])
+    magnitudes = blocks.abs()
+    scales = largest(magnitudes)
     scales = torch.where(scales < MIN_SCALE, torch.zeros_like(scales), scales)
     # By a tensor: torch divides a number by multiplying with a reciprocal, which rounds twice.
     gain = torch.where(scales == 0, torch.zeros_like(scales), torch.full_like(scales, RANGE_SQUARED) / scales)
-    scaled = blocks.abs() * gain[..., None]
+    scaled = magnitudes * gain[..., None]
     level = torch.copysign(square_root(scaled), blocks) + dither(scales)[..., None]
     codes = torch.where(scaled == 0, ZERO_CODE, level.round()).to(torch.int8)
     return from_blocks(codes, momentum.shape[1]), scales
@@ -158,30 +165,27 @@ def random_bits(
 
 
 def to_bfloat16(x: Tensor, random: Tensor | None) -> Tensor:
-    """fp32 -> bf16, to nearest even, or stochastically where ``random`` holds 16 bits per element (int64)."""
-    pattern = x.view(torch.int32).long() & _MASK32
+    """fp32 -> bf16, to nearest even, or stochastically where ``random`` holds 16 bits per element."""
+    if random is None:
+        return x.bfloat16()
+    pattern = x.view(torch.int32)
     size = pattern & 0x7FFFFFFF
-    increment = ((pattern >> 16) & 1) + 0x7FFF if random is None else random
-    rounded = torch.where(size >= 0x7F800000, pattern, pattern + increment) >> 16
-    return _from_pattern(torch.where(size > 0x7F800000, 0x7FC0, rounded), torch.bfloat16)
+    rounded = torch.where(size >= 0x7F800000, pattern, pattern + random.int()) >> 16
+    return torch.where(size > 0x7F800000, 0x7FC0, rounded).to(torch.int16).view(torch.bfloat16)
 
 
 def to_float16(x: Tensor, random: Tensor | None) -> Tensor:
-    """fp32 -> fp16, to nearest even, or stochastically where ``random`` holds 16 bits per element (int64)."""
-    pattern = x.view(torch.int32).long() & _MASK32
+    """fp32 -> fp16, to nearest even, or stochastically where ``random`` holds 16 bits per element."""
+    if random is None:
+        return x.half()
+    pattern = x.view(torch.int32)
     size = pattern & 0x7FFFFFFF
     units = x.abs() * 2.0**24  # in steps of the smallest subnormal
-    units = torch.where(units < 1024, units, torch.zeros_like(units))
-    if random is None:
-        normal = (size + ((size >> 13) & 1) + 0xFFF) >> 13
-        subnormal = units.round().long()
-    else:
-        normal = (size + (random >> 3)) >> 13
-        subnormal = (units + (random >> 2).float() * 2.0**-14).long()
-    normal = (normal - (112 << 10)).clamp(max=0x7C00)
+    subnormal = (torch.where(units < 1024, units, torch.zeros_like(units)) + (random >> 2).float() * 2.0**-14).int()
+    normal = ((size.clamp(max=0x7F800000) + (random.int() >> 3) >> 13) - (112 << 10)).clamp(max=0x7C00)
     result = torch.where(size < 113 << 23, subnormal, normal)
     result = torch.where(size > 0x7F800000, 0x7E00, result)
-    return _from_pattern(result | ((pattern >> 16) & 0x8000), torch.float16)
+    return (result | ((pattern >> 16) & ~0x7FFF)).to(torch.int16).view(torch.float16)
 
 
 def from_compensated(param: Tensor, residual: Tensor) -> Tensor:
@@ -208,16 +212,11 @@ def to_compensated(x: Tensor) -> tuple[Tensor, Tensor]:
     The parameter alone is a nearest bf16 number (of two the larger in magnitude), which leaves the residual in
     [-128, 127]. A number that is too large for it is infinite, one below 2^-134 is 0, NaN is 0x7fc0 with residual 0.
     """
-    pattern = x.view(torch.int32).long() & _MASK32
-    rounded = pattern + ((pattern >> 8) & 1) + 0x7F
-    rounded = torch.where((pattern & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, rounded)
+    pattern = x.view(torch.int32)
+    nan = (pattern & 0x7FFFFFFF) > 0x7F800000
+    rounded = torch.where(nan, 0x7FC00000, pattern + (((pattern >> 8) & 1) + 0x7F))
     residual = ((rounded >> 8) + 0x80 & 0xFF) - 0x80
-    return _from_pattern((rounded + 0x8000) >> 16, torch.bfloat16), residual.to(torch.int8)
-
-
-def _from_pattern(pattern: Tensor, dtype: torch.dtype) -> Tensor:
-    signed = torch.where(pattern >= 0x8000, pattern - 0x10000, pattern)
-    return signed.to(torch.int16).view(dtype)
+    return ((rounded + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), residual.to(torch.int8)
 
 
 # ---- The Lion step -------------------------------------------------------------------------------------------------
@@ -267,15 +266,20 @@ def lion_step_(
         g = -g
     if hyper.flags & COUPLED_DECAY:
         g = g + p * hyper.coupled_decay
-    finite = g.abs() < OVERFLOW  # false for NaN
+    steepest = largest(to_blocks(g.abs(), hyper.block_size))
     c = m * hyper.blend + g * hyper.one_minus_blend
     averaged = m * hyper.beta + g * hyper.one_minus_beta
     update = torch.where(c == 0, torch.zeros_like(c), torch.copysign(torch.full_like(c, hyper.lr), c))
     if hyper.flags & CAUTIOUS:
         agrees = (torch.signbit(c) == torch.signbit(g)) & (g != 0)
         update = torch.where(agrees, update, torch.zeros_like(update))
-    moved = torch.where(finite, p * hyper.decay - update, p)
-    averaged = torch.where(finite, averaged, m)
+    moved = p * hyper.decay - update
+    skipped = torch.zeros((), dtype=torch.int64, device=param.device)
+    if not bool((steepest < OVERFLOW).all()):  # false for NaN
+        finite = g.abs() < OVERFLOW
+        moved = torch.where(finite, moved, p)
+        averaged = torch.where(finite, averaged, m)
+        skipped = (~finite).sum()
 
     if param.dtype == torch.float32:
         param.copy_(moved)
@@ -296,11 +300,13 @@ def lion_step_(
     else:
         new_codes, new_scales = encode(averaged, hyper.block_size)
         decayed = decayed_scale(scales, hyper.beta)
-        idle = (to_blocks(g, hyper.block_size) == 0).all(-1) & (decayed >= MIN_SCALE)
-        spread = idle.repeat_interleave(hyper.block_size, dim=1)[:, : momentum.shape[1]]
-        momentum.copy_(torch.where(spread, momentum, new_codes))
+        idle = (steepest == 0) & (decayed >= MIN_SCALE)
+        if bool(idle.any()):
+            spread = idle.repeat_interleave(hyper.block_size, dim=1)[:, : momentum.shape[1]]
+            new_codes = torch.where(spread, momentum, new_codes)
+        momentum.copy_(new_codes)
         scales.copy_(torch.where(idle, decayed, new_scales))
-    return (~finite).sum()
+    return skipped
 
 
 # ---- Public faces of the format -------------------------------------------------------------------------------------

@@ -133,6 +133,23 @@ def test_portable_backend_equals_native(monkeypatch: pytest.MonkeyPatch) -> None
         assert optimizers[0].nonfinite_count() == optimizers[1].nonfinite_count() == 3 * 5
 
 
+@pytest.mark.parametrize("lr, bad", [(1e39, 0.0), (1e-3, float("nan")), (1e-3, float("-inf"))])
+def test_portable_backend_equals_native_beyond_numbers(lr: float, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate that is infinite in fp32, or momentum that is no number, moves the parameter as the kernel does."""
+    finals = []
+    for update in (backend.update_, portable.update_):
+        monkeypatch.setattr("lion8bit.optimizer.update_", update)
+        param = leaf(torch.ones(1, 8))
+        param.grad = torch.tensor([[0.0, 1.0, -1.0, 0.0, 1.0, -1.0, 0.0, 1.0]])
+        optimizer = Lion8bit([param], lr=0.0, optim_bits=32)
+        optimizer.step()
+        optimizer.state[param]["momentum"].zero_()[0, 3] = bad
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        finals.append(param.detach())
+    assert_same(*finals, "parameter")
+
+
 def test_portable_temporaries_do_not_grow_with_the_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
