@@ -27,6 +27,7 @@ MOST_PASSES = 8  # enough to make a CUDA block's own preparation cheap
 GRID_TO_KEEP = 4096  # CUDA blocks below which a launch takes more of them rather than longer ones
 SOURCES = ("cuda_kernel.cu", "block_math.h")
 CACHE_VARIABLE = "LION8BIT_CACHE_DIR"
+NVRTC_ONLY = b"--device-as-default-execution-space"  # or NVRTC 12 and 13.0 take lambdas for functions of the host
 
 INSTALL = 'pip install "lion8bit[cuda]"'
 
@@ -302,7 +303,7 @@ def compile_kernel(kernel: Kernel, arch: str) -> bytes:
     from cuda.bindings import nvrtc
 
     text = sources()
-    options = compile_options(kernel, arch)
+    options = [*compile_options(kernel, arch), NVRTC_ONLY]
     program = _nvrtc(
         nvrtc.nvrtcCreateProgram(text[SOURCES[0]], SOURCES[0].encode(), 1, [text[SOURCES[1]]], [SOURCES[1].encode()]),
         "nvrtcCreateProgram",
@@ -313,7 +314,7 @@ def compile_kernel(kernel: Kernel, arch: str) -> bytes:
             log = bytearray(_nvrtc(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize"))
             _nvrtc(nvrtc.nvrtcGetProgramLog(program, log), "nvrtcGetProgramLog")
             action = f"compiling {SOURCES[0]} with {b' '.join(options).decode()}"
-            _nvrtc(returned, action, log.rstrip(b"\0").decode(errors="replace"), "report it with the log below")
+            _nvrtc(returned, action, log.rstrip(b"\0").decode(errors="replace"), "report it with the log")
         size, get = (
             (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
             if arch.startswith("sm_")
@@ -327,7 +328,7 @@ def compile_kernel(kernel: Kernel, arch: str) -> bytes:
 
 
 def compile_options(kernel: Kernel, arch: str) -> list[bytes]:
-    # Contraction stays off: one rounding per operation is what makes results bit-identical.
+    """Of every compiler. Contraction stays off: one rounding per operation is what makes results bit-identical."""
     flags = [f"--gpu-architecture={arch}", "--std=c++17", "--fmad=false", *kernel.macros()]
     return [flag.encode() for flag in flags]
 

@@ -60,7 +60,7 @@ def test_a_wrong_count_and_an_error_are_found() -> None:
         raise RuntimeError("loading must succeed, got an old driver; update the driver\nlog")
 
     assert doctor._checked("it", failing) == Finding(
-        "it", "problem", "loading must succeed, got an old driver", "update the driver"
+        "it", "problem", "loading must succeed, got an old driver\nlog", "update the driver"
     )
 
 
