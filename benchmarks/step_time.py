@@ -557,7 +557,10 @@ def main() -> None:
     options.add_argument(
         "--budget", type=float, default=10.0, help="seconds for one contender on one model (default: 10)"
     )
-    options.add_argument("--skip", nargs="+", choices=[key for key in CONTENDERS if key != OURS], default=[])
+    others = [key for key in CONTENDERS if key != OURS]
+    options.add_argument(
+        "--skip", nargs="+", metavar="ROW", choices=others, default=[], help=f"not these of {', '.join(others)}"
+    )
     options.add_argument(
         "--add", type=Path, metavar="FILE", help="begin with the figures of this file, an earlier --json"
     )

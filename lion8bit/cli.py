@@ -5,9 +5,9 @@ Annotations here are evaluated at once: typer could not look up names inside `bu
 """
 
 import contextlib
+import importlib
 import importlib.util
 import json
-import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -123,12 +123,12 @@ def run_benchmark(name: str, arguments: Sequence[str]) -> None:
     if "--help" not in arguments:
         drawing = any(argument.startswith("--plot") for argument in arguments)
         require_packages(["matplotlib"] * drawing + ["sklearn"] * (name in ("fidelity", "convergence")), "bench")
-    script = f"{BENCHMARKS[name][0]}.py"
+    script = BENCHMARKS[name][0]
     package = Path(__file__).parent
-    folder = next(f for f in (package / "benchmarks", package.parent / "benchmarks") if (f / script).is_file())
-    sys.path.insert(0, str(folder))
-    sys.argv[1:] = arguments
-    runpy.run_path(str(folder / script), run_name="__main__")
+    folders = (package / "benchmarks", package.parent / "benchmarks")
+    sys.path.insert(0, next(str(folder) for folder in folders if (folder / f"{script}.py").is_file()))
+    sys.argv[:] = [f"lion8bit bench {name}", *arguments]  # the first is what its help calls it
+    importlib.import_module(script).main()
 
 
 def findings_table(findings: "Sequence[Finding]") -> "Table":

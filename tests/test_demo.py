@@ -42,7 +42,7 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1", **environment},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
         check=False,
     )

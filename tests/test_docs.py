@@ -107,6 +107,8 @@ def test_commands_are_known(
         start()
     said = capsys.readouterr()
     assert not end.value.code, said.err
+    if words[0] == "bench":
+        assert said.out.startswith(f"usage: lion8bit {words[0]} {words[1]} "), "the help does not say what to type"
     for option in (word.split("=")[0] for word in words if word.startswith("--")):
         assert re.search(rf"(?<![\w-]){option}(?![\w-])", said.out), f"{option} is not in the help of {command}"
 

@@ -278,7 +278,9 @@ def test_nearest_freezes_where_stochastic_moves() -> None:
 def test_tensor_lr_and_scheduler() -> None:
     param, other = leaf(torch.randn(5000)), leaf(torch.zeros(5000))
     other.data.copy_(param.data)
-    by_tensor, by_float = Lion8bit([param], lr=torch.tensor([1e-2])), Lion8bit([other], lr=1e-2)
+    # PyTorch 2.6's schedulers take no tensor that has a dimension.
+    shape = [1] if hasattr(torch.optim.lr_scheduler, "_update_param_group_val") else []
+    by_tensor, by_float = Lion8bit([param], lr=torch.full(shape, 1e-2)), Lion8bit([other], lr=1e-2)
     schedules = [torch.optim.lr_scheduler.LinearLR(o, 0.0 + 1e-9, 1.0, 4) for o in (by_tensor, by_float)]
     for _ in range(5):
         param.grad = gradient_like(param)
