@@ -32,6 +32,12 @@ NVRTC_ONLY = b"--device-as-default-execution-space"  # or NVRTC 12 and 13.0 take
 INSTALL = 'pip install "lion8bit[cuda]"'
 
 
+def install_nvrtc() -> str:
+    """The command that installs the NVRTC of PyTorch's CUDA version."""
+    version = torch.version.cuda or ""
+    return f'pip install "nvidia-cuda-nvrtc{"-cu12" * version.startswith("12.")}=={version}.*"'
+
+
 class Capacity(NamedTuple):
     """How much one launch holds: the kernel's parameters take 4 KB everywhere, and 32 KB since CUDA 12.1."""
 
@@ -462,7 +468,7 @@ def unavailable_reason() -> str | None:
     try:
         toolchain()
     except (RuntimeError, OSError) as error:
-        return f"NVRTC cannot be loaded ({error}); pip install nvidia-cuda-nvrtc of PyTorch's CUDA version"
+        return f"NVRTC cannot be loaded ({error}); {install_nvrtc()}"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     return None

@@ -144,7 +144,7 @@ def _cuda() -> Iterator[Finding]:
         with_bindings = f"by cuda-bindings {metadata.version('cuda-bindings')}"
         yield Finding("NVRTC", "ok", f"{major}.{minor} {with_bindings}, compiles for {known}")
     except (ImportError, RuntimeError, OSError) as error:
-        missing, remedy = "NVRTC", f'pip install "nvidia-cuda-nvrtc" for CUDA {torch.version.cuda}'
+        missing, remedy = "NVRTC", cuda.install_nvrtc()
         if isinstance(error, ImportError):
             missing, remedy = "cuda-bindings", cuda.INSTALL
         found = f"{missing} cannot be loaded ({str(error).partition(':')[0]})"
