@@ -616,7 +616,7 @@ def main() -> None:
             ms, ns = size["ms"]["median"], size["ns_per_parameter"]
             sizes.add_row(f"{size['parameters']:,}", f"{ms:.2f}", f"{ns:.3f}")
         out.print(sizes)
-    out.print(goal_table(results["goals"]))
+    out.print(goal_table(results["goals"], settings.quick))
     write_json(settings.json, "step_time", settings, results)
     save_figure(lambda pyplot: draw(pyplot, results["runs"]), settings.plot)
 

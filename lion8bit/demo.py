@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import logging
 import math
 import platform
 import statistics
@@ -92,8 +93,10 @@ def build_optimizer(key: str, params: Sequence[nn.Parameter], h: Hyperparameters
     """
     if key == "adamw":
         return torch.optim.AdamW(params, lr=h.lr, betas=h.betas, weight_decay=h.weight_decay, fused=True)
-    classes: dict[str, Any] = {"lion": Lion, "lion8bit": Lion8bit}
-    cls = classes[key] if key in classes else importlib.import_module("bitsandbytes").optim.Lion8bit
+    cls: Any = {"lion": Lion, "lion8bit": Lion8bit}.get(key)
+    if cls is None:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that its Lion does not need
+        cls = importlib.import_module("bitsandbytes").optim.Lion8bit
     optimizer: torch.optim.Optimizer = cls(params, lr=h.lr, betas=h.betas, weight_decay=h.weight_decay)
     return optimizer
 

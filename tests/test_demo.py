@@ -274,6 +274,7 @@ def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_command_prints_only_json(tmp_path: Path) -> None:
     done = run_python("-m", "lion8bit", "demo", *SMALL, "--json", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
+    assert "pip install" not in done.stderr, "bitsandbytes misses a package that the demo does not need"
     printed = json.loads(done.stdout)
     assert printed == json.loads((tmp_path / "demo.json").read_text())
     assert {"setting", "rows", "conclusion", "seconds"} <= printed.keys()
