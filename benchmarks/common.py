@@ -219,9 +219,10 @@ def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
-def goal_table(goals: Sequence[dict[str, Any]]) -> Table:
+def goal_table(goals: Sequence[dict[str, Any]], quick: bool) -> Table:
     """Goals with ``goal``, ``requirement``, ``measured`` and ``met``, which is None where nothing was measured."""
-    table = new_table("Goals", ["goal", "requirement", "measured", "verdict"], [])
+    title = "Goals, judged by figures of --quick, which prove nothing" if quick else "Goals"
+    table = new_table(title, ["goal", "requirement", "measured", "verdict"], [])
     words = {True: "[green]met[/]", False: "[red]NOT MET[/]", None: "-"}
     for goal in goals:
         table.add_row(goal["goal"], goal["requirement"], goal["measured"], words[goal["met"]])

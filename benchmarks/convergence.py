@@ -526,7 +526,7 @@ def main() -> None:
             )
             out.print(weights_table(weights))
     found = goals(problems, weights)
-    out.print(goal_table(found))
+    out.print(goal_table(found, settings.quick))
     results = {"environment": record, "goals": found, "problems": problems, "weights": weights}
     write_json(settings.json, "convergence", settings, results)
     save_figure(lambda pyplot: draw(pyplot, problems, weights), settings.plot)

@@ -763,7 +763,7 @@ def main() -> None:
 
     found = goals(cases)
     out.print(score_table(cases))
-    out.print(goal_table(found))
+    out.print(goal_table(found, settings.quick))
     write_json(settings.json, "fidelity", settings, {"environment": record, "goals": found, "cases": cases})
     save_figure(lambda pyplot: draw(pyplot, cases), settings.plot)
 

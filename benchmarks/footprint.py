@@ -287,7 +287,7 @@ def _install_words(installed: dict[str, Any] | None) -> str:
     return f"{installed['seconds']:.1f} s" + ("" if installed["native_library"] else ", without the native library")
 
 
-def tables(results: dict[str, Any]) -> list[Table]:
+def tables(results: dict[str, Any], quick: bool) -> list[Table]:
     """All tables, the verdicts last."""
     state = new_table("Optimizer state", ["model", "optimizer"], ["bytes/param", "8-bit parameters alone", "MB"])
     for record in results["state"]:
@@ -321,7 +321,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
             where = f"{record['device']}, {record['dtype']}" if key == OURS else ""
             allocations.add_row(where, row["label"], *cells, style="green" if key == OURS else None)
         allocations.add_section()
-    return [state, allocations, goal_table(results["goals"])]
+    return [state, allocations, goal_table(results["goals"], quick)]
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def main() -> None:
             bar.update(task, advance=1, description="install")
             results["install"] = measure_install()
     results["goals"] = goals(results)
-    for table in tables(results):
+    for table in tables(results, settings.quick):
         out.print(table)
     out.print(
         f"import torch takes {results['import']['torch_seconds']:.2f} s; lion8bit then adds "

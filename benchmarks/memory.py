@@ -686,8 +686,9 @@ def main() -> None:
     options = parser(DESCRIPTION, EPILOG)
     plot_option(options)
     options.add_argument("--case", nargs="+", choices=list(QUICK_CASES), default=list(QUICK_CASES))
-    options.add_argument("--contender", nargs="+", choices=list(ALL), default=[], help="only these")
-    options.add_argument("--skip", nargs="+", choices=list(ALL), default=[], help="not these")
+    rows: dict[str, Any] = {"nargs": "+", "metavar": "ROW", "choices": list(ALL), "default": []}
+    options.add_argument("--contender", help=f"only these of {', '.join(ALL)}", **rows)
+    options.add_argument("--skip", help="not these", **rows)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument(
         "--limit", type=float, metavar="GIB", help="hold every row to so much (default: case limit's own)"

@@ -557,7 +557,10 @@ def main() -> None:
     options.add_argument(
         "--budget", type=float, default=10.0, help="seconds for one contender on one model (default: 10)"
     )
-    options.add_argument("--skip", nargs="+", choices=[key for key in CONTENDERS if key != OURS], default=[])
+    others = [key for key in CONTENDERS if key != OURS]
+    options.add_argument(
+        "--skip", nargs="+", metavar="ROW", choices=others, default=[], help=f"not these of {', '.join(others)}"
+    )
     options.add_argument(
         "--add", type=Path, metavar="FILE", help="begin with the figures of this file, an earlier --json"
     )
@@ -613,7 +616,7 @@ def main() -> None:
             ms, ns = size["ms"]["median"], size["ns_per_parameter"]
             sizes.add_row(f"{size['parameters']:,}", f"{ms:.2f}", f"{ns:.3f}")
         out.print(sizes)
-    out.print(goal_table(results["goals"]))
+    out.print(goal_table(results["goals"], settings.quick))
     write_json(settings.json, "step_time", settings, results)
     save_figure(lambda pyplot: draw(pyplot, results["runs"]), settings.plot)
 

@@ -60,7 +60,6 @@ def select(device_type: str) -> tuple[str, Update]:
         if reason is None:
             return "cuda", cuda.update_
     if reason is not None:
-        warnings.warn(
-            f"lion8bit steps on {device_type} in plain torch, which is slow: {reason}", SlowBackendWarning, stacklevel=4
-        )
+        what = f"lion8bit steps on {device_type} in plain torch, which is slow: {reason}"
+        warnings.warn(f"{what}; `lion8bit doctor` tells what to do", SlowBackendWarning, stacklevel=4)
     return "portable", portable.update_

@@ -5,9 +5,9 @@ Annotations here are evaluated at once: typer could not look up names inside `bu
 """
 
 import contextlib
+import importlib
 import importlib.util
 import json
-import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 SOMETHING_WRONG = 1
 USAGE_ERROR = 2
-DEMO_PACKAGES = ("typer", "rich", "matplotlib")
-BENCH_PACKAGES = ("matplotlib", "sklearn")
+EXTRAS = {"demo": "demo", "bench": "bench"}  # of the commands; of all others `cli`
 BENCHMARKS = {  # name: (script, help)
     "fidelity": ("fidelity", "Momentum formats against fp32 Lion, same gradients."),
     "convergence": ("convergence", "Final losses of optimizers; bf16 weights at small rates."),
@@ -33,6 +32,24 @@ BENCHMARKS = {  # name: (script, help)
     "memory": ("memory", "What training takes, by part, moment and optimizer."),
     "footprint": ("footprint", "Bytes of state, allocations, import and installation."),
 }
+
+
+@contextlib.contextmanager
+def told(*errors: type[Exception], requirement: str = "") -> Iterator[None]:
+    """Ends the process with the message alone of an error that is the fault of what was asked.
+
+    Args:
+        errors: such errors.
+        requirement: what was not met, for errors that do not say it.
+
+    Raises:
+        SystemExit: code 2, there was one.
+    """
+    try:
+        yield
+    except errors as error:
+        print("error:", f"{requirement} ({error})" if requirement else error, file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from error
 
 
 def require_packages(names: Sequence[str], extra: str = "demo") -> None:
@@ -103,13 +120,15 @@ def run_benchmark(name: str, arguments: Sequence[str]) -> None:
         name: a key of `BENCHMARKS`.
         arguments: the script's own command line.
     """
-    require_packages(BENCH_PACKAGES, "bench")
-    script = f"{BENCHMARKS[name][0]}.py"
+    if "--help" not in arguments:
+        drawing = any(argument.startswith("--plot") for argument in arguments)
+        require_packages(["matplotlib"] * drawing + ["sklearn"] * (name in ("fidelity", "convergence")), "bench")
+    script = BENCHMARKS[name][0]
     package = Path(__file__).parent
-    folder = next(f for f in (package / "benchmarks", package.parent / "benchmarks") if (f / script).is_file())
-    sys.path.insert(0, str(folder))
-    sys.argv[1:] = arguments
-    runpy.run_path(str(folder / script), run_name="__main__")
+    folders = (package / "benchmarks", package.parent / "benchmarks")
+    sys.path.insert(0, next(str(folder) for folder in folders if (folder / f"{script}.py").is_file()))
+    sys.argv[:] = [f"lion8bit bench {name}", *arguments]  # the first is what its help calls it
+    importlib.import_module(script).main()
 
 
 def findings_table(findings: "Sequence[Finding]") -> "Table":
@@ -197,33 +216,44 @@ def build_app() -> "typer.Typer":
             typer.Option("--json", help="Print JSON, and nothing else, to standard output."),
         ] = False,
     ) -> None:
-        """Fine-tune a small pretrained language model with AdamW, Lion and 8-bit Lions, side by side.
+        """Fine-tune a small pretrained language model with AdamW, Lion and
+        8-bit Lions, side by side.
 
-        All start from the same weights and see the same batches. Prints a table of optimizer memory,
-        checkpoint size, time per step and held-out loss, and writes a figure and a JSON file.
+        All start from the same weights and see the same batches. Prints a table
+        of optimizer memory, checkpoint size, time per step and held-out loss,
+        and writes a figure and a JSON file. Takes about a minute on a CPU.
+
+        Examples:
+
+        lion8bit demo
+        lion8bit demo --text novel.txt --steps 200 --seeds 3
+        lion8bit demo --model ./SmolLM-135M --device cuda
+        lion8bit demo --steps 10 --json > result.json
         """
-        require_packages(DEMO_PACKAGES)
+        require_packages(["matplotlib"])
         from rich.console import Console
 
         from lion8bit import demo as lion8bit_demo
 
-        try:
-            with contextlib.redirect_stdout(sys.stderr), progress_bars(steps * seeds) as report:
-                results = lion8bit_demo.run_demo(
-                    text=text,
-                    model=model,
-                    device=device,
-                    seeds=seeds,
-                    steps=steps,
-                    batch_size=batch_size,
-                    eval_windows=eval_windows,
-                    adamw_lr=adamw_lr,
-                    lion_lr=lion_lr,
-                    on_progress=report,
-                )
-        except lion8bit_demo.DemoInputError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(USAGE_ERROR) from error
+        with told(OSError, requirement=f"out must be a folder that can be written to, got {out}"):
+            out.mkdir(parents=True, exist_ok=True)
+        with (
+            told(lion8bit_demo.DemoInputError),
+            contextlib.redirect_stdout(sys.stderr),
+            progress_bars(steps * seeds) as report,
+        ):
+            results = lion8bit_demo.run_demo(
+                text=text,
+                model=model,
+                device=device,
+                seeds=seeds,
+                steps=steps,
+                batch_size=batch_size,
+                eval_windows=eval_windows,
+                adamw_lr=adamw_lr,
+                lion_lr=lion_lr,
+                on_progress=report,
+            )
         figure, record = lion8bit_demo.save_results(results, out)
         if as_json:
             typer.echo(json.dumps(results.to_dict(), indent=2))
@@ -242,10 +272,14 @@ def build_app() -> "typer.Typer":
     ) -> None:
         """Examine the installation, and tell how to mend what is wrong.
 
-        Lists what is installed and which backends this machine has, and lets each of them step a small case, which has
-        to give the reference's bits. Exit code 0: all is well. 1: something is wrong.
+        Lists what is installed and which backends this machine has, and lets
+        each of them step a small case, which has to give the reference's bits.
+        Exit code 0: all is well. 1: something is wrong.
 
-        Examples: `lion8bit doctor`, `lion8bit doctor --json > report.json`
+        Examples:
+
+        lion8bit doctor
+        lion8bit doctor --json > report.json
         """
         from rich.console import Console
 
@@ -303,14 +337,18 @@ def build_app() -> "typer.Typer":
         "host" momentum in the host's memory; "transient" is the largest gradient
         that lives for a moment, and what FSDP2 gathers.
 
-        Examples: `lion8bit estimate 7B --vram 24`, `lion8bit estimate ./model --lora 16 --gpus 4`
+        Examples:
+
+        lion8bit estimate 7B --vram 24
+        lion8bit estimate ./model --lora 16 --gpus 4
+        lion8bit estimate 8.03B --sequence 8192 --plot memory.png
         """
         from lion8bit import planner
 
         if plot is not None:
             require_packages(["matplotlib"])
         sys.path.insert(0, "")  # a factory may be in the working directory
-        try:
+        with told(planner.PlanError):
             plan = planner.estimate(
                 model,
                 dtype=dtype,
@@ -322,11 +360,9 @@ def build_app() -> "typer.Typer":
                 vram=vram,
                 reserve=reserve,
             )
-        except planner.PlanError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(USAGE_ERROR) from error
         if plot is not None:
-            planner.plot_plan(plan, plot)
+            with told(OSError, ValueError, requirement=f"plot must be a .png, .svg or .pdf to write, got {plot}"):
+                planner.plot_plan(plan, plot)
         if as_json:
             typer.echo(json.dumps(plan.to_dict(), indent=2))
             return
@@ -357,20 +393,21 @@ def build_app() -> "typer.Typer":
     ) -> None:
         """Convert a checkpoint from one library's Lion to another's; no model is needed.
 
-        The state may be the whole file (as Trainer's optimizer.pt) or lie under "optimizer", "optimizer_state_dict" or
-        "optimizer_states"; all else in the file stays. Momentum is exact but where it is encoded to 8 bits anew.
+        The state may be the whole file (as Trainer's optimizer.pt) or lie under
+        "optimizer", "optimizer_state_dict" or "optimizer_states"; all else in
+        the file stays. Momentum is exact but where it is encoded to 8 bits anew.
 
-        Examples: `lion8bit convert optimizer.pt ours.pt`, `lion8bit convert ours.pt theirs.pt --to bitsandbytes`,
-        `lion8bit convert ours.pt finer.pt --block-size 64`
+        Examples:
+
+        lion8bit convert optimizer.pt ours.pt
+        lion8bit convert ours.pt theirs.pt --to bitsandbytes
+        lion8bit convert ours.pt finer.pt --block-size 64
         """
         from lion8bit.convert import ConversionError, convert_file
 
         options = {"block_size": block_size, "min_8bit_size": min_8bit_size, "optim_bits": optim_bits}
-        try:
+        with told(ConversionError):
             summary = convert_file(source, target, to, **options, force=force)
-        except ConversionError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(USAGE_ERROR) from error
         if as_json:
             typer.echo(json.dumps(summary, indent=2))
         else:
@@ -380,7 +417,18 @@ def build_app() -> "typer.Typer":
                 f"{summary['from']} ({before:.2f} MB) to {summary['to']} ({after:.2f} MB)"
             )
 
-    bench = typer.Typer(help="Run a benchmark; the arguments that follow its name are its own, --help included.")
+    bench = typer.Typer()
+
+    @bench.callback()
+    def benchmarks() -> None:
+        """Run a benchmark; what follows its name is its own, --help included.
+
+        Examples:
+
+        lion8bit bench speed --quick
+        lion8bit bench memory --help
+        """
+
     app.add_typer(bench, name="bench", no_args_is_help=True)
 
     def run(context: typer.Context) -> None:
@@ -394,5 +442,5 @@ def build_app() -> "typer.Typer":
 
 def main() -> None:
     """Runs the command line; the entry point of the `lion8bit` script and of `python -m lion8bit`."""
-    require_packages(("typer", "rich"), "cli")
+    require_packages(("typer", "rich"), EXTRAS.get("".join(sys.argv[1:2]), "cli"))
     build_app()(prog_name="lion8bit")  # also what `python -m lion8bit` completes by

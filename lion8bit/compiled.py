@@ -108,10 +108,13 @@ def _as(original: Tensor, piece: Tensor) -> Tensor:
     return as_part_of(original, piece, original.shape)
 
 
+# Python counts updates, which a CUDA graph would not; and no tensor is to be copied for the sake of its strides, as
+# PyTorch 2.6 does unasked. Some tags are newer than that.
+TAGS = ("cudagraph_unsafe", "needs_exact_strides", "needs_fixed_stride_order")
 _library: Any = torch.library.Library("lion8bit", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] tensors, Tensor[] lrs, int[] numbers, int key) -> ()",
-    tags=[getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)],  # Python counts
+    tags=[getattr(torch.Tag, name) for name in TAGS if hasattr(torch.Tag, name)],
 )
 _library.impl("step_", torch.no_grad()(_step), "CompositeExplicitAutograd")
 torch.library.register_fake("lion8bit::step_", lambda *arguments: None, lib=_library)

@@ -110,9 +110,11 @@ def _read(source: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConversionError(f"{source} cannot be read: {error.strerror or error}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        # What torch says first is how to load anything at all, trusted or not.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(". ")[0]
         raise ConversionError(
             f"{source} must be a file of torch.save with tensors and plain values, got something else "
-            f"({str(error).partition(chr(10))[0]}); save the optimizer's state_dict() alone"
+            f"({reason or type(error).__name__}); save the optimizer's state_dict() alone"
         ) from error
 
 

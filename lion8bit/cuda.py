@@ -27,8 +27,15 @@ MOST_PASSES = 8  # enough to make a CUDA block's own preparation cheap
 GRID_TO_KEEP = 4096  # CUDA blocks below which a launch takes more of them rather than longer ones
 SOURCES = ("cuda_kernel.cu", "block_math.h")
 CACHE_VARIABLE = "LION8BIT_CACHE_DIR"
+NVRTC_ONLY = b"--device-as-default-execution-space"  # or NVRTC 12 and 13.0 take lambdas for functions of the host
 
 INSTALL = 'pip install "lion8bit[cuda]"'
+
+
+def install_nvrtc() -> str:
+    """The command that installs the NVRTC of PyTorch's CUDA version."""
+    version = torch.version.cuda or ""
+    return f'pip install "nvidia-cuda-nvrtc{"-cu12" * version.startswith("12.")}=={version}.*"'
 
 
 class Capacity(NamedTuple):
@@ -302,7 +309,7 @@ def compile_kernel(kernel: Kernel, arch: str) -> bytes:
     from cuda.bindings import nvrtc
 
     text = sources()
-    options = compile_options(kernel, arch)
+    options = [*compile_options(kernel, arch), NVRTC_ONLY]
     program = _nvrtc(
         nvrtc.nvrtcCreateProgram(text[SOURCES[0]], SOURCES[0].encode(), 1, [text[SOURCES[1]]], [SOURCES[1].encode()]),
         "nvrtcCreateProgram",
@@ -313,7 +320,7 @@ def compile_kernel(kernel: Kernel, arch: str) -> bytes:
             log = bytearray(_nvrtc(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize"))
             _nvrtc(nvrtc.nvrtcGetProgramLog(program, log), "nvrtcGetProgramLog")
             action = f"compiling {SOURCES[0]} with {b' '.join(options).decode()}"
-            _nvrtc(returned, action, log.rstrip(b"\0").decode(errors="replace"), "report it with the log below")
+            _nvrtc(returned, action, log.rstrip(b"\0").decode(errors="replace"), "report it with the log")
         size, get = (
             (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
             if arch.startswith("sm_")
@@ -327,7 +334,7 @@ def compile_kernel(kernel: Kernel, arch: str) -> bytes:
 
 
 def compile_options(kernel: Kernel, arch: str) -> list[bytes]:
-    # Contraction stays off: one rounding per operation is what makes results bit-identical.
+    """Of every compiler. Contraction stays off: one rounding per operation is what makes results bit-identical."""
     flags = [f"--gpu-architecture={arch}", "--std=c++17", "--fmad=false", *kernel.macros()]
     return [flag.encode() for flag in flags]
 
@@ -461,7 +468,7 @@ def unavailable_reason() -> str | None:
     try:
         toolchain()
     except (RuntimeError, OSError) as error:
-        return f"NVRTC cannot be loaded ({error}); pip install nvidia-cuda-nvrtc of PyTorch's CUDA version"
+        return f"NVRTC cannot be loaded ({error}); {install_nvrtc()}"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
     return None

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import logging
 import math
 import platform
 import statistics
@@ -92,8 +93,10 @@ def build_optimizer(key: str, params: Sequence[nn.Parameter], h: Hyperparameters
     """
     if key == "adamw":
         return torch.optim.AdamW(params, lr=h.lr, betas=h.betas, weight_decay=h.weight_decay, fused=True)
-    classes: dict[str, Any] = {"lion": Lion, "lion8bit": Lion8bit}
-    cls = classes[key] if key in classes else importlib.import_module("bitsandbytes").optim.Lion8bit
+    cls: Any = {"lion": Lion, "lion8bit": Lion8bit}.get(key)
+    if cls is None:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that its Lion does not need
+        cls = importlib.import_module("bitsandbytes").optim.Lion8bit
     optimizer: torch.optim.Optimizer = cls(params, lr=h.lr, betas=h.betas, weight_decay=h.weight_decay)
     return optimizer
 
@@ -425,8 +428,11 @@ def learning_rate_share(step: int, steps: int) -> float:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested dictionaries, lists and tuples."""
-    if isinstance(value, Tensor):
+    """The tensors in nested dictionaries, lists, tuples and tensors that wrap others, as torchao's and DTensors do."""
+    if hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        yield from tensors_in([getattr(value, name) for name in names])
+    elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
@@ -434,16 +440,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state: momentum, codes, scales, maps, counters; shared tensors count once.
-
-    A tensor of a class of its own (torchao's) has no memory; its tensors are its attributes.
-    """
-    held = [
-        value if type(value) is torch.Tensor else getattr(value, "__dict__", value)
-        for state in optimizer.state.values()
-        for value in state.values()
-    ]
-    return sum({(t.device, t.data_ptr(), t.nbytes): t.nbytes for t in tensors_in(held)}.values())
+    """Bytes of an optimizer's state: momentum, codes, scales, maps, counters; shared tensors count once."""
+    held = tensors_in([*optimizer.state.values()])
+    return sum({(t.device, t.data_ptr(), t.nbytes): t.nbytes for t in held}.values())
 
 
 def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -605,7 +604,9 @@ def run_demo(
             except Exception as error:
                 if row.key != "bitsandbytes":
                     raise
-                row.unavailable = f"{type(error).__name__}: {first_line(error)}"
+                installed = not isinstance(error, ModuleNotFoundError)
+                what = f"{type(error).__name__}: {first_line(error)}"
+                row.unavailable = what if installed else "pip install bitsandbytes"
                 on_progress(row.key, 0, "unavailable")
             else:
                 row.summarize(task.parameters)

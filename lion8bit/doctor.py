@@ -26,9 +26,9 @@ from lion8bit.layout import Hyper, make_hyper
 from lion8bit.reference import encode, lion_step_
 
 OLDEST_TORCH = (2, 6)
-REINSTALL = "pip install --force-reinstall --no-deps lion8bit"
+REINSTALL = "reinstall it in a checkout (pip install --force-reinstall --no-deps .)"
 OPENMP = "install GNU's OpenMP runtime (Debian and Ubuntu: apt install libgomp1)"
-COMPILER = f"install CMake and a C++17 compiler (g++ or clang), then: {REINSTALL} --no-binary lion8bit"
+COMPILER = f"install CMake and a C++17 compiler (g++ or clang), then {REINSTALL}"
 BUILDS = "https://pytorch.org/get-started/locally"
 
 
@@ -82,7 +82,7 @@ def _package() -> Iterator[Finding]:
         remedy = "remove the others, or start Python in another directory, if it is the current one that is in the way"
         yield Finding("lion8bit", "problem", f"{found}; also in {', '.join(others)}", remedy)
     elif installed - {version}:
-        remedy = f"pip uninstall lion8bit (repeat it until none is left), then: {REINSTALL}"
+        remedy = f"pip uninstall lion8bit (repeat it until none is left), then {REINSTALL}"
         yield Finding("lion8bit", "problem", f"{found}, installed as {', '.join(sorted(installed))}", remedy)
     else:
         yield Finding("lion8bit", "ok", found)
@@ -144,7 +144,7 @@ def _cuda() -> Iterator[Finding]:
         with_bindings = f"by cuda-bindings {metadata.version('cuda-bindings')}"
         yield Finding("NVRTC", "ok", f"{major}.{minor} {with_bindings}, compiles for {known}")
     except (ImportError, RuntimeError, OSError) as error:
-        missing, remedy = "NVRTC", f'pip install "nvidia-cuda-nvrtc" for CUDA {torch.version.cuda}'
+        missing, remedy = "NVRTC", cuda.install_nvrtc()
         if isinstance(error, ImportError):
             missing, remedy = "cuda-bindings", cuda.INSTALL
         found = f"{missing} cannot be loaded ({str(error).partition(':')[0]})"
@@ -312,8 +312,9 @@ def _checked(name: str, check: Callable[[], str | None], fine: str = "steps with
     try:
         difference = check()
     except Exception as error:
-        message, _, remedy = _first_line(error).rpartition("; ")
-        return Finding(name, "problem", message or remedy, remedy if message else REINSTALL)
+        message, newline, log = str(error).partition("\n")
+        message, _, remedy = message.rpartition("; ")
+        return Finding(name, "problem", (message or remedy) + newline + log, remedy if message else REINSTALL)
     if difference is None:
         return Finding(name, "ok", fine)
     return Finding(name, "problem", f"not the reference's bits: {difference}", f"{REINSTALL}; if it stays, report it")

@@ -48,6 +48,7 @@ def run_quick(name: str, folder: Path, *arguments: str) -> tuple[dict[str, Any],
     printed = run_script(name, "--quick", "--json", str(path), *arguments)
     record = json.loads(path.read_text())
     assert record["benchmark"] == name
+    assert "Goals" not in printed or "--quick" in printed, "verdicts on figures of no worth"
     versions = record["environment"]["versions"]
     assert versions["torch"] and versions["lion8bit"]
     assert record["environment"]["cpu"] and record["environment"]["date"] and record["environment"]["threads"] == 1

@@ -198,7 +198,9 @@ def test_param_groups_with_schedulers_go_right_direction(info: OptimizerInfo, de
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 def test_tensor_lr(info: OptimizerInfo, device: str, shape: tuple[int, ...]) -> None:
-    for schedules in [[], *info.scheduler_inputs]:
+    # PyTorch 2.6's schedulers replace a tensor, or take none that has a dimension.
+    known = info.scheduler_inputs if hasattr(lr_scheduler, "_update_param_group_val") else []
+    for schedules in [[], *known]:
         for desc, options in inputs(info, device):
             if isinstance(options.get("lr"), Tensor):
                 continue

@@ -119,7 +119,7 @@ def test_errors_name_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "adam.pt": "start Lion without their state",
         "weights.pt": "save one with torch.save(optimizer.state_dict(), path)",
         "code.pt": "save the optimizer's state_dict() alone",
-        "text.pt": "must be a file of torch.save",
+        "text.pt": "must be a file of torch.save with tensors and plain values, got something else (Unsupported",
         ".": "dcp_to_torch",
     }.items():
         done = invoke(tmp_path / name, out)

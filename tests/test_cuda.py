@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,28 @@ def test_nvrtc_compiles_for_every_architecture(arch: str) -> None:
         cuda.Kernel(2, 2, False, 128, 1, False, cuda.SMALL),
     ):
         assert cuda.compile_kernel(kernel, arch)[:4] == (b"\x7fELF" if arch.startswith("sm") else b"//\n/")
+
+
+WITH_NVRTC = """
+import ctypes, sys, pytest
+ctypes.CDLL(sys.argv[1])  # cuda-bindings takes what is loaded
+from lion8bit import cuda
+assert cuda.toolchain()[0] == (12, 4), cuda.toolchain()
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[2], "-k", "every_architecture"]))
+"""
+
+
+@needs_nvrtc
+def test_oldest_nvrtc_compiles_it() -> None:
+    """The one of PyTorch 2.6 for CUDA 12.4, in a process of its own."""
+    try:
+        files = metadata.files("nvidia-cuda-nvrtc-cu12") or []
+    except metadata.PackageNotFoundError:
+        pytest.skip("needs nvidia-cuda-nvrtc-cu12")
+    (oldest,) = (str(file.locate()) for file in files if file.name == "libnvrtc.so.12")
+    command = [sys.executable, "-c", WITH_NVRTC, oldest, __file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
 
 
 @needs_nvrtc

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lion8bit import demo
+from lion8bit import Lion8bit, demo
 from lion8bit.bytelm import CHECKPOINT, ByteLM, ByteLMConfig, load_pretrained, save_pretrained
 from lion8bit.cli import build_app, main
 
@@ -42,7 +42,7 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1", **environment},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
         check=False,
     )
@@ -143,12 +143,23 @@ def test_state_sizes(results: demo.Results) -> None:
             assert checkpoint[row.key] == pytest.approx(row.runs[0].state_bytes, rel=0.05)
 
 
+def test_state_is_counted_within_wrappers_and_once() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    momentum, codes = torch.zeros(10), torch.zeros(8, 8, dtype=torch.int8)
+    optimizer = Lion8bit([torch.nn.Parameter(torch.zeros(1))])
+    optimizer.state = {
+        0: {"a": TwoTensor(momentum, momentum.clone()), "b": torch.nn.Parameter(torch.zeros(3)), "step": 1},
+        1: {"a": momentum, "nested": {"codes": [codes]}},
+    }
+    assert demo.state_bytes(optimizer) == 2 * 40 + 12 + 64
+
+
 def test_bitsandbytes_failure_becomes_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     results = demo.run_demo(steps=1, batch_size=1, eval_windows=1, device="cpu")
     row = results.rows[-1]
-    assert row.unavailable is not None
-    assert "bitsandbytes" in row.unavailable
+    assert row.unavailable == "pip install bitsandbytes"
     assert results.to_dict()["rows"][-1]["loss_after"] is None
     assert "bitsandbytes" not in results.conclusion
     assert demo.result_table(results).row_count == len(results.rows)
@@ -263,6 +274,7 @@ def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_command_prints_only_json(tmp_path: Path) -> None:
     done = run_python("-m", "lion8bit", "demo", *SMALL, "--json", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
+    assert "pip install" not in done.stderr, "bitsandbytes misses a package that the demo does not need"
     printed = json.loads(done.stdout)
     assert printed == json.loads((tmp_path / "demo.json").read_text())
     assert {"setting", "rows", "conclusion", "seconds"} <= printed.keys()
@@ -276,16 +288,37 @@ def test_command_reports_bad_input(tmp_path: Path) -> None:
     assert done.output.startswith("error: text must be a readable file")
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(build_app(), ["demo", "--out", str(tmp_path / "file" / "folder")])
+    assert done.exit_code == 2 and done.output.startswith("error: out must be a folder that can be written to")
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "extra"),
+    [
+        ("typer", [], "cli"),
+        ("rich", ["doctor"], "cli"),
+        ("typer", ["demo"], "demo"),
+        ("matplotlib", ["demo"], "demo"),
+        ("matplotlib", ["bench", "speed", "--plot", "a.png"], "bench"),
+        ("sklearn", ["bench", "fidelity"], "bench"),
+    ],
+)
 def test_missing_extra_names_the_remedy(
-    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    missing: str,
+    arguments: list[str],
+    extra: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    monkeypatch.setattr(sys, "argv", ["lion8bit", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == f'error: {missing} not found; run: pip install "lion8bit[cli]"\n'
+    assert capsys.readouterr().err == f'error: {missing} not found; run: pip install "lion8bit[{extra}]"\n'
 
 
 def test_table_and_version(results: demo.Results, capsys: pytest.CaptureFixture[str]) -> None:

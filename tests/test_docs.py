@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import runpy
@@ -42,6 +43,28 @@ def commands_of(page: Path) -> list[str]:
     return [match[0].strip() for line in lines if (match := COMMAND.match(line))]
 
 
+def examples_of_help() -> dict[str, list[str]]:
+    """What the help of each command of `lion8bit` tells to type."""
+    if importlib.util.find_spec("typer") is None:
+        return {}
+    app = cli.build_app()
+    commands = [
+        *app.registered_commands,
+        *(group.typer_instance.registered_callback for group in app.registered_groups),
+    ]
+    return {
+        command.callback.__name__: re.findall(r"^ +(lion8bit .*)$", command.callback.__doc__, re.MULTILINE)
+        for command in commands
+    }
+
+
+def test_help_teaches_by_examples() -> None:
+    pytest.importorskip("typer", reason="needs typer")
+    examples = examples_of_help()
+    assert examples.keys() == {"demo", "doctor", "estimate", "convert", "benchmarks"}
+    assert all(examples.values()), examples
+
+
 def run_python(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=folder, env=environment)
@@ -58,7 +81,11 @@ def test_python_runs(page: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", sorted({command for page in PAGES for command in commands_of(page)}))
+COMMANDS = {command for page in PAGES for command in commands_of(page)}
+COMMANDS |= {example.partition(" >")[0] for examples in examples_of_help().values() for example in examples}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_commands_are_known(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +107,8 @@ def test_commands_are_known(
         start()
     said = capsys.readouterr()
     assert not end.value.code, said.err
+    if words[0] == "bench":
+        assert said.out.startswith(f"usage: lion8bit {words[0]} {words[1]} "), "the help does not say what to type"
     for option in (word.split("=")[0] for word in words if word.startswith("--")):
         assert re.search(rf"(?<![\w-]){option}(?![\w-])", said.out), f"{option} is not in the help of {command}"
 

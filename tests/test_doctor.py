@@ -60,7 +60,7 @@ def test_a_wrong_count_and_an_error_are_found() -> None:
         raise RuntimeError("loading must succeed, got an old driver; update the driver\nlog")
 
     assert doctor._checked("it", failing) == Finding(
-        "it", "problem", "loading must succeed, got an old driver", "update the driver"
+        "it", "problem", "loading must succeed, got an old driver\nlog", "update the driver"
     )
 
 
@@ -129,9 +129,11 @@ def test_a_gpu_that_torch_cannot_use(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize(
     ("error", "remedy"),
-    [(ImportError("no module named cuda"), cuda.INSTALL), (RuntimeError("dlopen"), "nvidia-cuda-nvrtc")],
+    [(ImportError("no module named cuda"), cuda.INSTALL), (RuntimeError("dlopen"), '"nvidia-cuda-nvrtc-cu12==12.4.*"')],
 )
 def test_no_bindings_and_no_nvrtc(error: Exception, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.4")
+
     def toolchain() -> None:
         raise error
 

@@ -58,12 +58,11 @@ def test_shapes_have_the_published_sizes(llama: Any, shape: str, count: int) -> 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_saved_models_are_those_of_transformers(llama: Any, tied: bool, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
+    model_class = pytest.importorskip("transformers", reason="needs transformers").AutoModelForCausalLM
     config = llama.dataclasses.replace(llama.SHAPES["tiny"], tie_word_embeddings=tied)
     model = llama.build(config, torch.device("cpu"), torch.float32)
     model.save_pretrained(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    theirs = model_class.from_pretrained(tmp_path, dtype=torch.float32)
     tokens = torch.randint(256, (2, 50), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in model.parameters())
@@ -97,6 +96,7 @@ def test_loss_falls_and_the_saved_model_goes_on(finetune: Any, tmp_path: Path, c
     assert record["planned_bytes"] > record["weight_bytes"] + record["state_bytes"]
     assert record["tokens_per_second"] > 0 and record["out_of_memory"] is None
     assert "planned peak" in capsys.readouterr().out
+    pytest.importorskip("transformers", reason="needs transformers")
     resumed = run(finetune, tmp_path, "--model", str(save), "--steps", "2", "--batch", "4")
     assert resumed["losses"][0] < 4.5 and resumed["parameters"] == record["parameters"]
 

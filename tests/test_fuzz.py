@@ -94,6 +94,8 @@ def test_any_layout(
     options: dict[str, Any],
 ) -> None:
     """Native steps equal portable ones and write nothing beside the parameter, wherever tensors and state lie."""
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        grad_dtype = param_dtype  # in PyTorch 2.6 `grad` takes no other
     param_layout, grad_layout = data.draw(layouts(shape)), data.draw(layouts(shape, overlap=True))
     threads, shift = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 4))
     before = torch.get_num_threads()

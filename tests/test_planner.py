@@ -454,6 +454,10 @@ def test_command_finds_factories_in_the_working_directory(
 def test_command_reports_bad_input(invoke: Callable[..., Any]) -> None:
     done = invoke("7B", "--gpus", "0")
     assert done.exit_code == 2 and "error: gpus must be at least 1" in done.output
+    pytest.importorskip("matplotlib", reason="needs the extra named demo")
+    for picture in ("plan.doc", str(Path(__file__) / "plan.png")):
+        done = invoke("7B", "--plot", picture)
+        assert done.exit_code == 2 and "error: plot must be a .png, .svg or .pdf to write, got" in done.output
 
 
 def test_help_states_the_formula(invoke: Callable[..., Any]) -> None:
