@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lion8bit.control import UpdateCounts
-from lion8bit.describe import describe
+from lion8bit.describe import describe, listed, look_again, replace
 from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols
 from lion8bit.sharding import is_dtensor, local, local_state, place_in_whole
 
@@ -238,13 +238,15 @@ class Batch:
         self.columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Tensor))
         self._params = [entry.source for entry in self.entries]
         self._states = [entry.state for entry in self.entries]
-        holders = {name: [state for state in self._states if name in state] for name in STATE_TENSORS}
-        self._holders = [(itemgetter(name), states) for name, states in holders.items() if states]
-        self._sharded = [entry.param for entry in self.entries if is_dtensor(entry.source)]
+        self._held: list[Any] = []
+        for name in STATE_TENSORS:
+            self._held += [[state for state in self._states if name in state], name]
+        self.sharded = [entry.param for entry in self.entries if is_dtensor(entry.source)]
+        self._changed = self._params + self.sharded
         self._copied = [entry for entry in self.entries if entry.param is not local(entry.source)]
         self.reusable = all(entry.in_place for entry in self.entries)
         if self.reusable:
-            self._seen, self._layout = describe(self._tensors(self._params, self.grads))
+            self._seen = describe(self._columns(self._params, self.grads))
             self._misaligned = np.array([grad.element_size() - 1 for grad in self.grads], np.uint64)
             self._nonempty = np.array([grad.numel() > 0 for grad in self.grads], np.bool_)
 
@@ -256,16 +258,14 @@ class Batch:
         """
         if self.places is not None:
             params, grads = ([tensors[place] for place in self.places] for tensors in (params, grads))
-        if self._sharded and not all(map(is_, params, self._params)):  # below, only local tensors are looked at
+        if self.sharded and not all(map(is_, params, self._params)):  # below, only local tensors are looked at
             return False
         try:
-            seen, layout = describe(self._tensors(params, grads), self._layout)
-        except (KeyError, TypeError, RuntimeError, BufferError):  # `make_entry` says better what is wrong
+            addresses = look_again(self._columns(params, grads), self._seen)
+        except (KeyError, TypeError, AttributeError, RuntimeError):  # `make_entry` says better what is wrong
             return False
-        count = len(grads)
-        if layout != self._layout or (seen[:, count:] != self._seen[:, count:]).any():
+        if addresses is None:
             return False
-        addresses = seen[1, :count]
         if (addresses & self._misaligned).any() or (self._nonempty & (addresses == 0)).any():
             return False
         self.grads = grads
@@ -274,16 +274,15 @@ class Batch:
 
     def advance(self) -> None:
         """Counts an update of every parameter, in the state and in the table."""
+        step = self._states[0]["step"]
+        if replace(self._states, "step", step, step + 1):  # as a rule: one number for all
+            self.columns["step"] = (step + 1) & 0xFFFFFFFF
+            return
         steps = [*map(itemgetter("step"), self._states)]
-        if steps.count(steps[0]) == len(steps):  # as a rule; one number for all is twice as fast
-            step = steps[0] + 1
-            for state in self._states:
-                state["step"] = step
-            self.columns["step"] = step & 0xFFFFFFFF
-        else:
-            for state, step in zip(self._states, steps, strict=True):
-                state["step"] = step + 1
-            self.columns["step"] = np.array(steps, np.int64) + 1  # modulo 2^32
+        following = {step: step + 1 for step in steps}
+        for state, step in zip(self._states, steps, strict=True):
+            state["step"] = following[step]
+        self.columns["step"] = np.array(steps, np.int64) + 1  # modulo 2^32
 
     def advance_on(self, counts: UpdateCounts, live: Collection[dict[str, Any]]) -> None:
         """Leaves it to the device to count this step's updates; ``live`` is the state of all parameters."""
@@ -293,14 +292,15 @@ class Batch:
         """Writes copied parameters back, tells autograd that the parameters have changed, lets go of the gradients."""
         for entry in self._copied:
             local(entry.source).copy_(entry.param)
-        torch.autograd.graph.increment_version(self._params + self._sharded)
+        torch.autograd.graph.increment_version(self._changed)
         self.grads = []
 
-    def _tensors(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> list[torch.Tensor]:
-        tensors = grads + params
-        for get, states in self._holders:
-            tensors += map(get, states)
-        return [*map(local, tensors)] if self._sharded else tensors
+    def _columns(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> list[Any]:
+        """All tensors of a step as `describe` takes them, gradients first."""
+        columns = [grads, None, params, None, *self._held]
+        if self.sharded:
+            return [part for tensors in listed(columns) for part in ([*map(local, tensors)], None)]
+        return columns
 
 
 def hyper_array(hypers: Sequence[Hyper]) -> ctypes.Array[Hyper]:

@@ -1,13 +1,18 @@
-"""Owns the look at many tensors at once: where each lies in memory, and with which dtype, device, shape and strides."""
+"""Owns what a step does with many Python objects at once: fetches gradients, looks at tensors, counts in dicts."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from functools import cache
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lion8bit import cpu
@@ -15,73 +20,149 @@ from lion8bit import cpu
 if TYPE_CHECKING:  # numpy does not import it by itself
     import numpy.typing as npt
 
-    Places = npt.NDArray[np.uint64]
+    Addresses = npt.NDArray[np.uint64]
 
 
-class _ExchangeApi(ctypes.Structure):
-    # struct DLPackExchangeAPI of dlpack.h 1.3.
-    _fields_ = [
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("previous", ctypes.c_void_p),
-        ("managed_tensor_allocator", ctypes.c_void_p),
-        ("managed_tensor_from_py_object_no_sync", ctypes.c_void_p),
-        ("managed_tensor_to_py_object_no_sync", ctypes.c_void_p),
-        ("dltensor_from_py_object_no_sync", ctypes.c_void_p),
-        ("current_work_stream", ctypes.c_void_p),
-    ]
+def gradients_of(params: list[Tensor]) -> list[Tensor]:
+    """The gradients of the parameters that have one."""
+    native = _native()
+    if native is None:
+        return [grad for param in params if (grad := param.grad) is not None]
+    grads: list[Any] = [None] * len(params)
+    complete = native.gradients(params, "grad", grads) == len(params)
+    return grads if complete else [grad for grad in grads if grad is not None]
 
 
-def describe(tensors: list[Tensor], like: Any = None) -> tuple[Places, Any]:
-    """Looks at every tensor of a list.
+def describe(columns: list[Any]) -> Any:
+    """What is seen of the tensors of columns: dtypes, devices, shapes and strides, and which objects lie where.
 
     Args:
-        tensors: dense tensors of any device.
-        like: the layout of an earlier look that this one probably equals; it is then returned, the sooner.
-
-    Returns:
-        places: [2, len(tensors)] uint64; the identity of each Python object and the address of its memory.
-        layout: a value that is equal for equal dtypes, devices, shapes and strides.
+        columns: two items each, tensors with None or dicts with their key: ``[tensors, None, dicts, "name", ...]``.
+            Dense tensors of any device; those of the first column may be others at the next look, and elsewhere.
 
     Raises:
-        RuntimeError, BufferError: a tensor has no address or no strides.
+        RuntimeError: a tensor has no memory or no strides.
     """
-    return (_native() or _portable)(tensors, like)
+    native = _native()
+    if native is None:
+        return _portable(columns)[1]
+    addresses = np.empty(len(columns[0]), np.uint64)
+    words = native.describe(columns, addresses.ctypes.data, None, 0, False)
+    if words < 0:
+        raise RuntimeError("tensors must have memory and strides, got one without")
+    seen = np.empty(words, np.int64)
+    native.describe(columns, addresses.ctypes.data, seen.ctypes.data, words, False)
+    return seen.tobytes()
 
 
-def _portable(tensors: Sequence[Tensor], like: Any) -> tuple[Places, Any]:
-    places = np.array([[*map(id, tensors)], [*map(Tensor.data_ptr, tensors)]], np.uint64)
-    return places, [(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in tensors]
+def look_again(columns: list[Any], seen: Any) -> Addresses | None:
+    """Where in memory the tensors of the first column are, [count] uint64; None where `describe` would see others."""
+    native = _native()
+    if native is not None:
+        addresses = np.empty(len(columns[0]), np.uint64)
+        words = native.describe(columns, addresses.ctypes.data, seen, len(seen) // 8, True)
+        return addresses if 8 * words == len(seen) else None
+    addresses, present = _portable(columns)
+    return addresses if present == seen else None
+
+
+def _portable(columns: list[Any]) -> tuple[Addresses, Any]:
+    tensors = [*listed(columns)]
+    first, *others = ([*map(Tensor.data_ptr, column)] for column in tensors)
+    layouts = [(tensor.dtype, tensor.device, tensor.shape, tensor.stride()) for tensor in chain(*tensors)]
+    return np.array(first, np.uint64), (layouts, [*map(id, chain(*tensors[1:]))], others)
+
+
+def listed(columns: list[Any]) -> Iterator[list[Tensor]]:
+    """The tensors of each column, as `describe` takes them."""
+    for objects, key in zip(columns[::2], columns[1::2], strict=True):
+        yield objects if key is None else [*map(itemgetter(key), objects)]
+
+
+def replace(dicts: list[dict[str, Any]], key: str, former: Any, item: Any) -> bool:
+    """Puts an item under a key of every dict if all have this very ``former`` there; whether they had."""
+    native = _native()
+    if native is not None:
+        return bool(native.replace(dicts, key, former, item))
+    if any(each[key] is not former for each in dicts):
+        return False
+    for each in dicts:
+        each[key] = item
+    return True
+
+
+# What fills `struct Calls` of describe.cpp, before None, the class of tensors and `_handle`.
+_PYTHON = (
+    "PyList_Size",
+    "PyList_GetItem",
+    "PyList_SetItem",
+    "PyDict_GetItemWithError",
+    "PyDict_SetItem",
+    "PyObject_GetAttr",
+    "PyObject_IsInstance",
+)
+_TORCH = (
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
+    "aoti_torch_get_dtype",
+    "aoti_torch_get_device_type",
+    "aoti_torch_get_device_index",
+)
+
+
+@dataclass(frozen=True)
+class _Native:
+    """The functions of describe.cpp."""
+
+    gradients: Callable[..., int]
+    describe: Callable[..., int]
+    replace: Callable[..., int]
 
 
 @cache
-def _native() -> Callable[[list[Tensor], Any], tuple[Places, Any]] | None:
-    """`describe` in one native call, some six times faster; None without the library or before torch 2.10."""
-    library, capsule = cpu.load_library(), getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if isinstance(library, str) or capsule is None:
+def _native() -> _Native | None:
+    """The native functions, several times faster; None without the library, or where torch keeps tensors otherwise."""
+    library, handle = cpu.load_library(), _handle()
+    if isinstance(library, str) or handle is None:
         return None
-    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    api = _ExchangeApi.from_address(get_pointer(capsule, b"dlpack_exchange_api"))
-    if api.major != 1 or not api.dltensor_from_py_object_no_sync:
+    try:
+        torch_c = ctypes.CDLL("torch_cpu.dll" if os.name == "nt" else torch._C.__file__)
+        functions = [getattr(ctypes.pythonapi, name) for name in _PYTHON] + [getattr(torch_c, name) for name in _TORCH]
+    except (OSError, AttributeError):
         return None
-    # PyDLL keeps Python's lock during the call and raises what torch has set.
-    call = ctypes.PyDLL(library._name, handle=library._handle).lion8bit_describe
-    pointers = [ctypes.c_void_p] * 2
-    call.restype = ctypes.c_int64
-    call.argtypes = [*pointers, ctypes.py_object, ctypes.c_int64, *pointers, ctypes.c_int64, ctypes.c_int32]
-    item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p).value
-    read = api.dltensor_from_py_object_no_sync
+    addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+    calls = (ctypes.c_void_p * (len(addresses) + 3))(*addresses, id(None), id(Tensor), handle)
+    locked = ctypes.PyDLL(library._name, handle=library._handle)  # keeps Python's lock, and raises what a call has set
 
-    def describe_natively(tensors: list[Tensor], like: Any) -> tuple[Places, Any]:
-        count = len(tensors)
-        places = np.empty((2, count), np.uint64)
-        where = places.ctypes.data
-        if like is not None and 8 * call(item, read, tensors, count, where, like, len(like) // 8, True) == len(like):
-            return places, like
-        words = call(item, read, tensors, count, where, None, 0, False)
-        layout = np.empty(words, np.int64)
-        call(item, read, tensors, count, where, layout.ctypes.data, words, False)
-        return places, layout.tobytes()
+    def function(name: str, restype: Any, *argtypes: Any) -> Callable[..., int]:
+        found = getattr(locked, f"lion8bit_{name}")
+        found.restype, found.argtypes = restype, [ctypes.c_void_p, *argtypes]
+        return partial(found, calls)
 
-    return describe_natively
+    pointer, item, words = ctypes.c_void_p, ctypes.py_object, ctypes.c_int64
+    return _Native(
+        gradients=function("gradients", words, item, item, item),
+        describe=function("describe", words, item, pointer, pointer, words, ctypes.c_int32),
+        replace=function("replace", ctypes.c_int32, item, item, item, item),
+    )
+
+
+def _handle() -> int | None:
+    """Where in a tensor's Python object is what torch's C functions take for the tensor, in bytes; None if not known.
+
+    They take the address of a pointer that Python shows as ``_cdata``, and the Python object has such a pointer too.
+    Both are looked up on a tensor, so that nothing is assumed of a torch that is yet to come.
+    """
+    tensor = torch.empty(1, device="cpu")
+    try:
+        made = torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(tensor)
+        get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+        handle = get_pointer(("PyCapsule_GetPointer", ctypes.pythonapi))(made, None)
+        pointer = ctypes.c_size_t.from_address(handle).value
+        torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(made)
+    except (AttributeError, TypeError):
+        return None
+    words = [*(ctypes.c_size_t * (Tensor.__basicsize__ // 8)).from_address(id(tensor))]
+    return 8 * words.index(pointer) if pointer == tensor._cdata and pointer in words else None

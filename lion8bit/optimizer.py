@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lion8bit.backend import decides, update_
 from lion8bit.batch import STATE_TENSORS, Batch, Entry, check_state, hyper_array, make_entry
 from lion8bit.control import Control, Rate, UpdateCounts
+from lion8bit.describe import gradients_of
 from lion8bit.layout import (
     DTYPES,
     FORMAT_VERSION,
@@ -246,7 +247,7 @@ class Lion8bit(torch.optim.Optimizer):
             compiled.trace_step(self)
         else:
             params, grads, counts = _ready(self.param_groups)
-            self._step(self.param_groups, params, gradients(params, grads), counts)
+            self._step(self.param_groups, params, grads, counts)
         return loss
 
     def _step(
@@ -257,9 +258,11 @@ class Lion8bit(torch.optim.Optimizer):
         layouts = [(hyper.block_size, hyper.weight_rounding) for hyper in hypers]
         key = (counts, layouts, [group["is_paged"] for group in groups])
         plan = self._plan
+        if plan is None or plan.sharded:  # elsewhere `refresh` finds that each parameter is still its own local tensor
+            grads = gradients(params, grads)
         if plan is None or not plan.refresh(key, self.state.values(), params, grads):
             self._plan = None
-            batches = self._build(groups, params, grads, counts, hypers)
+            batches = self._build(groups, params, gradients(params, grads), counts, hypers)
             plan = _Plan(key, self.state.values(), batches)
             if all(batch.reusable for batch in plan.batches):
                 self._plan = plan
@@ -651,6 +654,7 @@ class _Plan:
         self.key = key  # parameters and storage of each group
         self.states = list(states)
         self.batches = batches
+        self.sharded = any(batch.sharded for batch in batches)
 
     def refresh(self, key: Any, states: Collection[dict[str, Any]], params: list[Tensor], grads: list[Tensor]) -> bool:
         """Takes in another step's parameters and gradients; False where a new plan is needed."""
@@ -666,7 +670,7 @@ def _ready(groups: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]
     counts: list[int] = []
     for group in groups:
         here = group["params"]
-        found = [grad for param in here if (grad := param.grad) is not None]
+        found = gradients_of(here)
         params += here if len(found) == len(here) else [param for param in here if param.grad is not None]
         grads += found
         counts.append(len(found))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
+import sys
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -12,8 +16,8 @@ import torch
 from cases import assert_same
 
 import lion8bit.describe
-from lion8bit import Lion8bit
-from lion8bit.describe import describe
+from lion8bit import Lion8bit, cpu
+from lion8bit.describe import describe, gradients_of, look_again, replace
 
 LOOKS = {"native": lion8bit.describe._native(), "portable": None}
 SHAPES = [(70, 70), (64, 96), (5000,), (30,), (), (1,), (0, 3)]
@@ -21,9 +25,9 @@ SHAPES = [(70, 70), (64, 96), (5000,), (30,), (), (1,), (0, 3)]
 
 @pytest.fixture(params=LOOKS)
 def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Describes tensors natively or in plain torch."""
+    """Looks at tensors natively or in plain torch."""
     if request.param == "native" and LOOKS["native"] is None:
-        pytest.skip("needs torch >= 2.10 and the native library")
+        pytest.skip("needs the native library")
     monkeypatch.setattr(lion8bit.describe, "_native", lambda: LOOKS[request.param])
     return request.param
 
@@ -31,13 +35,39 @@ def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 # ---- The look at tensors --------------------------------------------------------------------------------------------
 
 
-def test_places_are_identities_and_addresses(look: str) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="there, not every torch exports its C functions")
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native library")
+def test_this_torch_is_read_natively() -> None:
+    assert LOOKS["native"] is not None
+
+
+def test_a_torch_that_keeps_tensors_otherwise_is_not_read_natively(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "_cdata", property(lambda tensor: 1))
+        assert lion8bit.describe._handle() is None
+    with monkeypatch.context() as patch:
+        patch.delattr(torch._C._aoti, "unsafe_alloc_void_ptr_from_tensor")
+        assert lion8bit.describe._handle() is None
+
+
+def test_tensors_are_known_by_object_and_address(look: str) -> None:
+    """Those of the first column may be other objects elsewhere; their addresses are told."""
     base = torch.zeros(100, dtype=torch.bfloat16)
     tensors = [base, base[7:], torch.nn.Parameter(torch.zeros(3, 4)), torch.zeros(()), torch.zeros(5, dtype=torch.int8)]
-    places, layout = describe(tensors)
-    assert places.tolist() == [[id(t) for t in tensors], [t.data_ptr() for t in tensors]]
-    assert describe(tensors)[1] == describe(tensors, layout)[1] == layout
-    assert describe([])[0].shape == (2, 0)
+    copies = [tensor.clone() for tensor in tensors]
+    dicts = [{"other": None, "tensor": tensor} for tensor in tensors]
+    for columns in ([None], [tensors, None], [dicts, "tensor"]):
+        fixed = columns if len(columns) == 2 else []
+        seen = describe([tensors, None, *fixed])
+        for moving in (tensors, copies):
+            addresses = look_again([moving, None, *fixed], seen)
+            assert addresses is not None and addresses.tolist() == [tensor.data_ptr() for tensor in moving]
+    seen = describe([tensors, None, dicts, "tensor"])
+    assert look_again([tensors, None, copies, None], seen) is None
+    assert look_again([tensors, None, tensors[::-1], None], seen) is None
+    base.data = base.data.clone()
+    assert look_again([tensors, None, dicts, "tensor"], seen) is None
+    assert look_again([[], None], describe([[], None])).shape == (0,)
 
 
 def test_layouts_differ_in_every_property(look: str) -> None:
@@ -51,20 +81,83 @@ def test_layouts_differ_in_every_property(look: str) -> None:
         torch.zeros(4, 6, 1),
         torch.zeros(0),
         torch.zeros(()),
+        torch.zeros(4, 6, device="meta"),
     ]
     first = torch.zeros(2, 2)
-    layouts = [describe([first, variant])[1] for variant in variants]
-    layouts += [describe([first])[1], describe([first, first, first])[1]]
-    for i, one in enumerate(layouts):
-        assert [one == other for other in layouts] == [i == j for j in range(len(layouts))]
-    like = describe([first, variants[0]])[1]
-    for variant, layout in zip(variants, layouts, strict=False):
-        assert describe([first, variant], like)[1] == layout
+    lists = [[first, variant] for variant in variants] + [[first], [first, first, first]]
+    for i, one in enumerate(lists):
+        seen = describe([one, None])
+        for j, other in enumerate(lists):
+            assert (look_again([other, None], seen) is not None) == (i == j)
 
 
 def test_what_has_no_memory_raises(look: str) -> None:
+    tensors = [torch.zeros(3), torch.eye(3).to_sparse()]
     with pytest.raises(RuntimeError):
-        describe([torch.zeros(3), torch.eye(3).to_sparse()])
+        describe([tensors, None])
+
+
+def test_what_is_no_tensor_is_not_read(look: str) -> None:
+    tensors, others = [torch.zeros(3)], [object()]
+    with pytest.raises((RuntimeError, TypeError)):
+        describe([tensors, None, others, None])
+    for columns in ([others, None], [[*tensors, *others], None]):
+        with contextlib.suppress(TypeError):
+            assert look_again(columns, describe([tensors, None])) is None
+
+
+def test_gradients_are_fetched(look: str) -> None:
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(4)]
+    assert gradients_of(params) == gradients_of([]) == []
+    for param in params[1:]:
+        param.grad = torch.ones(3)
+    assert all(map(is_, gradients_of(params), [param.grad for param in params[1:]]))
+    assert len(gradients_of(params)) == 3
+    with pytest.raises(AttributeError, match="grad"):
+        gradients_of([params[1], object()])
+
+
+def test_items_are_replaced_together_or_not_at_all(look: str) -> None:
+    former, dicts = object(), [{"step": None} for _ in range(3)]
+    for each in dicts[:2]:
+        each["step"] = former
+    assert not replace(dicts, "step", former, 1)
+    assert [each["step"] for each in dicts] == [former, former, None]
+    dicts[2]["step"] = former
+    assert replace(dicts, "step", former, 1)
+    assert [each["step"] for each in dicts] == [1, 1, 1]
+
+
+def test_no_reference_is_kept_or_lost(look: str) -> None:
+    """Parameters, gradients, state and step counts are referred to as often after many steps, and failed ones."""
+    params, optimizer = make()
+    give_gradients(params, 0)
+    for _ in range(3):
+        optimizer.step()
+    states = [optimizer.state[param] for param in params]
+    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    own = [*params, *(param.grad for param in params), *tensors, *states]
+    shared = [None, torch.Tensor, "grad", "step", "codes"]  # other code refers to them too
+
+    def counts() -> list[int]:
+        gc.collect()
+        return [sys.getrefcount(each) for each in own + shared]
+
+    before = counts()
+    for _ in range(50):
+        optimizer.step()
+    held, params[2].grad = params[2].grad, params[2].grad.to_sparse()
+    for _ in range(50):
+        with pytest.raises(RuntimeError, match="sparse"):
+            optimizer.step()
+    params[2].grad = held
+    for _ in range(3):
+        optimizer.step()
+    assert [state["step"] for state in states] == [56] * len(states)
+    del held
+    changes = [after - count for after, count in zip(counts(), before, strict=True)]
+    assert changes[: len(own)] == [0] * len(own)
+    assert all(abs(change) < 50 for change in changes[len(own) :])  # fewer than there were steps
 
 
 # ---- Batches --------------------------------------------------------------------------------------------------------
