@@ -305,9 +305,16 @@ LION8BIT_FN bool any_set(Ints x, uint32_t mask) {
 
 LION8BIT_FN bool any_equal(Bytes x, int8_t value) { return any_set(bit_cast<Ints>(x == value), ~0u); }
 
-// ---- The loops ------------------------------------------------------------------------------------------------------
-
-#define LION8BIT_INLINE __attribute__((always_inline))
+// ---- Ordinary blocks ------------------------------------------------------------------------------------------------
+//
+// Where the gradients are below 256, no code is that of zero and the scale is in [2^-56, 256), elements need no tests
+// of their own, if in addition 2^-6 <= blend <= 1, 0 <= one_minus_blend <= 1 and 0 < lr <= 1:
+//
+// - Momenta are normal numbers: |t| is at least 2^-9, |m| at least 2^-56 * 2^-18 * 2^-14. So codes may stay shifted to
+//   the top of a lane, 2^24 times as large: powers of two cancel exactly.
+// - The products with blend and one_minus_blend, taken 2^118 times as large, do not overflow. Their sum is zero, or at
+//   least half a unit in the last place of blend * m, which is 2^118 * 2^-94 * 2^-24 or more: not below 1, nor lr.
+constexpr float kOrdinaryLimit = 256.0f, kOrdinaryScale = 0x1p-56f, kBlendFactor = 0x1p118f;
 
 LION8BIT_FN bool may_be_ordinary(const Hyper& hyper) {
     return hyper.blend >= 0x1p-6f && hyper.blend <= 1.0f && hyper.one_minus_blend >= 0.0f &&
@@ -335,18 +342,6 @@ LION8BIT_FN WideHyper widen(const Hyper& hyper, float blend_factor = 1.0f) {
             hyper.beta,
             may_be_ordinary(hyper)};
 }
-
-// ---- Ordinary blocks ------------------------------------------------------------------------------------------------
-//
-// Where the gradients are below 256, no code is that of zero and the scale is in [2^-56, 256), elements need no tests
-// of their own, if in addition 2^-6 <= blend <= 1, 0 <= one_minus_blend <= 1 and 0 < lr <= 1:
-//
-// - momenta are normal numbers: |t| is at least 2^-9, |m| at least 2^-56 * 2^-18 * 2^-14. So codes may stay shifted to
-//   the top of a lane, 2^24 times as large: powers of two cancel exactly.
-// - the products with blend and one_minus_blend, taken 2^118 times as large, do not overflow. Their sum, if not zero,
-// is
-//   a multiple of half a unit in the last place of blend * m, which is at least 2^118 * 2^-95-23: not below 1, nor lr.
-constexpr float kOrdinaryLimit = 256.0f, kOrdinaryScale = 0x1p-56f, kBlendFactor = 0x1p118f;
 
 LION8BIT_FN Codec shifted(const Codec& codec) {
     return {codec.dither * 0x1p24f, codec.encode_gain, codec.decode_gain * 0x1p-48f};
@@ -386,12 +381,6 @@ template <class Grad> LION8BIT_FN Look look(const typename Grad::Element* grad, 
     return result;
 }
 
-// Asks for the memory that will be stepped soon: at the start of a page processors do not foresee it by themselves.
-constexpr int kAhead = 512;  // elements
-template <class T> LION8BIT_FN void prefetch(const T* group) {
-    for (int i = 0; i < kGroup; i += 64 / sizeof(T)) __builtin_prefetch(group + kAhead + i);
-}
-
 struct Roots {
     Floats of[4];
 };
@@ -400,10 +389,10 @@ struct Roots {
 // and the square roots, of which a processor starts few, run beside other work.
 template <bool woven> struct Waiting {
     bool any = false;
-    const float* momentum;
-    Codec codec;
-    int8_t* codes;
-    UnsignedBytes least;  // of the codes so far
+    const float* momentum = nullptr;
+    Codec codec = {};
+    int8_t* codes = nullptr;
+    UnsignedBytes least = {};  // of the codes so far
 
     LION8BIT_FN Roots begin(int place) const {
         Roots roots;
@@ -441,6 +430,10 @@ LION8BIT_FN const uint16_t* fill_random(uint16_t* random, uint32_t key, uint32_t
     }
     return random + odd;
 }
+
+// ---- The loops ------------------------------------------------------------------------------------------------------
+
+#define LION8BIT_INLINE __attribute__((always_inline))
 
 // Where blocks that follow each other in memory lie.
 template <class Param, class Grad, class Momentum> struct Blocks {
@@ -521,8 +514,6 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
             const WideHyper constants =
                 decltype(ordinary)::value ? ordinary_hyper : hyper;  // a copy stays in registers
             for (int place = 0; place < length; place += kGroup) {
-                if constexpr (quantized)
-                    prefetch(at.param + place), prefetch(at.grad + place), prefetch(at.momentum + place);
                 Ints residuals[4];
                 Roots roots;
                 if constexpr (quantized) {
