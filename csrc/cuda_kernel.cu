@@ -318,10 +318,9 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     const int32_t blocks_to_end = at_most(row_blocks - in_row, kMany);  // of the row that the tile begins in
     const int32_t elements_to_end = at_most(cols - in_row * block_size, kMany) - thread * kPerLane;
     const int32_t gap = static_cast<int32_t>(row_blocks * block_size - cols);  // what a row's last block is short of
-    // In the whole parameter: the index of this thread's first element, and what is between rows beside their blocks.
-    const uint32_t first_index = tensor.first + static_cast<uint32_t>(row) * tensor.row_stride +
-                                 static_cast<uint32_t>(in_row * block_size + thread * kPerLane);
-    const uint32_t index_gap = tensor.row_stride - static_cast<uint32_t>(row_blocks * block_size);
+    const uint32_t first_index =  // of this thread's first element in the whole parameter
+        tensor.first + static_cast<uint32_t>(row) * tensor.row_stride +
+        static_cast<uint32_t>(in_row * block_size + thread * kPerLane);
     const int32_t whole_from = vectors ? kPerLane : kMany + 1;  // elements left for a vector access
     const uint32_t group = (kFullWarp >> (32 - kLanes)) << (threadIdx.x % 32 / kLanes * kLanes);  // lanes of a block
     // NaN cannot come out of a step whose gradient and parameter are below 2^120.
@@ -332,15 +331,16 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         const int32_t block = pass_block + thread_block;
         int32_t offset = pass_block * block_size;  // from this thread's first element
         int32_t left = elements_to_end - offset;   // in this row
-        uint32_t element = first_index + static_cast<uint32_t>(offset);
+        uint32_t element = first_index;
         if (block >= blocks_to_end) {
             const uint32_t beyond = block - blocks_to_end, row_length = blocks_in_row;
             const int32_t rows = static_cast<int32_t>(beyond / row_length);
             const int32_t in_this_row = static_cast<int32_t>(beyond % row_length);
             offset -= (rows + 1) * gap;
-            element += static_cast<uint32_t>(rows + 1) * index_gap;
+            element += static_cast<uint32_t>(rows + 1) * (tensor.row_stride - static_cast<uint32_t>(cols));
             left = block < tile_blocks ? elements_in_row - in_this_row * block_size - lane * kPerLane : 0;
         }
+        element += static_cast<uint32_t>(offset);
         const bool whole = left >= whole_from;
 
         Octet<Param> params;
@@ -372,6 +372,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         if constexpr (quantized) doubts |= zeros(momenta);
         if constexpr (nan_matters) doubts |= (joined(params) & kLargeBits<Param>) | wild;
         if constexpr (rounding == kCompensated) doubts |= zeros(params);
+        if constexpr (rounding == kStochastic) doubts |= element % 2;  // begins with the second half of a random word
         const auto ordinary = [&] {
             if constexpr (quantized) {
                 if (zeros(momenta)) return false;
@@ -381,6 +382,9 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             }
             if constexpr (nan_matters) {
                 if (wild || suspicious<param_dtype>(params)) return false;
+            }
+            if constexpr (rounding == kStochastic) {
+                if (element % 2) return false;
             }
             return !suspicious<grad_dtype>(grads);
         };
@@ -423,19 +427,15 @@ LION8BIT_FN void update_tile(const Launch& launch) {
                     moved_residuals.put(i, residual_part(rounded) & 0xffu);
                 }
             } else {
-                uint32_t random[kPerLane / 2 + 1] = {};
-                if constexpr (rounding == kStochastic) {
-#pragma unroll
-                    for (uint32_t i = 0; i < kPerLane / 2; ++i) random[i] = random_word(key, (element & ~1u) + 2 * i);
-                    if (element % 2) {  // begins with the second half of a word
-                        random[kPerLane / 2] = random_word(key, element - 1 + kPerLane);
-#pragma unroll
-                        for (int32_t i = 0; i < kPerLane / 2; ++i) random[i] = random[i] >> 16 | random[i + 1] << 16;
-                    }
-                }
 #pragma unroll
                 for (int32_t i = 0; i < kPerLane; i += 2) {
-                    moved.words[i / 2] = pack<param_dtype, rounding, plain>(p[i], p[i + 1], random[i / 2]);
+                    uint32_t random = 0;
+                    if constexpr (rounding == kStochastic) {
+                        const uint32_t first = element + static_cast<uint32_t>(i);
+                        random = random_word(key, plain ? first : first & ~1u);
+                        if (!plain && element % 2) random = random >> 16 | random_word(key, first + 1) << 16;
+                    }
+                    moved.words[i / 2] = pack<param_dtype, rounding, plain>(p[i], p[i + 1], random);
                 }
             }
         };
