@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from cases import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lion8bit import Lion8bit, portable
+from lion8bit import Lion8bit, cpu, portable
 from lion8bit.layout import DTYPES
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
+ARM_COMPILER, ARM_EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 ISA_FLAGS = {"baseline": "", "avx2": "-mavx2", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl"}
 SANITIZE = "-std=c++17 -O0 -g1 -ffp-contract=off -fno-math-errno -fopenmp -fsanitize=address,undefined"
 SANITIZE += " -fno-sanitize=null,object-size"  # half of the compiler's time
@@ -326,3 +328,23 @@ def test_c_interface_stays_within_its_buffers(sanitized: Path, fault: str) -> No
     else:
         assert done.returncode != 0
         assert "heap-buffer-overflow" in done.stderr
+
+
+def digest(program: Sequence[str | Path], kernel: int) -> str:
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [*program, "digest", str(kernel)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+
+
+def test_every_kernel_gives_the_same_results(sanitized: Path) -> None:
+    digests = [digest([sanitized], kernel) for kernel in range(len(cpu.available_kernels()))]
+    assert len(digests[0].strip()) == 16 and len({*digests}) == 1
+
+
+@pytest.mark.skipif(not (ARM_COMPILER and ARM_EMULATOR), reason="needs aarch64-linux-gnu-g++ and qemu-aarch64")
+def test_arm_gives_the_same_results(sanitized: Path, tmp_path: Path) -> None:
+    sources = ["tests/sanitizer/cpu_driver.cpp", "csrc/cpu_api.cpp", "csrc/cpu_kernel.cpp"]
+    options = ["-O2", "-std=c++17", "-ffp-contract=off", "-Wno-psabi", "-Icsrc", "-DLION8BIT_ISA=baseline", "-pthread"]
+    command = [str(ARM_COMPILER), *options, "-static", *sources, "-o", str(tmp_path / "driver")]
+    subprocess.run(command, check=True, cwd=ROOT)
+    assert digest([str(ARM_EMULATOR), tmp_path / "driver"], 0) == digest([sanitized], 0)
