@@ -1,26 +1,65 @@
-// Owns the program that benchmarks/instructions.py counts under callgrind: one step of one parameter through the C API.
+// Owns the program that benchmarks/instructions.py counts under callgrind and times: steps of one parameter through the
+// C API.
 //
-// Arguments: dtypes of parameter and gradient, momentum (1: int8, 0: fp32), weight rounding and flags as numbers of
-// csrc/block_math.h, the kernel's number, and the elements.
+// Arguments: the library, dtypes of parameter and gradient, momentum (1: int8, 0: fp32), weight rounding and flags as
+// numbers of csrc/block_math.h, the kernel's number, the elements, and the steps. Prints the least time of a step in
+// nanoseconds, and the processor's clock in GHz.
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
 #include "block_math.h"
 
+namespace {
+
+template <class Work> double nanoseconds(const Work& work) {
+    const auto begin = std::chrono::steady_clock::now();
+    work();
+    return std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - begin).count();
+}
+
+// By additions that wait for each other, one in a cycle.
+double clock_in_ghz() {
+    constexpr int kRounds = 100000, kAdditions = 8;
+    double least = 1e30;
+    for (int repeat = 0; repeat < 20; ++repeat) {
+        long x = 0;
+        least = std::min(least, nanoseconds([&] {
+                             for (int i = 0; i < kRounds; ++i) {
+#pragma GCC unroll 8
+                                 for (int k = 0; k < kAdditions; ++k) {
+                                     x += 3;
+                                     asm volatile("" : "+r"(x));
+                                 }
+                             }
+                         }));
+    }
+    return kRounds * kAdditions / least;
+}
+
+}  // namespace
+
 using Update = int64_t(const lion8bit::Tensor*, int64_t, const lion8bit::Hyper*, int32_t, int32_t);
 
 int main(int argc, char** argv) {
-    if (argc != 9) return std::fprintf(stderr, "8 arguments, see the top of this file\n"), 2;
+    if (argc != 10) return std::fprintf(stderr, "9 arguments, see the top of this file\n"), 2;
     void* library = dlopen(argv[1], RTLD_NOW);
     if (!library) return std::fprintf(stderr, "%s\n", dlerror()), 2;
     auto* update = reinterpret_cast<Update*>(dlsym(library, "lion8bit_update"));
     const auto number = [&](int i) { return std::atol(argv[i]); };
     const int64_t count = number(8);
-    // bf16 and fp32 alike: 0x3c23 is 0.01 in bf16, and 0x3c233c23 is 0.00996 in fp32.
-    std::vector<uint16_t> param(2 * count, 0x3c23), grad(2 * count, 0x3c23), momentum(2 * count, 0x0101);
+    std::vector<uint16_t> param(2 * count), grad(2 * count), momentum(2 * count, 0x0101);
+    uint32_t state = 1;
+    for (auto* numbers : {&param, &grad}) {
+        for (uint16_t& word : *numbers) {  // of either sign, 2^-7 to 2^-5: as bf16, or with the word below as fp32
+            state = state * 1664525u + 1013904223u;
+            word = static_cast<uint16_t>(0x3c00 | (state >> 31 << 15) | (state >> 16 & 0xff));
+        }
+    }
     std::vector<int8_t> residual(count, 1);
     std::vector<float> scales(count / 128, 0.01f);
     lion8bit::Tensor tensor = {};
@@ -40,6 +79,10 @@ int main(int argc, char** argv) {
     hyper.beta = 0.99f, hyper.one_minus_beta = 0.01f, hyper.block_size = 128;
     hyper.weight_rounding = static_cast<int32_t>(number(5));
     hyper.flags = static_cast<uint32_t>(number(6));
-    update(&tensor, 1, &hyper, static_cast<int32_t>(number(7)), 1);
+    double least = 1e30;
+    for (long step = 0; step < number(9); ++step) {
+        least = std::min(least, nanoseconds([&] { update(&tensor, 1, &hyper, static_cast<int32_t>(number(7)), 1); }));
+    }
+    std::printf("%f %f\n", least, number(9) > 1 ? clock_in_ghz() : 0.0);
     return 0;
 }

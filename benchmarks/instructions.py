@@ -1,4 +1,4 @@
-"""Owns the count of instructions per element in the CPU kernel, which does not depend on the machine's noise."""
+"""Owns the CPU kernel's budget: instructions per element, which do not depend on noise, and cycles in cache."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
-from common import console, describe, environment, parser, progress, write_json
-from rich.table import Table
+from common import console, describe, environment, new_table, parser, progress, write_json
 
 from lion8bit import cpu
 from lion8bit.layout import CAUTIOUS, DTYPES, WEIGHT_ROUNDING
 
 DESCRIPTION = """\
-How many instructions does the CPU kernel execute per element? One step of one parameter on one thread runs under
-valgrind's callgrind; the count is that of the call of the C function, whole blocks of 128, gradients of usual size.
+How many instructions does the CPU kernel execute per element, and in how many cycles? One step of one parameter
+on one thread runs under valgrind's callgrind; the count is that of the call of the C function, whole blocks of 128,
+gradients of usual size. Cycles are those of a parameter that stays in the second-level cache, the least of many steps;
+the clock is measured by additions that wait for each other.
 """
 
 EPILOG = """\
 Needs g++ and valgrind (Debian: apt install g++ valgrind). AVX-512 is not counted: valgrind does not know it. Counts
-depend on the compiler, so compare only what one compiler made.
+depend on the compiler, so compare only what one compiler made. With --check nothing is timed.
 
 examples:
   python benchmarks/instructions.py                               print the counts
@@ -35,7 +36,8 @@ examples:
 HERE = Path(__file__).parent
 BASELINE = HERE / "results" / "instructions-baseline.json"
 ALLOWED_GROWTH = 0.05
-ELEMENTS = 1 << 20
+ELEMENTS = 1 << 20  # of a step that is counted
+IN_CACHE, STEPS = 1 << 16, 400  # elements of steps that are timed
 CASES: dict[str, tuple[str, str, int, str, int]] = {  # parameter, gradient, 8-bit momentum, weight rounding, flags
     "fp32": ("float32", "float32", 1, "nearest", 0),
     "fp32, bf16 gradient": ("float32", "bfloat16", 1, "nearest", 0),
@@ -70,17 +72,28 @@ def build(folder: Path) -> Path:
 
 def count(program: Path, kernel: int, case: str, folder: Path) -> float:
     """Instructions per element of one case."""
-    names = {str(dtype).removeprefix("torch."): number for dtype, number in DTYPES.items()}
-    param, grad, quantized, rounding, flags = CASES[case]
-    numbers = [names[param], names[grad], quantized, WEIGHT_ROUNDING[rounding], flags, kernel, ELEMENTS]
     output = folder / "callgrind.out"
-    with resources.as_file(resources.files("lion8bit") / "_cpu.so") as library:
-        command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={output}", "--toggle-collect=lion8bit_update"]
-        command += [str(program), str(library), *map(str, numbers)]
-        subprocess.run(command, check=True, capture_output=True)
+    valgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={output}", "--toggle-collect=lion8bit_update"]
+    step([*valgrind, str(program)], kernel, case, ELEMENTS, 1)
     found = re.search(r"^(?:summary|totals): (\d+)", output.read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) / ELEMENTS
+
+
+def time(program: Path, kernel: int, case: str) -> tuple[float, float]:
+    """Nanoseconds and cycles per element of one case, in cache."""
+    nanoseconds, clock = map(float, step([str(program)], kernel, case, IN_CACHE, STEPS).split())
+    return nanoseconds / IN_CACHE, nanoseconds * clock / IN_CACHE
+
+
+def step(command: list[str], kernel: int, case: str, elements: int, steps: int) -> str:
+    """What the program prints."""
+    names = {str(dtype).removeprefix("torch."): number for dtype, number in DTYPES.items()}
+    param, grad, quantized, rounding, flags = CASES[case]
+    numbers = [names[param], names[grad], quantized, WEIGHT_ROUNDING[rounding], flags, kernel, elements, steps]
+    with resources.as_file(resources.files("lion8bit") / "_cpu.so") as library:
+        command = [*command, str(library), *map(str, numbers)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main() -> None:
@@ -96,9 +109,11 @@ def main() -> None:
     out.print(f"{describe(record)}; {record['compiler']}", style="dim")
     baseline = json.loads(BASELINE.read_text())["instructions_per_element"] if settings.check else {}
 
-    kernels = [name for name in cpu.available_kernels() if name != "avx512"]
+    present = cpu.available_kernels()
+    kernels = [name for name in present if name != "avx512"]
     cases = list(CASES)[:1] if settings.quick else list(CASES)
     counts: dict[str, dict[str, float]] = {name: {} for name in kernels}
+    times: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in present}
     with tempfile.TemporaryDirectory() as folder, progress("instructions") as bar:
         task = bar.add_task("", total=len(kernels) * len(cases))
         program = build(Path(folder))
@@ -107,11 +122,11 @@ def main() -> None:
                 bar.update(task, description=f"{name}, {case}")
                 counts[name][case] = count(program, cpu.KERNELS.index(name), case, Path(folder))
                 bar.update(task, advance=1)
+        if not settings.check:
+            for name in present:
+                times[name] = {case: time(program, cpu.KERNELS.index(name), case) for case in cases}
 
-    table = Table(title="instructions per element")
-    table.add_column("")
-    for name in kernels:
-        table.add_column(name, justify="right")
+    table = new_table("instructions per element", [""], kernels)
     grown = []
     for case in cases:
         cells = []
@@ -122,7 +137,21 @@ def main() -> None:
                 grown.append(f"{name}, {case}: {before:.2f} -> {now:.2f}")
         table.add_row(case, *cells)
     out.print(table)
-    write_json(settings.json, "instructions", settings, {"environment": record, "instructions_per_element": counts})
+    if not settings.check:
+        table = new_table("ns (cycles) per element in cache, one thread", [""], [*present])
+        for case in cases:
+            figures = [times[name][case] for name in present]
+            table.add_row(case, *(f"{ns:.3f} ({cycles:.2f})" for ns, cycles in figures))
+        out.print(table)
+    results = {
+        "environment": record,
+        "instructions_per_element": counts,
+        "ns_per_element": {name: {case: ns for case, (ns, _) in found.items()} for name, found in times.items()},
+        "cycles_per_element": {
+            name: {case: cycles for case, (_, cycles) in found.items()} for name, found in times.items()
+        },
+    }
+    write_json(settings.json, "instructions", settings, results)
     if grown:
         out.print("more instructions than before:", style="bold red")
         for line in grown:
