@@ -1,9 +1,9 @@
 // Owns the CPU loops over blocks, vectorised for one instruction set; built once per set, with LION8BIT_ISA naming it.
 //
-// A block goes through two loops: one dequantizes, steps and finds the largest new momentum, which waits in a buffer of
-// the first-level cache; the other requantizes it. Both take groups of four vectors. A quick look at the gradients and
-// codes comes first: it tells whether the block is idle, and whether it is ordinary, which takes a third fewer
-// instructions.
+// A block is dequantized and stepped in groups of four vectors; its new momentum waits in a buffer of the first-level
+// cache and is requantized, group by group, while the next block but one is stepped. A quick look at the gradients and
+// codes comes first: it tells whether the block is idle, and whether it is ordinary, so that no element needs a test of
+// its own.
 #include "cpu_kernel.h"
 
 #include <cstring>
@@ -321,12 +321,12 @@ LION8BIT_FN bool may_be_ordinary(const Hyper& hyper) {
            hyper.one_minus_blend <= 1.0f && hyper.lr > 0.0f && hyper.lr <= 1.0f;
 }
 
-// Hyper with a lane for each element: constants that stay in memory, ready to be operands.
+// Hyper with a lane for each element.
 struct WideHyper {
     Floats lr, decay, coupled_decay, blend, one_minus_blend, beta, one_minus_beta, unscale;
     uint32_t flags;
     float scalar_beta;
-    bool tame;  // what blocks need to be ordinary
+    bool tame;  // blocks may be ordinary
 };
 LION8BIT_FN WideHyper widen(const Hyper& hyper, float blend_factor = 1.0f) {
     const auto wide = [](float x) { return x - Floats{}; };

@@ -517,11 +517,11 @@ def checkpoints_reshard_bit_for_bit() -> None:
     from torch.distributed.checkpoint import load, save
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-    for flat, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+    for flat, dtype in ((False, torch.float32), (True, torch.float32), (False, torch.bfloat16)):
         options = StateDictOptions(flatten_optimizer_state_dict=flat)
         saved = Path()
         for number, (size, shard) in enumerate([(4, True), (3, True), (2, True), (1, True), (1, False), (4, True)]):
-            source, saved = saved, Worker.folder / f"{Worker.check} {flat} {number}"
+            source, saved = saved, Worker.folder / f"{Worker.check} {flat} {dtype} {number}"
             for rank in world(size):
                 net = make_net(dtype, seed=number)
                 optimizer = make_optimizer(fsdp2(net, size) if shard else net)
@@ -544,9 +544,9 @@ def checkpoints_reshard_bit_for_bit() -> None:
                 train(optimizer, range(3, 5))
                 after = contents(optimizer)
                 if number == 0 and rank == 0:
-                    torch.save((resumed, after), Worker.folder / f"{Worker.check} {flat}.pt")
+                    torch.save((resumed, after), Worker.folder / f"{Worker.check} {flat} {dtype}.pt")
                 elif number > 0:
-                    at_load, later = torch.load(Worker.folder / f"{Worker.check} {flat}.pt")
+                    at_load, later = torch.load(Worker.folder / f"{Worker.check} {flat} {dtype}.pt")
                     assert_equal(resumed, at_load)
                     assert_equal(after, later)
 
