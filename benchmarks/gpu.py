@@ -212,7 +212,7 @@ class Session:
 
     def location(self) -> Path:
         """A file that `import lion8bit` reads, or the root of the file system where it fails."""
-        asked = self.call([sys.executable, "-c", "from lion8bit import cpu; print(cpu.__file__)"], 60)
+        asked = self.call([sys.executable, "-c", "from lion8bit import cpu; print(cpu.__file__)"], 180)
         return Path(last_line(asked.output)).resolve() if asked.status == 0 else Path("/")
 
     def install(self) -> list[str]:
@@ -273,10 +273,13 @@ class Session:
         ]
         if not missing(["xdist"]):
             command += ["-n", str(min(6, os.cpu_count() or 1))]
+        if not missing(["pytest_timeout"]):
+            command += ["--timeout", "120"]  # or a kernel that hangs would hide all that was found before
         finished = self.call(command, limit)
         counts = count_tests(report) if report.exists() else {}
         good = finished.status == 0 and counts.get("passed", 0) > 0
-        return {"status": status_of(finished, good), "detail": last_line(finished.output), "tests": counts}
+        detail = ", ".join(f"{count} {name}" for name, count in counts.items()) or last_line(finished.output)
+        return {"status": status_of(finished, good), "detail": detail, "tests": counts}
 
     def start(self, limit: float) -> dict[str, Any]:
         """The first step of a first and of a second process, whose kernels are cached."""
@@ -677,9 +680,14 @@ def main() -> int:
             "trial": settings.quick or settings.device == "cpu",
         }
 
+        so_far: list[dict[str, Any]] = []
+
         def run(part: Part, limit: float) -> dict[str, Any]:
             result = session.run(part, limit)
             print(f"{part.name}: {result['status']}: {result['detail']}", flush=True)
+            so_far.append({"part": part.name, **result})
+            partial = {**record, "parts": so_far, "rows": read_rows(session.rows), "trainings": session.trainings}
+            (output / "gpu.json").write_text(json.dumps(partial, indent=1) + "\n")  # for a run that does not end
             return result
 
         chosen = [part for part in PARTS if part.name in settings.part]

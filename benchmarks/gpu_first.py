@@ -58,7 +58,7 @@ def main() -> None:
     if settings.every:
         for dtype, roundings in ROUNDINGS.items():
             for rounding, block_size in zip(roundings * 3, (64, 128, 256)):
-                for flags in ({}, {"cautious": True, "decoupled_weight_decay": False}):
+                for flags in ({}, {"cautious": True, "decoupled_weight_decay": False}, {"capturable": True}):
                     step_a_few(
                         settings.device, dtype, {"weight_rounding": rounding, "block_size": block_size, **flags}, 2
                     )

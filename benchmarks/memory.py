@@ -545,7 +545,8 @@ def hold(limit: float | None, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or total / GIB) * GIB / total), device)
+        index = torch.cuda.current_device() if device.index is None else device.index  # this function wants a number
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or total / GIB) * GIB / total), index)
     elif limit is not None:
         data = process_bytes("VmData") + int(limit * GIB)
         resource.setrlimit(resource.RLIMIT_DATA, (data, resource.getrlimit(resource.RLIMIT_DATA)[1]))

@@ -347,6 +347,10 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         Octet<Grad> grads;
         Octet<Momentum> momenta;
         Octet<Byte> residuals;
+        float old_scale = 0.0f;
+        if constexpr (quantized) {  // first: behind the vectors' first use it would wait for them
+            if (block < tile_blocks) old_scale = scales[pass_block];
+        }
         if (whole) {
             if constexpr (rounding == kCompensated) residuals.load_whole(residual + offset);
             momenta.load_whole(momentum + offset);
@@ -359,11 +363,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             grads.load_part(grad + offset, left, 0);
         }
         Codec codec = {};
-        float old_scale = 0.0f;
-        if constexpr (quantized) {
-            if (block < tile_blocks) old_scale = scales[pass_block];
-            codec = decoder(old_scale);
-        }
+        if constexpr (quantized) codec = decoder(old_scale);
 
         // Ordinary: no element needs a test of its own. Few instructions tell for all 8.
         constexpr bool nan_matters = param_dtype == kBfloat16 && !packs_nan<rounding>();

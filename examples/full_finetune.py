@@ -189,7 +189,8 @@ def limit_memory(device: torch.device, gib: float) -> None:
     """Holds the process to so much of the GPU's memory, or on the CPU to so much more than it has now."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)
+        index = torch.cuda.current_device() if device.index is None else device.index  # this function wants a number
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), index)
         return
     import resource
 
