@@ -247,7 +247,7 @@ def progress(label: str) -> Progress:
 
 
 def write_json(path: Path | None, benchmark: str, settings: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Writes a benchmark's result, if a file is asked for. Numbers that are not finite become null.
+    """Writes a benchmark's result whole or not at all, if a file is asked for. What is not finite becomes null.
 
     Args:
         path: the file, or None.
@@ -260,7 +260,9 @@ def write_json(path: Path | None, benchmark: str, settings: argparse.Namespace, 
     options = {name: value for name, value in vars(settings).items() if name not in ("json", "plot")}
     record = {"schema": SCHEMA, "benchmark": benchmark, "settings": options, **results}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(record), indent=1, default=str) + "\n")
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(json.dumps(_finite(record), indent=1, default=str) + "\n")
+    draft.replace(path)
 
 
 def _finite(value: Any) -> Any:

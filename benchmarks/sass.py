@@ -63,13 +63,12 @@ class Case:
     rounding: str = "nearest"
     block_size: int = 128
     on_device: bool = False
+    general: bool = False  # with some flag
 
-    def kernel(self) -> cuda.Kernel:
+    def kernel(self, tuning: cuda.Tuning) -> cuda.Kernel:
         """What is compiled."""
-        rounding = WEIGHT_ROUNDING[self.rounding]
-        return cuda.Kernel(
-            self.dtype, self.dtype, True, self.block_size, rounding, False, cuda.LARGE, on_device=self.on_device
-        )
+        kind = (self.dtype, self.dtype, True, self.block_size, WEIGHT_ROUNDING[self.rounding])
+        return cuda.Kernel(*kind, self.general, cuda.LARGE, self.on_device, tuning)
 
     @property
     def bytes_per_element(self) -> float:
@@ -95,6 +94,7 @@ CASES = {
     "bf16, nearest, block 64": Case(BF16, block_size=64),
     "bf16, nearest, block 256": Case(BF16, block_size=256),
     "bf16, nearest, capturable": Case(BF16, on_device=True),
+    "bf16, stochastic, flags": Case(BF16, "stochastic", general=True),
 }
 
 # ---- Machine code ----------------------------------------------------------------------------------------------------
@@ -324,10 +324,10 @@ def busy(path: Iterable[Instruction], chip: Chip) -> dict[str, int]:
     return dict(cycles)
 
 
-def occupancy(registers: int, chip: Chip) -> float:
+def occupancy(registers: int, chip: Chip, threads: int) -> float:
     """The share of a multiprocessor's warps that can be resident, by registers."""
-    warps = cuda.THREADS // 32
-    fitting = REGISTERS // (-(-registers // 8) * 8 * cuda.THREADS)
+    warps = threads // 32
+    fitting = REGISTERS // (-(-registers // 8) * 8 * threads)
     return min(fitting * warps, chip.warps // warps * warps) / chip.warps
 
 
@@ -350,6 +350,20 @@ def tool(name: str) -> str:
     raise SystemExit(
         f'{name} is needed to read the machine code; pip install "lion8bit[test]" or install CUDA\'s toolkit'
     )
+
+
+def inspect(image: bytes, program: str, option: str) -> str:
+    """What one of NVIDIA's programs prints about an image."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(image)
+        file.flush()
+        return subprocess.run([tool(program), option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def resources(image: bytes) -> dict[str, int]:
+    """What a kernel takes: ``REG`` registers, ``STACK``, ``LOCAL`` and ``SHARED`` bytes."""
+    usage = inspect(image, "cuobjdump", "-res-usage")
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
 
 
 def compile_by_nvcc(kernel: cuda.Kernel, arch: str, folder: Path) -> bytes:
@@ -379,25 +393,24 @@ def compiler(nvcc: bool) -> str:
 def examine(case: Case, capability: int, nvcc: bool) -> dict[str, Any]:
     """All figures of one kernel for one kind of GPU."""
     arch, chip = f"sm_{capability}", CHIPS[capability]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "image.cubin"
-        kernel = case.kernel()
-        file.write_bytes(compile_by_nvcc(kernel, arch, Path(folder)) if nvcc else cuda.compile_kernel(kernel, arch))
-        run = {"check": True, "capture_output": True, "text": True}
-        listing: str = subprocess.run([tool("nvdisasm"), "-c", file], **run).stdout
-        usage: str = subprocess.run([tool("cuobjdump"), "-res-usage", file], **run).stdout
-    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    path, around = hot_path(parse(listing), case.accesses())
+    kernel = case.kernel(tuning := cuda.tuning_for(capability))
+    if nvcc:
+        with tempfile.TemporaryDirectory() as folder:
+            image = compile_by_nvcc(kernel, arch, Path(folder))
+    else:
+        image = cuda.compile_kernel(kernel, arch)
+    used = resources(image)
+    path, around = hot_path(parse(inspect(image, "nvdisasm", "-c")), case.accesses())
     cycles = busy(path, chip)
     return {
         "instructions_per_element": len(path) / PER_THREAD,
         "busy_per_element": max(cycles.values()) / PER_THREAD,
         "cycles_per_pass": cycles,
         "instructions_around_the_passes": len(around),
-        "registers": resources["REG"],
-        "local_memory": resources["STACK"] + resources["LOCAL"],
-        "shared_memory": resources["SHARED"],
-        "occupancy": occupancy(resources["REG"], chip),
+        "registers": used["REG"],
+        "local_memory": used["STACK"] + used["LOCAL"],
+        "shared_memory": used["SHARED"],
+        "occupancy": occupancy(used["REG"], chip, tuning.threads),
     }
 
 

@@ -1,15 +1,19 @@
 // Owns the CUDA kernel: how threads walk the blocks of many tensors in one launch; the arithmetic is block_math.h's.
 //
-// lion8bit/cuda.py compiles it with NVRTC, one module per combination of the LION8BIT_* macros at the end, and packs
-// the Launch. Each thread holds 8 consecutive elements in registers, block_size / 8 neighbouring threads hold a block,
-// and the largest new momentum of a block travels between them by shuffles, so that each byte is read once and written
-// once.
+// lion8bit/cuda.py compiles it with NVRTC, one module per combination of the LION8BIT_* macros, and packs the Launch.
+// Each thread holds 8 (or 16) consecutive elements in registers, neighbouring threads hold a block, and the largest new
+// momentum of a block travels between them by shuffles, so that each byte is read once and written once.
 #include "block_math.h"
 
 namespace lion8bit {
 
-constexpr int32_t kThreads = 256;  // of a CUDA block
-constexpr int32_t kPerLane = 8;    // consecutive elements of a thread
+// How the kernel walks memory: `Tuning` of lion8bit/cuda.py. It changes times, never bits.
+constexpr int32_t kThreads = LION8BIT_THREADS;     // of a CUDA block
+constexpr int32_t kPerLane = LION8BIT_PER_THREAD;  // consecutive elements of a thread: 8 or 16
+enum Ahead : int32_t { kNothing = 0, kToCache = 1, kToRegisters = 2 };
+constexpr int32_t kAhead = LION8BIT_AHEAD;  // where the next pass's elements go while this one computes
+// LION8BIT_LOAD and LION8BIT_STORE: PTX cache hints of whole vectors, such as ".L1::no_allocate"; "" for none
+
 constexpr uint32_t kFullWarp = 0xffffffffu;
 constexpr int32_t kMany = 1 << 30;  // more elements, and blocks, than a CUDA block steps
 
@@ -42,7 +46,7 @@ template <int32_t tensor_capacity, int32_t hyper_capacity> struct Launch {
     Rate rates[hyper_capacity];           // likewise
 };
 
-// ---- Eight consecutive elements of a thread, as they lie in memory --------------------------------------------------
+// ---- The consecutive elements of a thread, as they lie in memory ----------------------------------------------------
 
 template <int32_t bytes> struct PatternOf;
 template <> struct PatternOf<1> {
@@ -56,17 +60,54 @@ template <> struct PatternOf<4> {
 };
 template <int32_t dtype> using ElementOf = typename PatternOf<dtype == kFloat32 ? 4 : 2>::type;
 
-LION8BIT_FN void store(uint4* to, uint4 words) {
+LION8BIT_FN uint4 load(const uint4* from) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(LION8BIT_LOAD) > 1) {
+        uint4 a;
+        asm volatile("ld.global" LION8BIT_LOAD ".v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(a.x), "=r"(a.y), "=r"(a.z), "=r"(a.w)
+                     : "l"(from));
+        return a;
+    }
+#endif
+    return *from;
+}
+LION8BIT_FN uint2 load(const uint2* from) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(LION8BIT_LOAD) > 1) {
+        uint2 a;
+        asm volatile("ld.global" LION8BIT_LOAD ".v2.u32 {%0, %1}, [%2];" : "=r"(a.x), "=r"(a.y) : "l"(from));
+        return a;
+    }
+#endif
+    return *from;
+}
+LION8BIT_FN void store(uint4* to, uint4 a) {
 #if defined(__CUDA_ARCH__)  // the compiler makes four stores of an assignment where it sees the words one by one
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z),
-                 "r"(words.w)
+    asm volatile("st.global" LION8BIT_STORE ".v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a.x), "r"(a.y), "r"(a.z),
+                 "r"(a.w)
                  : "memory");
 #else
-    *to = words;
+    *to = a;
+#endif
+}
+LION8BIT_FN void store(uint2* to, uint2 a) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(LION8BIT_STORE) > 1) {
+        asm volatile("st.global" LION8BIT_STORE ".v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a.x), "r"(a.y) : "memory");
+        return;
+    }
+#endif
+    *to = a;
+}
+
+LION8BIT_FN void prefetch([[maybe_unused]] const void* address) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #endif
 }
 
-template <class T> struct Octet {
+template <class T> struct Elements {
     static constexpr int32_t kPerWord = 4 / sizeof(T);
     static constexpr int32_t kWords = kPerLane / kPerWord;
     uint32_t words[kWords];
@@ -76,22 +117,23 @@ template <class T> struct Octet {
         words[i / kPerWord] |= pattern << (i % kPerWord * 8 * sizeof(T));
     }
 
-    // All 8 elements, at an address aligned to their size, or to 16 bytes where they are larger.
+    // All elements, at an address aligned to `kAlignment`.
+    static constexpr int32_t kAlignment = kWords == 2 ? 8 : 16;
     LION8BIT_FN void load_whole(const T* from) {
-        if constexpr (sizeof(T) == 1) {
-            const uint2 a = *reinterpret_cast<const uint2*>(from);
+        if constexpr (kWords == 2) {
+            const uint2 a = load(reinterpret_cast<const uint2*>(from));
             words[0] = a.x, words[1] = a.y;
         } else {
 #pragma unroll
             for (int32_t w = 0; w < kWords; w += 4) {
-                const uint4 a = reinterpret_cast<const uint4*>(from)[w / 4];
+                const uint4 a = load(reinterpret_cast<const uint4*>(from) + w / 4);
                 words[w] = a.x, words[w + 1] = a.y, words[w + 2] = a.z, words[w + 3] = a.w;
             }
         }
     }
     LION8BIT_FN void store_whole(T* to) const {
-        if constexpr (sizeof(T) == 1) {
-            *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
+        if constexpr (kWords == 2) {
+            store(reinterpret_cast<uint2*>(to), {words[0], words[1]});
         } else {
 #pragma unroll
             for (int32_t w = 0; w < kWords; w += 4) {
@@ -100,7 +142,7 @@ template <class T> struct Octet {
         }
     }
 
-    // The first `count` elements, or all 8 where it is more, at any address; the others read as `padding`.
+    // The first `count` elements, or all where it is more, at any address; the others read as `padding`.
     LION8BIT_FN void load_part(const T* from, int32_t count, uint32_t padding) {
         *this = {};
 #pragma unroll
@@ -172,10 +214,10 @@ template <int32_t dtype, class Grads> LION8BIT_FN bool suspicious(const Grads& g
 }
 
 // The bits that occur in any of the numbers, in both halves where two share a word.
-template <class T> LION8BIT_FN uint32_t joined(const Octet<T>& numbers) {
+template <class T> LION8BIT_FN uint32_t joined(const Elements<T>& numbers) {
     uint32_t bits = 0;
 #pragma unroll
-    for (int32_t w = 0; w < Octet<T>::kWords; ++w) bits |= numbers.words[w];
+    for (int32_t w = 0; w < Elements<T>::kWords; ++w) bits |= numbers.words[w];
     return bits;
 }
 // What `joined` has where some number is not zero, and where some is 2 or more in magnitude.
@@ -183,7 +225,7 @@ template <class T> constexpr uint32_t kNonzeroBits = sizeof(T) == 4 ? 0x7fffffff
 template <class T> constexpr uint32_t kLargeBits = sizeof(T) == 4 ? 0x40000000u : 0x40004000u;
 
 // Not 0 where some code is that of zero.
-LION8BIT_FN uint32_t zeros(const Octet<unsigned char>& codes) {
+LION8BIT_FN uint32_t zeros(const Elements<unsigned char>& codes) {
     uint32_t found = 0;
 #pragma unroll
     for (const uint32_t word : codes.words) {
@@ -194,7 +236,7 @@ LION8BIT_FN uint32_t zeros(const Octet<unsigned char>& codes) {
 }
 
 // Not 0 where some number of 16 bits is zero.
-LION8BIT_FN uint32_t zeros(const Octet<uint16_t>& numbers) {
+LION8BIT_FN uint32_t zeros(const Elements<uint16_t>& numbers) {
     uint32_t nonzero = 0xffffffffu;
 #pragma unroll
     for (const uint32_t word : numbers.words) nonzero &= (word & 0x7fff7fffu) + 0x7fff7fffu;
@@ -261,6 +303,14 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     using Momentum = typename PatternOf<quantized ? 1 : 4>::type;
     constexpr int32_t kLanes = block_size / kPerLane;
     constexpr int32_t kBlocksPerPass = kThreads / kLanes;
+    constexpr int32_t kStride = kThreads * kPerLane;  // elements from one pass to the next
+    struct Loaded {                                   // what a thread reads in one pass
+        Elements<Param> params;
+        Elements<Grad> grads;
+        Elements<Momentum> momenta;
+        Elements<Byte> residuals;
+        float scale = 0.0f;
+    };
 
     const int32_t tile = static_cast<int32_t>(blockIdx.x);
     int32_t index = 0;  // the last tensor whose first tile is not beyond this one
@@ -306,8 +356,8 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     auto* residual = reinterpret_cast<Byte*>(tensor.residual) + first_element;
     float* scales = tensor.scales + first_block + thread_block;
     const bool vectors = (seamless || cols % kPerLane == 0) && aligned(tensor.param, 16) && aligned(tensor.grad, 16) &&
-                         aligned(tensor.momentum, quantized ? 8 : 16) &&
-                         (rounding != kCompensated || aligned(tensor.residual, 8));
+                         aligned(tensor.momentum, Elements<Momentum>::kAlignment) &&
+                         (rounding != kCompensated || aligned(tensor.residual, Elements<Byte>::kAlignment));
     uint32_t key = random_key(tensor.seed, update);
     keep(key);
     keep(hyper.lr);
@@ -325,7 +375,15 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     const uint32_t group = (kFullWarp >> (32 - kLanes)) << (threadIdx.x % 32 / kLanes * kLanes);  // lanes of a block
     // NaN cannot come out of a step whose gradient and parameter are below 2^120.
     const uint32_t wild = magnitude(hyper.lr) < 2.0f && magnitude(hyper.decay) < 2.0f ? 0 : 1;
+    const auto load_whole = [&](Loaded& loaded, int32_t offset) {
+        if constexpr (rounding == kCompensated) loaded.residuals.load_whole(residual + offset);
+        loaded.momenta.load_whole(momentum + offset);
+        loaded.params.load_whole(param + offset);
+        loaded.grads.load_whole(grad + offset);
+    };
     int32_t nonfinite = 0;
+    Loaded next;  // which this pass finds loaded where `is_ahead`
+    bool is_ahead = false;
     for (int32_t pass_block = 0; pass_block < tile_blocks; pass_block += kBlocksPerPass) {
         // Threads without elements go along: every lane of a warp takes part in the shuffles.
         const int32_t block = pass_block + thread_block;
@@ -343,71 +401,81 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         element += static_cast<uint32_t>(offset);
         const bool whole = left >= whole_from;
 
-        Octet<Param> params;
-        Octet<Grad> grads;
-        Octet<Momentum> momenta;
-        Octet<Byte> residuals;
-        float old_scale = 0.0f;
-        if constexpr (quantized) {  // first: behind the vectors' first use it would wait for them
-            if (block < tile_blocks) old_scale = scales[pass_block];
-        }
-        if (whole) {
-            if constexpr (rounding == kCompensated) residuals.load_whole(residual + offset);
-            momenta.load_whole(momentum + offset);
-            params.load_whole(param + offset);
-            grads.load_whole(grad + offset);
+        Loaded now;
+        if (is_ahead) {
+            now = next;
         } else {
-            if constexpr (rounding == kCompensated) residuals.load_part(residual + offset, left, 0);
-            momenta.load_part(momentum + offset, left, quantized ? uint32_t(kZeroCode & 0xff) : 0);
-            params.load_part(param + offset, left, 0);
-            grads.load_part(grad + offset, left, 0);
+            // The scale comes first: behind the vectors' first use it would wait for them.
+            if (quantized && block < tile_blocks) now.scale = scales[pass_block];
+            if (whole) {
+                load_whole(now, offset);
+            } else {
+                if constexpr (rounding == kCompensated) now.residuals.load_part(residual + offset, left, 0);
+                now.momenta.load_part(momentum + offset, left, quantized ? uint32_t(kZeroCode & 0xff) : 0);
+                now.params.load_part(param + offset, left, 0);
+                now.grads.load_part(grad + offset, left, 0);
+            }
+        }
+        if constexpr (kAhead != kNothing) {
+            // Where the thread's next elements are whole and of the same row.
+            is_ahead = pass_block + kBlocksPerPass < tile_blocks && left - kStride >= whole_from;
+            if (is_ahead && kAhead == kToRegisters) {
+                if constexpr (quantized) next.scale = scales[pass_block + kBlocksPerPass];
+                load_whole(next, offset + kStride);
+            } else if (is_ahead) {
+                prefetch(param + offset + kStride);
+                prefetch(grad + offset + kStride);
+                prefetch(momentum + offset + kStride);
+                if constexpr (rounding == kCompensated) prefetch(residual + offset + kStride);
+                is_ahead = false;
+            }
         }
         Codec codec = {};
-        if constexpr (quantized) codec = decoder(old_scale);
+        if constexpr (quantized) codec = decoder(now.scale);
 
-        // Ordinary: no element needs a test of its own. Few instructions tell for all 8.
+        // Ordinary: no element needs a test of its own. Few instructions tell for all of them.
         constexpr bool nan_matters = param_dtype == kBfloat16 && !packs_nan<rounding>();
-        const uint32_t grad_bits = joined(grads);
+        const uint32_t grad_bits = joined(now.grads);
         uint32_t doubts = grad_bits & kLargeBits<Grad>;
-        if constexpr (quantized) doubts |= zeros(momenta);
-        if constexpr (nan_matters) doubts |= (joined(params) & kLargeBits<Param>) | wild;
-        if constexpr (rounding == kCompensated) doubts |= zeros(params);
+        if constexpr (quantized) doubts |= zeros(now.momenta);
+        if constexpr (nan_matters) doubts |= (joined(now.params) & kLargeBits<Param>) | wild;
+        if constexpr (rounding == kCompensated) doubts |= zeros(now.params);
         if constexpr (rounding == kStochastic) doubts |= element % 2;  // begins with the second half of a random word
         const auto ordinary = [&] {
             if constexpr (quantized) {
-                if (zeros(momenta)) return false;
+                if (zeros(now.momenta)) return false;
             }
             if constexpr (rounding == kCompensated) {
-                if (zeros(params)) return false;
+                if (zeros(now.params)) return false;
             }
             if constexpr (nan_matters) {
-                if (wild || suspicious<param_dtype>(params)) return false;
+                if (wild || suspicious<param_dtype>(now.params)) return false;
             }
             if constexpr (rounding == kStochastic) {
                 if (element % 2) return false;
             }
-            return !suspicious<grad_dtype>(grads);
+            return !suspicious<grad_dtype>(now.grads);
         };
 
         float m[kPerLane], largest = 0.0f;
         bool touched = !general && (grad_bits & kNonzeroBits<Grad>) != 0;
-        Octet<Param> moved;
-        Octet<Byte> moved_residuals = {};
+        Elements<Param> moved;
+        Elements<Byte> moved_residuals = {};
         const auto step = [&](auto ordinary_) {
             constexpr bool plain = decltype(ordinary_)::value;
             float p[kPerLane];
 #pragma unroll
             for (int32_t i = 0; i < kPerLane; ++i) {
                 if constexpr (rounding == kCompensated) {
-                    const auto signed_residual = static_cast<int32_t>(static_cast<int8_t>(residuals.get(i)));
-                    p[i] = from_compensated<float, plain>(params.get(i) & 0xffffu,
+                    const auto signed_residual = static_cast<int32_t>(static_cast<int8_t>(now.residuals.get(i)));
+                    p[i] = from_compensated<float, plain>(now.params.get(i) & 0xffffu,
                                                           static_cast<uint32_t>(signed_residual) << 8);
                 } else {
-                    p[i] = to_float<param_dtype>(params.get(i));
+                    p[i] = to_float<param_dtype>(now.params.get(i));
                 }
-                m[i] = quantized ? decode<plain>(static_cast<float>(static_cast<int8_t>(momenta.get(i))), codec)
-                                 : bit_cast<float>(momenta.get(i));
-                float g = to_float<grad_dtype>(grads.get(i));
+                m[i] = quantized ? decode<plain>(static_cast<float>(static_cast<int8_t>(now.momenta.get(i))), codec)
+                                 : bit_cast<float>(now.momenta.get(i));
+                float g = to_float<grad_dtype>(now.grads.get(i));
                 // With flags, decay may make a finite gradient infinite.
                 constexpr bool trusted = plain && !general;
                 const bool finite = !lion_step<general, trusted>(hyper, p[i], g, m[i]);
@@ -452,10 +520,10 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             if constexpr (rounding == kCompensated) moved_residuals.store_part(residual + offset, left);
         }
 
-        Octet<Momentum> stored = {};
+        Elements<Momentum> stored = {};
         bool idle = false;
         if constexpr (quantized) {
-            float scale = decayed_scale(old_scale, hyper.beta);
+            float scale = decayed_scale(now.scale, hyper.beta);
             idle = (__ballot_sync(kFullWarp, touched) & group) == 0 && scale >= kMinScale;
 #pragma unroll
             for (int32_t distance = kLanes / 2; distance > 0; distance /= 2) {
@@ -497,14 +565,6 @@ LION8BIT_FN void update_tile(const Launch& launch) {
 }  // namespace lion8bit
 
 #if defined(LION8BIT_PARAM_DTYPE)
-// CUDA blocks that a multiprocessor is to hold at least: as many as the registers allow without spills.
-#if LION8BIT_GENERAL
-#define LION8BIT_RESIDENT 3
-#elif LION8BIT_WEIGHT_ROUNDING == 2 || LION8BIT_ON_DEVICE || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800)
-#define LION8BIT_RESIDENT 4
-#else
-#define LION8BIT_RESIDENT 5
-#endif
 extern "C" __global__ void __launch_bounds__(lion8bit::kThreads, LION8BIT_RESIDENT)
     lion8bit_update(const __grid_constant__ lion8bit::Launch<LION8BIT_TENSORS, LION8BIT_HYPERS> launch) {
     lion8bit::update_tile<LION8BIT_PARAM_DTYPE, LION8BIT_GRAD_DTYPE, LION8BIT_QUANTIZED, LION8BIT_BLOCK_SIZE,

@@ -21,10 +21,6 @@ import torch
 from lion8bit.control import Control
 from lion8bit.layout import Hyper, Tensor, blocks_per_row
 
-THREADS = 256  # kThreads of cuda_kernel.cu
-ELEMENTS_PER_PASS = 8 * THREADS  # kPerLane * kThreads
-MOST_PASSES = 8  # enough to make a CUDA block's own preparation cheap
-GRID_TO_KEEP = 4096  # CUDA blocks below which a launch takes more of them rather than longer ones
 SOURCES = ("cuda_kernel.cu", "block_math.h")
 CACHE_VARIABLE = "LION8BIT_CACHE_DIR"
 NVRTC_ONLY = b"--device-as-default-execution-space"  # or NVRTC 12 and 13.0 take lambdas for functions of the host
@@ -49,6 +45,44 @@ SMALL = Capacity(tensors=36, hypers=14)
 LARGE = Capacity(tensors=362, hypers=32)
 
 
+class Tuning(NamedTuple):
+    """How the kernel walks memory. It changes times, never bits; `benchmarks/gpu_tune.py` compares choices."""
+
+    threads: int = 256  # of a CUDA block
+    per_thread: int = 8  # consecutive elements of a thread: 8 or 16
+    resident: int = 4  # CUDA blocks that the registers of a multiprocessor suffice for, see Kernel.resident
+    passes: int = 8  # most that a CUDA block makes over threads * per_thread elements
+    grid: int = 4096  # CUDA blocks below which a launch has more of them rather than more passes
+    load: str = ""  # PTX cache hint of vector loads, such as ".L1::no_allocate"
+    store: str = ""  # likewise of stores, such as ".cs"
+    ahead: str = "nothing"  # where the next pass's elements are loaded meanwhile: a key of AHEAD
+
+    def macros(self) -> dict[str, int | str]:
+        """What `cuda_kernel.cu` is compiled with, by the macros' names."""
+        return {
+            "THREADS": self.threads,
+            "PER_THREAD": self.per_thread,
+            "LOAD": f'"{self.load}"',
+            "STORE": f'"{self.store}"',
+            "AHEAD": AHEAD[self.ahead],
+        }
+
+
+AHEAD = {"nothing": 0, "cache": 1, "registers": 2}  # enum Ahead of cuda_kernel.cu
+# By the oldest compute capability that a choice is for. What chose it: no kernel spills registers (benchmarks/sass.py).
+# Nothing has been timed on a GPU yet.
+TUNINGS = {75: Tuning()}
+
+
+def tuning_for(capability: int) -> Tuning:
+    """The choice for a GPU.
+
+    Args:
+        capability: its compute capability, 90 for 9.0.
+    """
+    return TUNINGS[max((each for each in TUNINGS if each <= capability), default=min(TUNINGS))]
+
+
 class Kernel(NamedTuple):
     """What the kernel is compiled for: all that the tensors of one launch have in common."""
 
@@ -60,10 +94,17 @@ class Kernel(NamedTuple):
     general: bool  # some flag of the Hyper is set
     capacity: Capacity
     on_device: bool = False  # rates, GradScaler's tensors and update counts are read from device memory
+    tuning: Tuning = Tuning()
+
+    @property
+    def resident(self) -> int:
+        """The tuning's, or fewer for kernels that need more registers and would spill some."""
+        fewer = self.general + (self.general and (self.on_device or self.block_size == 256)) + (not self.quantized)
+        return max(1, self.tuning.resident - fewer)
 
     def macros(self) -> list[str]:
         """The definitions that select this combination in `cuda_kernel.cu`."""
-        values = {
+        values: dict[str, int | str] = {
             "PARAM_DTYPE": self.param_dtype,
             "GRAD_DTYPE": self.grad_dtype,
             "QUANTIZED": int(self.quantized),
@@ -73,6 +114,8 @@ class Kernel(NamedTuple):
             "TENSORS": self.capacity.tensors,
             "HYPERS": self.capacity.hypers,
             "ON_DEVICE": int(self.on_device),
+            "RESIDENT": self.resident,
+            **self.tuning.macros(),
         }
         return [f"-DLION8BIT_{name}={value}" for name, value in values.items()]
 
@@ -88,11 +131,13 @@ class Batch(Protocol):
 class Runner(Protocol):
     """Runs packed launches: the GPU, or what stands in for it in the tests."""
 
+    tuning: Tuning
+
     def capacity(self, tensors: int) -> Capacity:
         """How many tensors the launches of so many tensors should hold."""
 
     def run(self, kernel: Kernel, grid: int, launch: ctypes.Structure) -> None:
-        """Runs the kernel on ``grid`` CUDA blocks of `THREADS`; ``launch`` may change as soon as this returns."""
+        """Runs the kernel on ``grid`` CUDA blocks; ``launch`` may change as soon as this returns."""
 
 
 # ---- Packing -------------------------------------------------------------------------------------------------------
@@ -133,7 +178,8 @@ class _Packed:
         self.rows = np.array(rows)
         self.launch: Any = launch_type(kernel.capacity)()
         self.launch.count = len(rows)
-        self.launch.passes = per_tile = max(1, min(MOST_PASSES, sum(passes) // GRID_TO_KEEP))
+        tuning = kernel.tuning
+        self.launch.passes = per_tile = max(1, min(tuning.passes, sum(passes) // tuning.grid))
         self.grid = 0
         for i, amount in enumerate(passes):
             self.launch.first_tile[i] = self.grid
@@ -167,6 +213,7 @@ def _pack(table: Any, hypers: ctypes.Array[Hyper], runner: Runner, on_device: bo
     Those without elements are left out, unless the device is to count their updates too.
     """
     buckets: dict[tuple[Any, ...], list[tuple[int, int, int]]] = {}
+    per_pass = runner.tuning.threads * runner.tuning.per_thread
     for index, tensor in enumerate(table):
         if tensor.rows * tensor.cols == 0 and not on_device:
             continue
@@ -175,11 +222,11 @@ def _pack(table: Any, hypers: ctypes.Array[Hyper], runner: Runner, on_device: bo
         shape = (tensor.param_dtype, tensor.grad_dtype, bool(tensor.scales))
         key = (*shape, hyper.block_size, rounding, hyper.flags != 0)
         blocks = tensor.rows * blocks_per_row(tensor.cols, hyper.block_size)
-        passes = -(-blocks * hyper.block_size // ELEMENTS_PER_PASS)
+        passes = -(-blocks * hyper.block_size // per_pass)
         buckets.setdefault(key, []).append((index, passes, tensor.hyper))
     packed = []
     for key, members in buckets.items():
-        kernel = Kernel(*key, capacity=runner.capacity(len(members)), on_device=on_device)
+        kernel = Kernel(*key, runner.capacity(len(members)), on_device, runner.tuning)
         part: list[tuple[int, int, int]] = []
         seen: set[int] = set()
         for member in members:
@@ -199,7 +246,7 @@ def launches(
     import numpy as np
 
     on_device = control is not None
-    kinds = (on_device, *((hyper.block_size, hyper.weight_rounding, hyper.flags != 0) for hyper in hypers))
+    kinds = (on_device, runner.tuning, *((hyper.block_size, hyper.weight_rounding, hyper.flags != 0) for hyper in hypers))
     cached = batch.cuda_cache.get(kinds)
     if cached is None:
         batch.cuda_cache.clear()
@@ -398,6 +445,7 @@ class Device:
         _driver(driver.cuInit(0), "cuInit")
         major, minor = torch.cuda.get_device_capability(index)
         self._arch = architecture(10 * major + minor)
+        self.tuning = tuning_for(10 * major + minor)
         self._large = toolchain()[0] >= (12, 1) and _driver(driver.cuDriverGetVersion(), "cuDriverGetVersion") >= 12010
         self._functions: dict[Kernel, Any] = {}
         # torch computes in the device's primary context, which a new thread may not have entered yet.
@@ -416,7 +464,8 @@ class Device:
             function = self.load(kernel)
             stream = torch.cuda.current_stream(self._index).cuda_stream
             address = ctypes.addressof(arguments)
-            returned = driver.cuLaunchKernel(function, grid, 1, 1, THREADS, 1, 1, 0, stream, address, 0)
+            threads = kernel.tuning.threads
+            returned = driver.cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, 0, stream, address, 0)
             _driver(returned, "cuLaunchKernel")
 
     def load(self, kernel: Kernel) -> Any:

@@ -29,6 +29,8 @@ EMULATOR = Path(__file__).parent / "emulator"
 SOURCES = [*sorted(EMULATOR.iterdir()), *(Path(__file__).parents[1] / "csrc" / name for name in cuda.SOURCES)]
 COMPILER = shutil.which("g++")
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
+SHARED = ["-shared", "-fPIC"]
+DEFAULT = cuda.Tuning()
 SANITIZE = ["-g1", "-DEMULATE_FEW", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
@@ -58,10 +60,11 @@ class Batch:
 class Emulated:
     """Runs launches on the emulator; keeps the number of tensors and CUDA blocks of each."""
 
-    library: ctypes.CDLL
+    library: ctypes.CDLL  # built for `tuning`
     order: int = 0  # in which threads go on: 0 ascending, 1 descending, else shuffled
     large: bool = False
     first: int = 0  # CUDA block to begin with
+    tuning: cuda.Tuning = DEFAULT
     log: list[tuple[cuda.Kernel, int, int]] = field(default_factory=list)
 
     def capacity(self, tensors: int) -> cuda.Capacity:
@@ -79,6 +82,11 @@ class Emulated:
             )
         if error:
             raise RuntimeError(f"the emulator reports: {ERRORS.get(error, error)}")
+
+
+def defined(tuning: cuda.Tuning) -> list[str]:
+    """The macros of a tuning for the compiler."""
+    return [f"-DLION8BIT_{name}={value}" for name, value in tuning.macros().items()]
 
 
 def build(cache: Path, source: str, flags: Sequence[str], suffix: str) -> Path:
@@ -99,7 +107,7 @@ def build(cache: Path, source: str, flags: Sequence[str], suffix: str) -> Path:
 @pytest.fixture(scope="session")
 def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
     cache = request.config.cache.mkdir("emulator")
-    return ctypes.CDLL(str(build(cache, "emulated_kernel.cpp", [*FLAGS, "-shared", "-fPIC"], ".so")))
+    return ctypes.CDLL(str(build(cache, "emulated_kernel.cpp", [*FLAGS, *SHARED, *defined(DEFAULT)], ".so")))
 
 
 def shifted(tensor: torch.Tensor, elements: int) -> torch.Tensor:
@@ -386,12 +394,11 @@ def test_order_of_threads_changes_nothing(library: ctypes.CDLL, order: int) -> N
 
 
 @needs_compiler
-@pytest.mark.parametrize("grid_to_keep", [1, 3])
-def test_long_tiles_equal_reference(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, grid_to_keep: int) -> None:
-    monkeypatch.setattr(cuda, "GRID_TO_KEEP", grid_to_keep)
+@pytest.mark.parametrize("grid", [1, 3])
+def test_long_tiles_equal_reference(library: ctypes.CDLL, grid: int) -> None:
     shapes = ((1, 2048 * 8 + 5), (1, 2048 * 17), (700, 130), (1, 1), (64, 256), (9, 4099))
     pairs = [Pair(shape, torch.bfloat16, torch.bfloat16, 128, seed=i) for i, shape in enumerate(shapes)]
-    emulated = Emulated(library)
+    emulated = Emulated(library, tuning=cuda.Tuning(grid=grid))
     run_steps(pairs, [hyper_for("decay", 128, "stochastic")], on(emulated), steps=2)
     assert len(emulated.log) == 2
 
@@ -513,9 +520,8 @@ def test_an_empty_batch_launches_nothing(library: ctypes.CDLL) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("cols", [2**31 + 2**12 + 5, 1000])
-def test_tensors_beyond_32_bits(library: ctypes.CDLL, cols: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_beyond_32_bits(library: ctypes.CDLL, cols: int) -> None:
     # Memory that is reserved, not used: only the last CUDA blocks of the grid run.
-    monkeypatch.setattr(cuda, "MOST_PASSES", 1)
     rows = 1 if cols > 2**31 else 2**32 // cols + 3
     total, per_row = rows * cols, -(-cols // 128)
     blocks = rows * per_row
@@ -547,7 +553,8 @@ def test_tensors_beyond_32_bits(library: ctypes.CDLL, cols: int, monkeypatch: py
     reference.lion_step_(
         expected, grad[tail].view(shape), codes_, scales_, hyper, seed=3, step=5, first=2**31 + 9 + start
     )
-    cuda.step_(batch, hyper_array([hyper]), torch.zeros(1, dtype=torch.int64), Emulated(library, first=grid - 2))
+    emulated = Emulated(library, first=grid - 2, tuning=cuda.Tuning(passes=1))
+    cuda.step_(batch, hyper_array([hyper]), torch.zeros(1, dtype=torch.int64), emulated)
     assert_same(param[tail].view(shape), expected, "param")
     assert_same(codes[tail].view(shape), codes_.contiguous(), "codes")
     assert_same(scales[first_scale:].view(scales_.shape), scales_, "scales")
@@ -559,7 +566,7 @@ def test_tensors_beyond_32_bits(library: ctypes.CDLL, cols: int, monkeypatch: py
 def test_calls_arrive_at_the_driver(
     library: ctypes.CDLL, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["-std=c++17", "-shared", "-fPIC", "-ldl", "-Wl,-soname,libcuda.so.1"]
+    flags = ["-std=c++17", *SHARED, "-ldl", "-Wl,-soname,libcuda.so.1"]
     driver = build(request.config.cache.mkdir("emulator"), "fake_driver.cpp", flags, ".so")
     monkeypatch.setenv(cuda.CACHE_VARIABLE, str(tmp_path))
     program = [sys.executable, str(Path(__file__).parent / "through_driver.py"), str(driver), library._name]
@@ -574,7 +581,8 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     flags = ["-fsanitize=address,undefined", str(probe / "empty.cpp"), "-o", str(probe / "empty")]
     if subprocess.run([str(COMPILER), *flags], capture_output=True).returncode:
         pytest.skip("this g++ has no sanitizers")
-    return build(request.config.cache.mkdir("emulator"), "sanitized.cpp", [*FLAGS, *SANITIZE], "")
+    flags = [*FLAGS, *SANITIZE, *defined(DEFAULT)]
+    return build(request.config.cache.mkdir("emulator"), "sanitized.cpp", flags, "")
 
 
 @needs_compiler
@@ -625,11 +633,20 @@ def test_gpu_takes_many_tensors_and_large_ones() -> None:
 
 @needs_gpu
 def test_gpu_launches_on_the_current_stream() -> None:
-    pair = Pair((64, 4096), torch.bfloat16, torch.bfloat16, 128, device="cuda")
+    pair, hyper = Pair((64, 4096), torch.bfloat16, torch.bfloat16, 128, device="cuda"), hyper_for("plain", 128)
+    late, pair.grad = pair.grad, torch.zeros_like(pair.grad)
+    counter = torch.zeros(1, dtype=torch.int64, device="cuda")
+    batch, hypers = Batch(torch.device("cuda"), (Tensor * 1)(pair.row())), hyper_array([hyper])
+    cuda.prepare(batch, hypers)  # compiling would outlast the sleep
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(50_000_000)  # a launch on any other stream would read the gradient too early
-        run_steps([pair], [hyper_for("plain", 128)], cuda.update_)
+        torch.cuda._sleep(50_000_000)
+        pair.grad.copy_(late)  # a launch on any other stream would read the gradient before this
+        cuda.update_(batch, hypers, counter)
+    torch.cuda.synchronize()
+    assert int(counter) == pair.expected.reference_step(pair.expected_grad, hyper, pair.steps)
+    for name, tensor in pair.actual.tensors().items():
+        assert_same(tensor.cpu(), pair.expected.tensors()[name], name)
 
 
 @needs_gpu

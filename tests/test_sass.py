@@ -91,7 +91,7 @@ def test_units_of_a_listing(sass: Any) -> None:
     [(32, 90, 1.0), (33, 90, 0.75), (48, 90, 0.625), (64, 75, 1.0), (64, 86, 4 * 8 / 48), (255, 90, 0.125)],
 )
 def test_occupancy(sass: Any, registers: int, capability: int, share: float) -> None:
-    assert sass.occupancy(registers, sass.CHIPS[capability]) == share
+    assert sass.occupancy(registers, sass.CHIPS[capability], 256) == share
 
 
 def test_bytes_of_a_step(sass: Any) -> None:
@@ -103,6 +103,7 @@ def test_bytes_of_a_step(sass: Any) -> None:
         "bf16, nearest, block 64": 8.125,
         "bf16, nearest, block 256": 8.03125,
         "bf16, nearest, capturable": 8.0625,
+        "bf16, stochastic, flags": 8.0625,
     }
 
 

@@ -50,8 +50,8 @@ def main() -> None:
     @LAUNCHED
     def launched(function: int, grid: int, threads: int, stream: int, address: int) -> None:
         try:  # ctypes would only print what a callback raises
-            assert (threads, stream) == (cuda.THREADS, STREAM)
             kernel = next(kernel for kernel, known in gpu._functions.items() if int(known) == function)
+            assert (threads, stream) == (kernel.tuning.threads, STREAM)
             emulated.run(kernel, grid, cuda.launch_type(kernel.capacity).from_address(address))
         except BaseException as error:
             raised.append(error)

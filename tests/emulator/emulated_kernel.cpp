@@ -1,5 +1,6 @@
 // Owns the library that tests/test_cuda.py calls: csrc/cuda_kernel.cu on the emulator, its combinations chosen at run
-// time.
+// time. EMULATE_FEW leaves out fp16 and two block sizes. EMULATE_VARIANT, for other tunings than the default, leaves
+// out fp16, fp32 momentum, mixed dtypes and what is read from device memory.
 #include "emulator.h"
 
 #define LION8BIT_EMULATED
@@ -50,12 +51,14 @@ Error with_all(const Call& call) {
 
 template <int32_t param, int32_t grad, bool quantized, int32_t block_size, int32_t rounding>
 Error with_rounding(const Call& call) {
+#if !defined(EMULATE_VARIANT)
     if constexpr (param == grad && block_size == 128) {  // the rest is not built
         if (call.on_device) {
             return call.general ? with_all<Small, param, grad, quantized, block_size, rounding, true, true>(call)
                                 : with_all<Small, param, grad, quantized, block_size, rounding, false, true>(call);
         }
     }
+#endif
     if (call.on_device) return emulator::kUnknown;
     return call.general ? with_all<Small, param, grad, quantized, block_size, rounding, true>(call)
                         : with_all<Small, param, grad, quantized, block_size, rounding, false>(call);
@@ -87,14 +90,18 @@ template <int32_t param, int32_t grad, bool quantized> Error with_momentum(const
 }
 
 template <int32_t param, int32_t grad> Error with_grad(const Call& call) {
+#if defined(EMULATE_VARIANT)
+    return param == grad && call.quantized ? with_momentum<param, param, true>(call) : emulator::kUnknown;
+#else
     return call.quantized ? with_momentum<param, grad, true>(call) : with_momentum<param, grad, false>(call);
+#endif
 }
 
 template <int32_t param> Error with_param(const Call& call) {
     switch (call.grad_dtype) {
         case kFloat32: return with_grad<param, kFloat32>(call);
         case kBfloat16: return with_grad<param, kBfloat16>(call);
-#if !defined(EMULATE_FEW)
+#if !defined(EMULATE_FEW) && !defined(EMULATE_VARIANT)
         case kFloat16: return with_grad<param, kFloat16>(call);
 #endif
         default: return emulator::kUnknown;
@@ -112,7 +119,7 @@ extern "C" int32_t emulate(int32_t param_dtype, int32_t grad_dtype, int32_t quan
     switch (param_dtype) {
         case kFloat32: return with_param<kFloat32>(call);
         case kBfloat16: return with_param<kBfloat16>(call);
-#if !defined(EMULATE_FEW)
+#if !defined(EMULATE_FEW) && !defined(EMULATE_VARIANT)
         case kFloat16: return with_param<kFloat16>(call);
 #endif
         default: return emulator::kUnknown;

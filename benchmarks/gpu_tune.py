@@ -1,0 +1,288 @@
+"""Owns the comparison of ways in which the CUDA kernel can walk memory: equal bits first, then time."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import sass
+import torch
+from common import FLUSH_BYTES, console, describe, environment, new_table, parser, spread, write_json
+from rich.table import Table
+
+from lion8bit import Lion8bit, cuda
+
+DESCRIPTION = """\
+Which tuning of the CUDA kernel is the fastest on this GPU? Each variant changes how the kernel walks memory (threads,
+CUDA blocks per multiprocessor, passes, cache hints, loading ahead) and never what it computes. All variants are
+compiled, must give the bits of the present choice on whole, ragged and odd shapes, and are then timed on one large
+tensor in turn, round after round, beside a copy of as many bytes.
+"""
+
+EPILOG = """\
+The present choice is `TUNINGS` of lion8bit/cuda.py; name there what measured it when you change it. Differences below
+the spread of "base" between rounds are noise.
+
+examples:
+  python benchmarks/gpu_tune.py --json tune.json
+  python benchmarks/gpu_tune.py --case nearest --variant base "registers ahead" "no_allocate, cs"
+  python benchmarks/gpu_tune.py --dry                         registers and spills of all variants, without a GPU
+"""
+
+CASES = {
+    "fp32": sass.CASES["fp32"],
+    "nearest": sass.CASES["bf16, nearest"],
+    "stochastic": sass.CASES["bf16, stochastic"],
+    "compensated": sass.CASES["bf16, compensated"],
+}
+DTYPES = {sass.FP32: torch.float32, sass.BF16: torch.bfloat16}
+DRY_CAPABILITIES = (80, 89, 90, 120)
+SHAPES = ((4096, 4096), (513, 8000), (7, 100_003))  # whole blocks, rows that end in short blocks, odd addresses
+LARGE_COLUMNS = 32768
+STEPS = 8  # between two events
+
+
+def variants(base: cuda.Tuning, multiprocessors: int = 132) -> dict[str, cuda.Tuning]:
+    """All that is compared, by name; each differs from ``base`` in what its name says.
+
+    Args:
+        base: the present choice.
+        multiprocessors: of the GPU, for "one wave": every CUDA block is resident from the begin to the end.
+    """
+    resident, passes = base.resident, base.passes
+    streaming = base._replace(load=".L1::no_allocate", store=".cs")
+    changed = {f"resident {count}": base._replace(resident=count) for count in (3, 4, 5, 6) if count != resident}
+    changed |= {f"passes {count}": base._replace(passes=count) for count in (1, 2, 4, 8, 16, 32) if count != passes}
+    return {
+        "base": base,
+        **changed,
+        "one wave": base._replace(passes=1 << 20, grid=multiprocessors * resident),
+        "128 threads": base._replace(threads=128, resident=2 * resident, passes=2 * passes),
+        "512 threads": base._replace(threads=512, resident=resident // 2, passes=max(1, passes // 2)),
+        "16 elements": base._replace(per_thread=16, resident=max(1, resident // 2)),
+        "load no_allocate": base._replace(load=".L1::no_allocate"),
+        "load no_allocate 256B": base._replace(load=".L1::no_allocate.L2::256B"),
+        "load cs": base._replace(load=".cs"),
+        "store no_allocate": base._replace(store=".L1::no_allocate"),
+        "store cs": base._replace(store=".cs"),
+        "no_allocate, cs": streaming,
+        "cache ahead": base._replace(ahead="cache"),
+        "registers ahead": base._replace(ahead="registers"),
+        "registers ahead, resident 3": base._replace(ahead="registers", resident=3),
+        "registers ahead, no_allocate, cs": streaming._replace(ahead="registers"),
+    }
+
+
+def compile_all(
+    tunings: dict[str, cuda.Tuning], cases: Sequence[str], capabilities: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Registers and local memory of every kernel, or the ``error``; images stay in the kernel cache."""
+
+    def one(capability: int, name: str, case: str) -> dict[str, Any]:
+        row: dict[str, Any] = {"capability": capability, "variant": name, "case": case}
+        kernel = CASES[case].kernel(tunings[name])._replace(capacity=cuda.SMALL)
+        try:
+            image = cuda.image(kernel, cuda.architecture(capability))
+        except RuntimeError as error:
+            return {**row, "error": str(error)[:4000]}
+        try:
+            used = sass.resources(image)
+        except (SystemExit, OSError, subprocess.CalledProcessError):  # no cuobjdump, or PTX
+            return row
+        return {**row, "registers": used["REG"], "local_bytes": used["STACK"] + used["LOCAL"]}
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(one, *zip(*itertools.product(capabilities, tunings, cases))))
+
+
+# ---- On a GPU --------------------------------------------------------------------------------------------------------
+
+
+def optimizer_of(case: str, shape: tuple[int, int], device: torch.device) -> Lion8bit:
+    """An optimizer of one parameter with a gradient; the same numbers each time."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = DTYPES[CASES[case].dtype]
+    param = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype).normal_(0, 0.02, generator=generator))
+    param.grad = torch.empty_like(param).normal_(generator=generator)
+    return Lion8bit([param], lr=1e-4, weight_decay=0.1, weight_rounding=CASES[case].rounding)
+
+
+def tensors_of(optimizer: Lion8bit) -> list[torch.Tensor]:
+    """The parameter and its state, as bytes."""
+    (param,) = optimizer.param_groups[0]["params"]
+    tensors = [param.detach(), *(each for each in optimizer.state[param].values() if isinstance(each, torch.Tensor))]
+    return [tensor.flatten().view(torch.uint8) for tensor in tensors]
+
+
+def differing(tunings: dict[str, cuda.Tuning], case: str, gpu: cuda.Device, device: torch.device) -> list[str]:
+    """The variants whose bits are not those of the first, on some shape."""
+    found = []
+    for shape in SHAPES:
+        expected = None
+        for name, tuning in tunings.items():
+            gpu.tuning = tuning
+            optimizer = optimizer_of(case, shape, device)
+            for _ in range(3):
+                optimizer.step()
+            expected = expected or tensors_of(optimizer)
+            if not all(map(torch.equal, tensors_of(optimizer), expected)):
+                found.append(name)
+    return list(dict.fromkeys(found))
+
+
+def milliseconds(work: Any, times: int) -> float:
+    """Of one call, by the device's clock, while its queue is full."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    work()
+    torch.cuda._sleep(2_000_000)
+    begin.record()
+    for _ in range(times):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / times
+
+
+def time_case(
+    tunings: dict[str, cuda.Tuning], case: str, gpu: cuda.Device, device: torch.device, settings: argparse.Namespace
+) -> dict[str, Any]:
+    """Rounds over all variants on one large tensor, as many as the time allows; at least one."""
+    elements = 1 << settings.log2
+    optimizer = optimizer_of(case, (elements // LARGE_COLUMNS, LARGE_COLUMNS), device)
+    moved = CASES[case].bytes_per_element * elements
+    source = torch.ones(max(FLUSH_BYTES["cuda"], int(moved / 2)) // 4, device=device)
+    target = torch.empty_like(source)
+    copies: list[float] = []
+    times: dict[str, list[float]] = {name: [] for name in tunings}
+    for number in range(settings.rounds):
+        copies.append(milliseconds(lambda: target.copy_(source), STEPS))
+        order = list(tunings)
+        random.Random(number).shuffle(order)
+        for name in order:
+            gpu.tuning = tunings[name]
+            times[name].append(milliseconds(optimizer.step, STEPS))
+        if time.monotonic() > settings.end:
+            break
+    copy = 2 * source.nbytes / statistics.median(copies) / 1e6  # GB/s
+    base = statistics.median(times["base"])
+    rows = [
+        {
+            "variant": name,
+            "ms": spread(each),
+            "gb_per_s": moved / statistics.median(each) / 1e6,
+            "share_of_copy": moved / statistics.median(each) / 1e6 / copy,
+            "speed_over_base": base / statistics.median(each),
+        }
+        for name, each in times.items()
+    ]
+    rows.sort(key=lambda row: row["ms"]["median"])
+    return {"elements": elements, "copy_gb_per_s": copy, "copy_ms": spread(copies), "rows": rows}
+
+
+# ---- The command line ------------------------------------------------------------------------------------------------
+
+
+def parse() -> argparse.Namespace:
+    """The settings of the command line."""
+    options = parser(DESCRIPTION, EPILOG)
+    names = list(variants(cuda.Tuning()))
+    options.add_argument("--dry", action="store_true", help="compile for several GPUs and run nothing")
+    options.add_argument("--arch", type=int, nargs="+", help=f"for --dry (default: {DRY_CAPABILITIES})")
+    options.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
+    options.add_argument("--variant", nargs="+", metavar="NAME", default=names, help=f"of: {'; '.join(names)}")
+    options.add_argument("--log2", type=int, default=29, help="elements of the tensor, as a power of two (default: 29)")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--seconds", type=float, default=120.0, help="after which no round begins (default: 120)")
+    settings = options.parse_args()
+    for name in ("rounds", "seconds"):
+        if getattr(settings, name) <= 0:
+            options.error(f"--{name} must be positive, got {getattr(settings, name)}")
+    if settings.log2 < LARGE_COLUMNS.bit_length() - 1:
+        options.error(f"--log2 must be at least {LARGE_COLUMNS.bit_length() - 1}, got {settings.log2}")
+    if unknown := set(settings.variant) - set(names):
+        options.error(f"--variant must be among {'; '.join(names)}, got {'; '.join(unknown)}")
+    if not settings.dry and (reason := cuda.unavailable_reason()):
+        options.error(f"a GPU must be there without --dry, got none: {reason}")
+    if settings.quick:
+        settings.variant, settings.case, settings.arch = settings.variant[:2], settings.case[:1], settings.arch or [90]
+    settings.variant = list(dict.fromkeys(["base", *settings.variant]))
+    return settings
+
+
+def register_table(kernels: Sequence[dict[str, Any]]) -> Table:
+    """A row per variant, a column per case and GPU."""
+    columns = list(dict.fromkeys(f"{row['case']}, sm_{row['capability']}" for row in kernels))
+    table = new_table("Registers/bytes of local memory; 0 bytes: nothing is spilled", ["variant"], columns)
+    for name in dict.fromkeys(row["variant"] for row in kernels):
+        table.add_row(name, *(used(row) for row in kernels if row["variant"] == name))
+    return table
+
+
+def used(row: dict[str, Any]) -> str:
+    """Registers and local bytes for people."""
+    return "error" if "error" in row else f"{row['registers']}/{row['local_bytes']}" if "registers" in row else "-"
+
+
+def time_table(case: str, timed: dict[str, Any], kernels: Sequence[dict[str, Any]]) -> Table:
+    """The variants of a case, the fastest first."""
+    resources = {row["variant"]: used(row) for row in kernels if row["case"] == case}
+    base = next(row["ms"] for row in timed["rows"] if row["variant"] == "base")
+    title = f"{case}: {timed['elements'] / 1e6:.0f}M elements, copy {timed['copy_gb_per_s']:.0f} GB/s"
+    title += f"; base varied by {(base['max'] - base['min']) / base['median']:.1%}"
+    table = new_table(title, ["variant"], ["registers/local", "ms", "GB/s", "of copy", "speed over base"])
+    for row in timed["rows"]:
+        share, speed = f"{row['share_of_copy']:.1%}", f"{row['speed_over_base']:.3f}"
+        figures = f"{row['ms']['median']:.4f}", f"{row['gb_per_s']:.0f}", share, speed
+        table.add_row(row["variant"], resources[row["variant"]], *figures)
+    return table
+
+
+def main() -> int:
+    """Compiles, compares and times what is asked for; 1 where a variant does not compile or has other bits."""
+    settings, out = parse(), console()
+    settings.end = time.monotonic() + settings.seconds
+    record = environment()
+    out.print(describe(record), style="dim")
+    results: dict[str, Any] = {"environment": record, "cases": {}, "other_bits": {}}
+    if settings.dry:
+        base, capabilities, multiprocessors = cuda.Tuning(), settings.arch or DRY_CAPABILITIES, 132
+    else:
+        device = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(device)
+        capabilities, multiprocessors = [10 * properties.major + properties.minor], properties.multi_processor_count
+        base = cuda.tuning_for(capabilities[0])
+    every = variants(base, multiprocessors)
+    tunings = {name: every[name] for name in settings.variant if name in every}
+    results["kernels"] = kernels = compile_all(tunings, settings.case, capabilities)
+    write_json(settings.json, "gpu_tune", settings, results)
+    broken = {(row["variant"], row["case"]): row["error"] for row in kernels if "error" in row}
+    for (name, case), error in broken.items():
+        out.print(f"DOES NOT COMPILE: {name}, {case}: {error}", style="red")
+    if settings.dry:
+        out.print(register_table(kernels))
+        return 1 if broken else 0
+    gpu = cuda._device(device.index)
+    for case in settings.case:
+        if ("base", case) in broken:
+            continue
+        sound = {name: tuning for name, tuning in tunings.items() if (name, case) not in broken}
+        results["other_bits"][case] = other = differing(sound, case, gpu, device)
+        if other:
+            out.print(f"OTHER BITS than base, {case}: {'; '.join(other)}", style="red")
+        sound = {name: tuning for name, tuning in sound.items() if name not in other}
+        results["cases"][case] = time_case(sound, case, gpu, device, settings)
+        write_json(settings.json, "gpu_tune", settings, results)
+        out.print(time_table(case, results["cases"][case], kernels))
+    return 1 if broken or any(results["other_bits"].values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

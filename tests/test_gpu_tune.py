@@ -1,0 +1,143 @@
+"""Every variant that `benchmarks/gpu_tune.py` compares has the reference's bits; the default spills nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from cases import hyper_for
+from test_cuda import (
+    ALIGNED,
+    FLAGS,
+    SHARED,
+    SHIFTS,
+    Emulated,
+    Pair,
+    build,
+    defined,
+    needs_compiler,
+    on,
+    run_steps,
+)
+
+from lion8bit import cuda
+from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING
+
+pytest.importorskip("rich", reason="needs the extra named demo")
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+import gpu_tune  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+needs_disassembler = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("cuda", "nvidia")), reason="needs NVRTC and cuobjdump"
+)
+VARIANTS = {  # that an emulator can tell apart: by threads, elements and what is loaded ahead
+    (tuning.threads, tuning.per_thread, tuning.ahead): tuning for tuning in gpu_tune.variants(cuda.Tuning()).values()
+}
+
+
+def test_variants_differ_in_what_their_names_say() -> None:
+    """None is there twice, and all kinds of choice occur."""
+    tunings = gpu_tune.variants(cuda.Tuning(), 100)
+    assert len(set(tunings.values())) == len(tunings)
+    base = tunings.pop("base")
+    changed = {
+        name for tuning in tunings.values() for name in base._fields if getattr(tuning, name) != getattr(base, name)
+    }
+    assert changed == set(cuda.Tuning._fields)
+    assert tunings["one wave"].grid == 400
+
+
+def test_every_gpu_has_a_tuning() -> None:
+    assert min(cuda.TUNINGS) == 75
+    assert cuda.tuning_for(75) == cuda.tuning_for(70) == cuda.TUNINGS[75]
+    assert cuda.tuning_for(max(cuda.TUNINGS) + 1) == cuda.TUNINGS[max(cuda.TUNINGS)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
+def test_every_variant_equals_reference(
+    variant: tuple[int, int, str], block_size: int, request: pytest.FixtureRequest
+) -> None:
+    """Rows that end in every place of a pass, over one and several passes of a CUDA block, at any alignment."""
+    flags = [*FLAGS, *SHARED, "-DEMULATE_VARIANT", *defined(VARIANTS[variant])]
+    library = ctypes.CDLL(str(build(request.config.cache.mkdir("emulator"), "emulated_kernel.cpp", flags, ".so")))
+    step = variant[0] * variant[1]  # elements of a pass
+    rows = [
+        (1, 3 * step),
+        (1, 5 * step + 5),
+        (3, step + block_size),
+        (9, 2 * step - 8),
+        (40, 1000),
+        (70, 136),
+        (70, 130),
+    ]
+    shifts = itertools.cycle(SHIFTS)
+    roundings = [(torch.float32, "nearest"), *((torch.bfloat16, each) for each in WEIGHT_ROUNDING)]
+    for (dtype, rounding), passes in itertools.product(roundings, (1, 4)):
+        hypers = [hyper_for("decay", block_size, rounding), hyper_for("everything", block_size, rounding)]
+        pairs = [
+            Pair(shape, dtype, dtype, block_size, rounding=rounding, seed=i, hyper=i % 5 // 4, shifts=shift)
+            for i, (shape, shift) in enumerate((shape, each) for shape in rows for each in (ALIGNED, next(shifts)))
+        ]
+        emulated = Emulated(library, order=2, tuning=VARIANTS[variant]._replace(grid=1, passes=passes))
+        run_steps(pairs, hypers, on(emulated), steps=2)
+
+
+@needs_disassembler
+def test_dry_run_compiles_variants_and_defaults_spill_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "tune.json"
+    names = ["16 elements", "registers ahead, no_allocate, cs", "cache ahead"]
+    command = [sys.executable, BENCHMARKS / "gpu_tune.py", "--dry", "--json", target, "--case", "fp32", "stochastic"]
+    environment = {**os.environ, "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8", cuda.CACHE_VARIABLE: str(tmp_path)}
+    done = subprocess.run(
+        [*command, "--variant", *names], env=environment, capture_output=True, encoding="utf-8", check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout
+    rows = json.loads(target.read_text())["kernels"]
+    assert {row["variant"] for row in rows} == {"base", *names}
+    assert {row["capability"] for row in rows} == set(gpu_tune.DRY_CAPABILITIES)
+    assert all(row["registers"] > 30 for row in rows)
+    assert {row["local_bytes"] for row in rows if row["variant"] == "base"} == {0}
+
+
+@needs_disassembler
+@pytest.mark.parametrize("capability", gpu_tune.DRY_CAPABILITIES)
+def test_kernels_that_need_the_most_registers_spill_nothing(capability: int) -> None:
+    """Flags, device memory, mixed dtypes, residuals beside fp32 momentum: what `Kernel.resident` is about."""
+    tuning = cuda.tuning_for(capability)
+    for kernel in (
+        cuda.Kernel(1, 0, True, 128, 1, True, cuda.LARGE, True, tuning),
+        cuda.Kernel(1, 1, True, 128, 2, True, cuda.LARGE, True, tuning),
+        cuda.Kernel(1, 0, True, 256, 1, True, cuda.LARGE, False, tuning),
+        cuda.Kernel(1, 2, True, 256, 2, False, cuda.LARGE, True, tuning),
+        cuda.Kernel(1, 1, False, 128, 1, False, cuda.LARGE, False, tuning),
+        cuda.Kernel(1, 2, False, 128, 2, True, cuda.LARGE, True, tuning),
+    ):
+        used = gpu_tune.sass.resources(cuda.compile_kernel(kernel, f"sm_{capability}"))
+        assert used["STACK"] + used["LOCAL"] == 0, (kernel, used)
+
+
+@needs_disassembler
+@pytest.mark.parametrize("case", gpu_tune.CASES)
+def test_all_of_a_pass_is_asked_for_before_the_first_wait(case: str) -> None:
+    """In the machine code all loads come before the first use of any, the scale's first of all."""
+    sass, kind = gpu_tune.sass, gpu_tune.CASES[case]
+    image = cuda.compile_kernel(kind.kernel(cuda.tuning_for(90)), "sm_90")
+    path, _ = sass.hot_path(sass.parse(sass.inspect(image, "nvdisasm", "-c")), kind.accesses())
+    accesses = [each.access for each in path if each.name in ("LDG", "I2F", "SHFL", "STG")]
+    loads = kind.accesses()
+    count = sum(amount for (name, _), amount in loads.items() if name == "LDG")
+    assert accesses[0] == ("LDG", 4)
+    assert Counter(accesses[:count]) == Counter({key: amount for key, amount in loads.items() if key[0] == "LDG"})
