@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/CMakeLists.txt)
 
-.PHONY: demo test lint docs wheel wheels format bench-check gpu sass clean
+.PHONY: demo test lint docs wheel wheels format bench-check gpu gpu-check gpu-speed gpu-deep sass clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -48,8 +48,20 @@ wheel: $(VENV)/.wheel  ## sdist, this platform's wheel and the pure one in dist/
 wheels: $(VENV)/.wheel  ## the wheels of this machine's platform as releases have them (on Linux this needs docker)
 	$(BIN)/python -m cibuildwheel --output-dir dist
 
-gpu:  ## CUDA tests, compute-sanitizer and benchmarks on this machine's GPU, with the given python; needs no network
-	$(PYTHON) benchmarks/gpu.py $(ARGS)
+# A visit to this machine's GPU with the given python; needs no network. BUDGET: seconds; OUT: folder of the results.
+visit = $(PYTHON) benchmarks/gpu.py $(1) $(if $(BUDGET),--budget $(BUDGET)) $(if $(OUT),--output $(OUT)) $(ARGS)
+
+gpu-check:  ## is it right? doctor, first steps, all GPU tests, tunings of the kernel
+	$(call visit,check)
+
+gpu-speed:  ## is it fast? steps beside the peers, full fine-tuning of 7B, 8B and 3B models
+	$(call visit,speed)
+
+gpu-deep:  ## compute-sanitizer and ncu
+	$(call visit,deep)
+
+gpu:  ## the three in turn
+	$(call visit,all)
 
 bench-check: $(VENV)/.dev  ## instructions per element of the CPU kernel against the committed counts (needs valgrind)
 	$(BIN)/python benchmarks/instructions.py --check

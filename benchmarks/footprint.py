@@ -132,13 +132,13 @@ def allocated_on_cpu(call: Callable[[], Any]) -> tuple[int, int]:
 
 
 def allocated_on_cuda(call: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes and number of the allocations that torch's CUDA allocator serves during a call."""
+    """Bytes, before they are rounded up, and number of the allocations from torch's CUDA allocator during a call."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()
     call()
     torch.cuda.synchronize()
     after = torch.cuda.memory_stats()
-    names = ("allocated_bytes.all.allocated", "allocation.all.allocated")
+    names = ("requested_bytes.all.allocated", "allocation.all.allocated")
     size, number = (after[name] - before[name] for name in names)
     return size, number
 

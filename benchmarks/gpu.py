@@ -1,13 +1,14 @@
-"""Owns one run of everything that needs a GPU: tests, compute-sanitizer, benchmarks against the peers, and the report.
+"""Owns a visit to a GPU: the steps of its three stages, their processes, and the files that each leaves as it goes.
 
-It imports nothing beside the standard library, so that it can say what is missing; the measurements are made in
-processes of their own (`gpu_step.py`, `gpu_first.py`, `examples/full_finetune.py`), where a fault disturbs no other.
+It imports nothing beside the standard library and `gpu_report.py`; every step is a process of its own, so that a fault
+in one hides no other.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -18,606 +19,314 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from gpu_report import default_output, markdown, write_report
+
 DESCRIPTION = """\
-Tests lion8bit on this machine's GPU, runs it under compute-sanitizer, times it against the peers that are there, and
-fine-tunes all weights of 7B, 8B and 3B models in 24 and 12 GiB. Needs no network. Writes gpu.json, gpu.md, gpu.png and
-the tools' output into one folder; fails where a test, a tool or a measurement of lion8bit fails. Parts for which the
-time does not suffice are left out, the last first, and listed.
+What this machine's GPU says of lion8bit, in three stages that stand alone:
+
+  check   is it right? Installation, doctor, first steps, every test that needs a GPU, some tunings of the kernel
+  speed   is it fast? Steps on the parameter lists of public models beside the peers, then full fine-tuning of 7B and 8B
+          models in 24 GiB and of a 3B model in 12 GiB
+  deep    is anything hidden? compute-sanitizer's memcheck and racecheck over every kind of kernel, ncu on two kernels
+  all     the three in turn
+
+Needs no network. STAGE.json and STAGE.log, gpu.md and gpu.png are written into one folder after every step, so a run
+that is ended at any moment leaves all that was finished. A step that fails or hangs is interrupted at its limit and
+hides no other. Steps for which the time does not suffice are left out and listed.
 """
 
 EPILOG = """\
-This python needs torch for CUDA, pytest, rich and, for the picture, matplotlib. lion8bit is built from this checkout
-into a temporary folder, unless it is installed from here already. Peers (bitsandbytes, flashoptim) take part where they
-are installed, or lie in the folder of --wheels. The GPU's settings are left as they are.
+This python needs torch for CUDA, pytest and rich; pytest-xdist and pytest-timeout (tests in parallel) and matplotlib
+(the picture) are used where they are. lion8bit is built from this checkout into build/gpu, unless this python has it
+installed from here. Peers (bitsandbytes, flashoptim) take part where they are installed, or lie in the folder of
+--wheels. The GPU's settings are left as they are, and no step uses managed memory.
+
+exit code: 0 where no step failed, 1 otherwise, 130 where it was interrupted.
 
 examples:
-  make gpu PYTHON=python3.12
-  python benchmarks/gpu.py --budget 300 --output results
-  python benchmarks/gpu.py --part gpt2 1B
-  python benchmarks/gpu.py --part 7B 8B 3B peers                 only the full fine-tuning
-  python benchmarks/gpu.py --device cpu --quick --part gpt2       proves the script without a GPU
+  make gpu-check PYTHON=python3.12
+  make gpu-speed BUDGET=200 OUT=results
+  python benchmarks/gpu.py check
+  python benchmarks/gpu.py speed --budget 170 --step 7B 8B
+  python benchmarks/gpu.py deep --output results
+  python benchmarks/gpu.py all --device cpu --quick               proves the stages without a GPU
 """
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-BENCHMARKS = ("gpt2", "1B", "llama", "lora", "vit", "sdxl")
-OURS = "lion8bit"
-FLASH = "flashlion"
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Training:
-    """A full fine-tuning by `examples/full_finetune.py`, with sequences of 2048 tokens."""
-
-    shape: str
-    limit: int  # GiB of the GPU that the process may take
-    optimizer: str = OURS
-    paged: bool = False
-    steps: int = 20
-
-    def arguments(self, quick: bool, device: str, record: Path) -> list[str]:
-        """Its command line; a quick one is tiny and has no limit."""
-        size = ["--shape", "tiny", "--sequence", "64", "--lr", "1e-3"]
-        if not quick and device != "cpu":
-            size = ["--shape", self.shape, "--memory-limit", str(self.limit)]
-        paged = ["--paged"] if self.paged else []
-        common = ["--optimizer", self.optimizer, "--steps", str(self.steps), "--device", device, "--json", str(record)]
-        return [*size, *paged, *common]
-
-
-PEER_STEPS = 5
-TRAININGS = {
-    "7B": [Training("llama-7b", 24)],
-    "8B": [Training("llama3-8b", 24, paged=True)],
-    "3B": [Training("llama-3b", 12, paged=True)],
-    "peers": [
-        Training("llama-7b", 24, "bitsandbytes", steps=PEER_STEPS),
-        Training("llama-7b", 24, FLASH, steps=PEER_STEPS),
-        Training("llama3-8b", 24, "bitsandbytes", paged=True, steps=PEER_STEPS),
-        Training("llama-3b", 12, FLASH, steps=PEER_STEPS),
-        Training("llama-7b", 24, "adamw", steps=PEER_STEPS),
-    ],
+BUDGETS = {"check": 250.0, "speed": 310.0, "deep": 150.0}  # seconds
+GRACE = 8  # seconds from SIGINT, in which pytest reports what it has, to SIGKILL
+LOG_BYTES = 1 << 20  # of one step that are kept, half of them from its begin
+CONTENDERS = ("lion8bit", "lion8bit-stochastic", "lion8bit-compensated", "bitsandbytes", "flashlion", "adamw")
+FEW_VARIANTS = (
+    "registers ahead",
+    "cache ahead",
+    "no_allocate, cs",
+    "resident 3",
+    "resident 5",
+    "passes 4",
+    "passes 16",
+)
+TRAININGS = {  # step: what `examples/full_finetune.py` is asked for; sequences have 2048 tokens
+    "7B": ["--shape", "llama-7b", "--memory-limit", "24"],
+    "8B": ["--shape", "llama3-8b", "--memory-limit", "24", "--paged"],
+    "3B": ["--shape", "llama-3b", "--memory-limit", "12", "--paged"],
+    "7B bitsandbytes": ["--shape", "llama-7b", "--memory-limit", "24", "--optimizer", "bitsandbytes", "--steps", "5"],
+    "7B flashlion": ["--shape", "llama-7b", "--memory-limit", "24", "--optimizer", "flashlion", "--steps", "5"],
+    "3B flashlion": ["--shape", "llama-3b", "--memory-limit", "12", "--optimizer", "flashlion", "--steps", "5"],
 }
-OUT_OF_MEMORY = 3  # exit code of the example
+OUT_OF_MEMORY = 3  # exit code of the example: a result of a peer
 
 
 @dataclass(frozen=True)
-class Part:
-    """One piece of the run."""
+class Step:
+    """One process of a stage."""
 
     name: str
-    estimate: float  # seconds that must be left for it to begin
-    limit: float  # seconds after which it is ended
+    command: Sequence[str | Path]
+    limit: float  # seconds
+    least: float = 5.0  # seconds that must be left for it to begin
+    tail: int = 4  # lines of its output that are printed
+    recorded: bool = False  # it takes --json FILE
+    optional: bool = False  # runs where it is asked for by name
+    only_after: str = ""  # runs where that step failed
+    allowed: Sequence[int] = (0,)  # exit codes
+    environment: dict[str, str] = field(default_factory=dict)
 
 
-PARTS = (  # in the order of their worth
-    Part("tests", 90, 260),
-    Part("start", 15, 60),
-    Part("gpt2", 20, 90),
-    Part("1B", 20, 90),
-    Part("llama", 25, 120),
-    Part("7B", 45, 110),
-    Part("8B", 60, 130),
-    Part("3B", 45, 90),
-    Part("memcheck", 20, 90),
-    Part("memory", 60, 150),
-    Part("racecheck", 20, 90),
-    Part("peers", 60, 150),
-    Part("sdxl", 25, 90),
-    Part("lora", 20, 60),
-    Part("vit", 20, 60),
-    Part("initcheck", 20, 90),
-    Part("synccheck", 20, 90),
-)
+def tool(name: str) -> str | None:
+    """The path of one of NVIDIA's programs."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
-def run_parts(
-    parts: Sequence[Part],
-    budget: float,
-    run: Callable[[Part, float], dict[str, Any]],
-    clock: Callable[[], float] = time.monotonic,
-) -> list[dict[str, Any]]:
-    """Runs parts in order while their estimates fit into what is left.
+def stage_steps(stage: str, device: str, quick: bool, scratch: Path) -> Iterator[Step]:
+    """The steps of a stage in the order of their worth."""
+    python, on_gpu = [sys.executable], device == "cuda"
+    first = [*python, HERE / "gpu_first.py", "--device", device]
+    tune = [*python, HERE / "gpu_tune.py", *([] if on_gpu else ["--dry"]), *(["--quick"] if quick else [])]
+    yield Step("machine", [*python, HERE / "gpu_step.py", "--environment"], 90, recorded=True)
+    if stage == "check":
+        yield Step("doctor", [*python, "-m", "lion8bit", "doctor"], 90, tail=16)
+        blocking = {"CUDA_LAUNCH_BLOCKING": "1"}
+        yield Step("first, blocking", first, 60, tail=12, only_after="doctor", environment=blocking)
+        yield Step("first, memcheck", [*sanitizer("memcheck"), *first], 90, tail=25, only_after="doctor",
+                   environment=blocking | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})  # fmt: skip
+        fresh = {"LION8BIT_CACHE_DIR": str(scratch / "fresh")}
+        yield Step("first process", first, 60, tail=1, recorded=True, environment=fresh)
+        yield Step("second process", first, 60, tail=1, recorded=True, environment=fresh)
+        yield Step("tests", [*python, HERE / "gpu_tests.py", *([] if on_gpu else ["--also", "parameter_limits"])], 130,
+                   least=20, tail=40, recorded=True)  # fmt: skip
+        some = ["--case", "nearest", "fp32", "stochastic", "--seconds", "60", "--variant", *FEW_VARIANTS]
+        yield Step("variants", [*tune, *some], 90, least=20, tail=60, recorded=True)
+    elif stage == "speed":
+        lists = [*python, HERE / "gpu_step.py", "--device", device, *(["--quick"] if quick else []), "--model"]
+        for model, limit in (("gpt2", 70), ("1B", 60), ("llama", 70), ("lora", 45), ("vit", 45), ("sdxl", 70)):
+            command = [*lists, model, "--contender", *CONTENDERS]
+            yield Step(model, command, limit, least=15, recorded=True, optional=model in ("vit", "sdxl"))
+        for name, arguments in TRAININGS.items():
+            size = arguments
+            if quick or not on_gpu:  # tiny, and without the limit
+                size = ["--shape", "tiny", "--sequence", "64", "--lr", "1e-3", *arguments[4:]]
+            command = [*python, ROOT / "examples" / "full_finetune.py", *size, "--device", device]
+            allowed = (0, OUT_OF_MEMORY) if name not in ("7B", "8B", "3B") else (0,)
+            yield Step(name, command, 110, 35, 12, recorded=True, optional=len(allowed) > 1, allowed=allowed)
+    else:
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor has bounds of its own
+        for name in ("memcheck", "racecheck", "synccheck", "initcheck"):
+            command = [*(sanitizer(name) if on_gpu else []), *first, "--every"]
+            yield Step(
+                name, command, 60, least=20, tail=6, environment=alone, optional=name in ("synccheck", "initcheck")
+            )
+        sections = [
+            "SpeedOfLight",
+            "MemoryWorkloadAnalysis",
+            "SchedulerStats",
+            "WarpStateStats",
+            "LaunchStats",
+            "Occupancy",
+        ]
+        profiler = [
+            tool("ncu") or "ncu",
+            "--clock-control",
+            "none",
+            "-k",
+            "regex:lion8bit_update",
+            "-s",
+            "10",
+            "-c",
+            "1",
+        ]
+        for section in sections:
+            profiler += ["--section", section]
+        for case in ("nearest", "stochastic"):
+            command = [*tune, "--case", case, "--variant", "base", "--log2", "27", "--rounds", "1"]
+            yield Step(f"ncu {case}", [*(profiler if on_gpu else []), *command], 45, least=15, tail=70)
 
-    Args:
-        parts: what to do.
-        budget: seconds from now.
-        run: does a part within a number of seconds; returns at least ``status``.
-        clock: seconds.
+
+def sanitizer(name: str) -> list[str]:
+    """The command of one of compute-sanitizer's tools.
+
+    Errors that torch itself asks the driver for, to see what it can do, are none of ours.
     """
-    end, records = clock() + budget, []
-    for part in parts:
-        begin = clock()
-        if end - begin < part.estimate:
-            reason = f"needs {part.estimate:.0f} s, {max(0.0, end - begin):.0f} s were left"
-            records.append({"part": part.name, "status": "dropped", "detail": reason})
-            continue
-        record = run(part, min(part.limit, end - begin))
-        records.append({"part": part.name, **record, "seconds": round(clock() - begin, 1)})
-    return records
+    program = tool("compute-sanitizer") or "compute-sanitizer"
+    options = ["--error-exitcode", "9", "--report-api-errors", "no", "--target-processes", "all", "--print-limit", "3"]
+    return [program, "--tool", name, *options]
 
 
-# ---- Processes -------------------------------------------------------------------------------------------------------
+# ---- A visit ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A process that has ended, or was ended at its limit, which is status 124."""
+class Visit:
+    """One stage: runs steps within a budget and keeps what they say in a folder."""
 
-    status: int
-    output: str
+    def __init__(self, stage: str, output: Path, scratch: Path, budget: float, record: dict[str, Any]) -> None:
+        self.stage, self.output, self.scratch = stage, output, scratch
+        self.end = time.monotonic() + budget
+        self.begin = time.monotonic()
+        self.log = output / f"{stage}.log"
+        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        self.steps: list[dict[str, Any]] = []
+        self.record = {"schema": 2, "benchmark": "gpu", "stage": stage, "budget": budget, **record, "steps": self.steps}
+        output.mkdir(parents=True, exist_ok=True)
+        self.log.write_text("")
+        self.save()
 
+    def save(self) -> None:
+        """Writes the JSON, whole or not at all."""
+        draft = self.output / f".{self.stage}.json"
+        draft.write_text(json.dumps(self.record, indent=1) + "\n")
+        draft.replace(self.output / f"{self.stage}.json")
 
-def call(command: Sequence[str | Path], environment: dict[str, str], folder: Path, limit: float) -> Finished:
-    """Runs a command in a folder; at the limit it is killed with all that it started."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        process = subprocess.Popen(
-            list(map(str, command)),
-            env=environment,
-            cwd=folder,
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-        )
-        try:
-            status = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            status = 124
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        output.seek(0)
-        return Finished(status, output.read())
-
-
-def last_line(text: str) -> str:
-    """The last line that says something, shortened."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "no output"
-
-
-def missing(modules: Sequence[str]) -> list[str]:
-    """Those that this python does not find."""
-    return [name for name in modules if importlib.util.find_spec(name) is None]
-
-
-class Session:
-    """What the parts share: the settings, the environment of their processes, and the folder of the results."""
-
-    def __init__(self, settings: argparse.Namespace, output: Path, site: Path) -> None:
-        self.settings, self.output, self.site = settings, output, site
-        self.log = output / "gpu.log"
-        self.rows = site / "rows.jsonl"
-        self.trainings: list[dict[str, Any]] = []
-        self.variables = {**os.environ, "PYTHONUNBUFFERED": "1", "LION8BIT_CACHE_DIR": str(site / "kernels")}
-        self.variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
-
-    def call(self, command: Sequence[str | Path], limit: float, **variables: str) -> Finished:
-        """Runs a command outside of the checkout, so that only what is installed is found, and logs its output."""
-        finished = call(command, {**self.variables, **variables}, self.site, limit)
-        with self.log.open("a", encoding="utf-8") as file:
-            words = " ".join(map(str, command))
-            file.write(f"\n$ {words}\n{finished.output}\nstatus {finished.status}\n")
-        return finished
-
-    def location(self) -> Path:
-        """A file that `import lion8bit` reads, or the root of the file system where it fails."""
-        asked = self.call([sys.executable, "-c", "from lion8bit import cpu; print(cpu.__file__)"], 180)
-        return Path(last_line(asked.output)).resolve() if asked.status == 0 else Path("/")
-
-    def install(self) -> list[str]:
-        """Puts lion8bit and the wheels where the processes find them; says what was done."""
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", self.site]
-        said = []
-        if self.location().is_relative_to(ROOT):
-            said.append("lion8bit: installed from this checkout")
-        elif self.call([*pip, "--no-build-isolation", ROOT], 180).status == 0:
-            said.append("lion8bit: built from this checkout")
-        else:
-            self.variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), self.variables["PYTHONPATH"]])
-            said.append("lion8bit: the checkout as it is, without the CPU kernel (its build failed, see gpu.log)")
-        found = self.location()
-        if not found.is_relative_to(ROOT) and not found.is_relative_to(self.site.resolve()):
-            raise RuntimeError(f"lion8bit must be imported from {ROOT}, got {found}; uninstall the other one")
-        for wheel in sorted(self.settings.wheels.resolve().glob("*.whl")):
-            done = self.call([*pip, wheel], 60)
-            said.append(f"{wheel.name}: {'installed' if done.status == 0 else last_line(done.output)}")
-        return said
-
-    # ---- The parts ----
-
-    def run(self, part: Part, limit: float) -> dict[str, Any]:
-        """Does one part within a number of seconds."""
-        if part.name == "tests":
-            return self.tests(limit)
-        if part.name == "start":
-            return self.start(limit)
-        if part.name == "memory":
-            return self.memory(limit)
-        if part.name in SANITIZERS:
-            return self.sanitizer(part.name, limit)
-        if part.name in TRAININGS:
-            return self.train(part.name, limit)
-        return self.benchmark(part.name, limit)
-
-    def tests(self, limit: float) -> dict[str, Any]:
-        """Every test that needs a GPU; their names begin with test_gpu, or their parameter is called on_gpu."""
-        if missing(["pytest"]):
-            return {"status": "skipped", "detail": "pytest is not installed"}
-        files = [
-            path
-            for path in sorted((ROOT / "tests").glob("test_*.py"))
-            if re.search(r"def test_gpu|on_gpu|ON_GPU", path.read_text())
-        ]
-        report = self.output / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-k", "test_gpu or on_gpu", "-c", ROOT / "pyproject.toml"]
-        command += [
-            "-o",
-            f"cache_dir={self.site}/cache",
-            "-W",
-            "ignore::lion8bit.SlowBackendWarning",
-            f"--junit-xml={report}",
-            "--rootdir",
-            ROOT,
-            *files,
-        ]
-        if not missing(["xdist"]):
-            command += ["-n", str(min(6, os.cpu_count() or 1))]
-        if not missing(["pytest_timeout"]):
-            command += ["--timeout", "120"]  # or a kernel that hangs would hide all that was found before
-        finished = self.call(command, limit)
-        counts = count_tests(report) if report.exists() else {}
-        good = finished.status == 0 and counts.get("passed", 0) > 0
-        detail = ", ".join(f"{count} {name}" for name, count in counts.items()) or last_line(finished.output)
-        return {"status": status_of(finished, good), "detail": detail, "tests": counts}
-
-    def start(self, limit: float) -> dict[str, Any]:
-        """The first step of a first and of a second process, whose kernels are cached."""
-        records = []
-        for _ in range(2):
-            command = [sys.executable, HERE / "gpu_first.py", "--device", self.settings.device]
-            finished = self.call(command, limit / 2, LION8BIT_CACHE_DIR=str(self.site / "start"))
-            if finished.status != 0:
-                return {"status": status_of(finished, False), "detail": last_line(finished.output)}
-            records.append(json.loads(last_line(finished.output)))
-        cold, cached = (record["first_step"] for record in records)
-        return {
-            "status": "passed",
-            "detail": f"first step {cold:.2f} s, cached {cached:.2f} s",
-            "start": {"first_process": records[0], "second_process": records[1]},
-        }
-
-    def sanitizer(self, tool: str, limit: float) -> dict[str, Any]:
-        """One of compute-sanitizer's tools on a few steps of every kind."""
-        program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-        if program is None or self.settings.device == "cpu":
-            return {"status": "skipped", "detail": "needs a GPU and compute-sanitizer of the CUDA toolkit"}
-        # Without torch's caching allocator every tensor has bounds of its own. Errors that torch itself asks the driver
-        # for, to see what it can do, are none of ours.
-        command = [program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
-        command += ["--target-processes", "all", sys.executable]
-        finished = self.call([*command, HERE / "gpu_first.py", "--every"], limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", finished.output)
-        good = finished.status == 0 and "stepped every kind" in finished.output and bool(found)
-        return {"status": status_of(finished, good), "detail": found[-1] if found else last_line(finished.output)}
-
-    def train(self, name: str, limit: float) -> dict[str, Any]:
-        """Fine-tunes all weights of a large model; that a peer runs out of memory is a result."""
-        if absent := missing(["rich"]):
-            return {"status": "skipped", "detail": f"{absent[0]} is not installed"}
-        end, told, worst = time.monotonic() + limit, [], "passed"
-        chosen = self.settings.contender
-        for training in TRAININGS[name]:
-            if chosen and training.optimizer not in chosen:
+    def run(self, steps: Sequence[Step]) -> None:
+        """Runs steps in turn; one for which too little time is left, or whose program is missing, is passed over."""
+        for step in steps:
+            if step.only_after and not any(
+                s["step"] == step.only_after and s["status"] != "passed" for s in self.steps
+            ):
                 continue
-            place = self.site / f"training-{len(self.trainings)}.json"
-            arguments = training.arguments(self.settings.quick, self.settings.device, place)
-            command = [sys.executable, ROOT / "examples" / "full_finetune.py", *arguments]
-            left = end - time.monotonic()
-            finished = self.call(command, left) if left > 10 else Finished(124, "no time was left")
-            record = json.loads(place.read_text()) if place.exists() else {}
-            outcome = outcome_of(training, finished, record)
-            self.trainings.append({**vars(training), **record, "shape": training.shape, "outcome": outcome})
-            told.append(f"{training.shape} {training.optimizer}: {outcome}")
-            if training.optimizer == OURS and not outcome.startswith("done"):
-                worst = status_of(finished, False)
-        return {"status": worst, "detail": "; ".join(told)}
+            left = self.end - time.monotonic()
+            if left < step.least:
+                self.note(step, "dropped", f"needs {step.least:.0f} s, {max(0.0, left):.0f} s were left")
+            elif shutil.which(step.command[0]) is None:
+                self.note(step, "skipped", f"{step.command[0]} is not installed")
+            else:
+                self.run_one(step, min(step.limit, left))
 
-    def benchmark(self, model: str, limit: float) -> dict[str, Any]:
-        """All contenders on one model; rows that were measured before a failure are kept."""
-        if absent := missing(["rich"]):
-            return {"status": "skipped", "detail": f"{absent[0]} is not installed"}
-        options = ["--model", model, "--device", self.settings.device, "--rows", self.rows]
-        options += ["--quick", "--repeats", "3"] if self.settings.quick else []
-        options += ["--contender", *self.settings.contender] if self.settings.contender else []
-        finished = self.call([sys.executable, HERE / "gpu_step.py", *options], limit)
-        mine = [row for row in read_rows(self.rows) if row["model"] == model]
-        measured = [row for row in mine if row["status"] == "measured"]
-        # One dtype may be too large for the memory, which is no fault; any other failure of ours is.
-        bad = [row for row in mine if row["contender"].startswith(OURS) and not excused(row)]
-        good = finished.status == 0 and bool(measured) and not bad
-        detail = f"{len(measured)} of {len(mine)} rows measured" if mine else last_line(finished.output)
-        return {"status": status_of(finished, good), "detail": detail}
+    def note(self, step: Step, status: str, detail: str) -> None:
+        """Records a step that does not run."""
+        self.steps.append({"step": step.name, "status": status, "detail": detail})
+        print(f"## {step.name}: {status}, {detail}", flush=True)
+        self.save()
 
-    def memory(self, limit: float) -> dict[str, Any]:
-        """What training takes in memory with each optimizer, with the allocator's snapshots beside the results."""
-        if absent := missing(["rich"]):
-            return {"status": "skipped", "detail": f"{absent[0]} is not installed"}
-        file = self.output / "memory.json"
-        file.unlink(missing_ok=True)
-        options = ["--device", self.settings.device, "--json", file, "--snapshot", self.output, "--skip", "torchao"]
-        options += [] if missing(["matplotlib"]) else ["--plot", self.output / "memory.png"]
-        options += ["--quick"] if self.settings.quick else []
-        finished = self.call([sys.executable, HERE / "memory.py", *options], limit)
-        cases = json.loads(file.read_text())["cases"] if file.exists() else {}
-        rows = [(key, row) for case in cases.values() for key, row in case["rows"].items()]
-        measured = [row for _, row in rows if row["status"] == "measured"]
-        bad = [key for key, row in rows if key.startswith(OURS) and row["status"] == "failed"]
-        good = finished.status == 0 and bool(measured) and not bad
-        detail = f"{len(measured)} of {len(rows)} rows measured" if rows else last_line(finished.output)
-        return {"status": status_of(finished, good), "detail": detail, "memory": cases}
-
-
-def outcome_of(training: Training, finished: Finished, record: dict[str, Any]) -> str:
-    """How a training ended, in words that begin with "done" where it took all its steps."""
-    if finished.status == OUT_OF_MEMORY and record.get("out_of_memory"):
-        return f"out of memory: {record['out_of_memory']['where']}"
-    if finished.status != 0 or len(record.get("losses", [])) != training.steps:
-        return "timed out" if finished.status == 124 else f"failed: {last_line(finished.output)}"
-    return f"done, loss {record['losses'][0]:.2f} to {record['losses'][-1]:.2f}"
-
-
-def excused(row: dict[str, Any]) -> bool:
-    """Whether a row is measured, or only the memory was too small for it."""
-    return row["status"] == "measured" or row["reason"].startswith(("needs", "OutOfMemoryError"))
-
-
-def status_of(finished: Finished, good: bool) -> str:
-    """The word for how a part ended."""
-    return "passed" if good else "timed out" if finished.status == 124 else "failed"
-
-
-def count_tests(report: Path) -> dict[str, int]:
-    """How many tests of a JUnit report passed, failed or were skipped."""
-    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
-    total, failed, errors, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
-    )
-    return {"passed": total - failed - errors - skipped, "failed": failed + errors, "skipped": skipped}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The measurements that the processes have appended so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-# ---- The report ------------------------------------------------------------------------------------------------------
-
-
-def find(rows: Sequence[dict[str, Any]], model: str, dtype: str, contender: str) -> dict[str, Any] | None:
-    """One measurement, if it was made."""
-    wanted = (model, dtype, contender, "measured")
-    return next((r for r in rows if (r["model"], r["dtype"], r["contender"], r["status"]) == wanted), None)
-
-
-def judge(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The goals, each with ``goal``, ``requirement``, ``measured`` and ``met``; None where it was not measured."""
-    rows, goals = record["rows"], []
-
-    def add(goal: str, requirement: str, value: float | None, bound: float, form: str, least: bool = False) -> None:
-        met = None if value is None else value >= bound if least else value <= bound
-        shown = "not measured" if value is None else format(value, form)
-        goals.append({"goal": goal, "requirement": requirement, "measured": shown, "met": met})
-
-    for model, dtype, contender, share in (
-        ("1B", "fp32", OURS, 0.92),
-        ("1B", "bf16", OURS, 0.85),
-        ("1B", "bf16", f"{OURS}-stochastic", 0.80),
-        ("llama", "bf16", OURS, 0.80),
-    ):
-        row = find(rows, model, dtype, contender)
-        goal = f"{model} {dtype}{', stochastic' if contender != OURS else ''}: share of copy bandwidth"
-        add(goal, f"at least {share:.0%}", row and row["share_of_copy"], share, ".1%", least=True)
-    for model, peer, ratio, words in (
-        ("gpt2", "bitsandbytes", 1 / 5, "1/5"),
-        ("gpt2", FLASH, 1 / 3, "1/3"),
-        ("llama", "bitsandbytes", 1 / 1.3, "1/1.3"),
-        ("llama", FLASH, 1.0, "1"),
-    ):
-        ours, theirs = find(rows, model, "bf16", OURS), find(rows, model, "bf16", peer)
-        value = ours["wall_ms"]["median"] / theirs["wall_ms"]["median"] if ours and theirs else None
-        add(f"{model} bf16: wall time over {peer}'s", f"at most {words}", value, ratio, ".3f")
-    start = next((part["start"] for part in record["parts"] if "start" in part), None)
-    for process, bound in (("first_process", 2.0), ("second_process", 0.3)):
-        value = start and start[process]["first_step"]
-        add(f"first step of the {process.replace('_', ' ')}", f"under {bound} s", value, bound, ".2f")
-    for training in record["trainings"]:
-        if training["optimizer"] != OURS:
-            continue
-        name = f"{training['shape']} in {training['limit']} GiB{', momentum on the host' if training['paged'] else ''}"
-        done = training["outcome"].startswith("done")
-        peak, planned = (training["peak_bytes"], training["planned_bytes"]) if done else (None, None)
-        losses = training["losses"] if done else []
-        bound = training["limit"]
-        add(
-            f"{name}: reserved at most", f"at most {bound} GiB", peak and training["reserved_bytes"] / GIB, bound, ".2f"
+    def run_one(self, step: Step, limit: float) -> bool:
+        """Runs a step; whether it passed. Its output goes to the log, its record into the JSON while it runs."""
+        place = self.scratch / f"{step.name.replace(' ', '-').replace(',', '')}.json"
+        place.unlink(missing_ok=True)
+        command = [*map(str, step.command), *(["--json", str(place)] if step.recorded else [])]
+        shown = (
+            " ".join(command).replace(sys.executable, "python").replace(f"{ROOT}/", "").replace(str(self.scratch), ".")
         )
-        add(f"{name}: peak over the plan's", "at most 1.03", peak and peak / planned, 1.03, ".3f")
-        add(
-            f"{name}: last five losses over the first",
-            "at most 0.9",
-            sum(losses[-5:]) / 5 / losses[0] if losses else None,
-            0.9,
-            ".3f",
+        entry: dict[str, Any] = {"step": step.name, "status": "running", "command": shown}
+        self.steps.append(entry)
+        begin, seen = time.monotonic(), 0
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(f"\n=== {step.name}: {entry['command']}\n")
+        offset = self.log.stat().st_size
+
+        def look(status: str) -> None:
+            nonlocal seen
+            with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is half written
+                if place.stat().st_mtime_ns != seen:
+                    entry["result"] = json.loads(place.read_text())
+                    seen = place.stat().st_mtime_ns
+            entry.update(status=status, seconds=round(time.monotonic() - begin, 1))
+            self.save()
+
+        interrupted = False
+        with self.log.open("a", encoding="utf-8") as log:
+            # `timeout` ends the step with all that it started, also where this process is killed.
+            wrapped = ["timeout", "-s", "INT", "-k", str(GRACE), f"{limit:.0f}", *command]
+            options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": self.scratch}
+            process = subprocess.Popen(wrapped, env=self.environment | step.environment, **options)
+            while process.poll() is None:
+                try:
+                    look("running")
+                    process.wait(1)
+                except subprocess.TimeoutExpired:
+                    continue
+                except KeyboardInterrupt:
+                    interrupted = True
+                    process.send_signal(signal.SIGINT)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(GRACE + 2)
+                    process.kill()
+        code = process.wait()
+        status = "passed" if code in step.allowed else "timed out" if code in (124, 137) else "failed"
+        shorten(self.log, offset)
+        lines = self.log.read_bytes()[offset:].decode(errors="replace").rstrip().splitlines()
+        entry["detail"] = next(
+            (line.strip()[:200] for line in reversed(lines) if re.search(r"\w\w", line)), "no output"
         )
-    slower = []
-    compared = 0
-    for row in rows:
-        ours = find(rows, row["model"], row["dtype"], OURS)
-        if ours is None or row["status"] != "measured" or row["contender"].startswith(OURS):
-            continue
-        compared += 1
-        for clock in ("gpu_ms", "wall_ms"):
-            ratio = ours[clock]["median"] / row[clock]["median"]
-            if ratio > 1:
-                slower.append(f"{row['model']} {row['dtype']} {row['contender']} {clock[:-3]} {ratio:.2f}x")
-    measured = "; ".join(slower) or (f"none of {compared} comparisons" if compared else "not measured")
-    goals.append(
-        {
-            "goal": "slower than a peer",
-            "requirement": "nowhere",
-            "measured": measured,
-            "met": not slower if compared else None,
-        }
-    )
-    return goals
+        look("interrupted" if interrupted else status)
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(f"\n=== {step.name}: {entry['status']}, exit code {code}, {entry['seconds']} s\n")
+        print(f"## {step.name}: {entry['status']}, {entry['seconds']} s (at {time.monotonic() - self.begin:.0f} s)")
+        print(*(line[:220] for line in lines[-step.tail :]), sep="\n", flush=True)
+        write_report(self.output)
+        if interrupted:
+            raise KeyboardInterrupt
+        return entry["status"] == "passed"
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The whole record as a page of tables."""
-    machine = record["environment"]
-    gpu = machine.get("gpu") or {"name": "no GPU"}
-    versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items() if version)
-    lines = [f"# {gpu['name']}, {machine.get('date', '')}", ""]
-    if record["trial"]:
-        lines += ["A trial of the script: none of these figures is a result.", ""]
-    lines += [
-        f"Driver {machine.get('driver')}, CUDA {gpu.get('cuda')}, Python {machine.get('python')}; {versions}.",
-        "",
-    ]
-    lines += table(
-        ["part", "result", "seconds", "detail"],
-        [[part["part"], part["status"], part.get("seconds", ""), part["detail"]] for part in record["parts"]],
-    )
-    words = {True: "met", False: "NOT MET", None: "-"}
-    lines += table(
-        ["goal", "requirement", "measured", "verdict"],
-        [[goal["goal"], goal["requirement"], goal["measured"], words[goal["met"]]] for goal in record["goals"]],
-    )
-    if record["trainings"]:
-        lines += ["## Full fine-tuning in bf16, one sequence of 2048 tokens, gradient release, checkpointing", ""]
-        heads = ["model", "limit", "optimizer", "state on", "outcome", "peak GiB", "planned", "state GiB", "tokens/s"]
-        lines += table(heads, [training_cells(training) for training in record["trainings"]])
-    for model in dict.fromkeys(row["model"] for row in record["rows"]):
-        mine = [row for row in record["rows"] if row["model"] == model]
-        size = mine[0].get("parameters", 0) / 1e6
-        lines += [f"## {mine[0]['name']} ({size:.1f}M parameters, {mine[0].get('tensors', 0)} tensors)", ""]
-        lines += [f"Copy bandwidth {mine[0]['copy_gb_per_s']:.0f} GB/s. Medians, caches flushed before each step.", ""]
-        heads = ["dtype", "optimizer", "GPU ms", "wall ms", "bytes/param", "GB/s", "of copy", "GPU time over ours"]
-        lines += table(heads, [row_cells(row, find(mine, model, row["dtype"], OURS)) for row in mine])
-    for case in next((part["memory"] for part in record["parts"] if "memory" in part), {}).values():
-        lines += [f"## Memory, {case['title']}", ""]
-        heads = ["optimizer", "weights", "gradients", "state", "activations", "peak, GiB", "in", "planned", "reserved"]
-        lines += table(heads, [memory_cells(row) for row in case["rows"].values()])
-    return "\n".join(lines)
+def shorten(log: Path, offset: int) -> None:
+    """Cuts the middle out of what a step wrote beyond `offset`, where that is too much."""
+    with log.open("r+b") as file:
+        file.seek(offset)
+        if log.stat().st_size - offset > LOG_BYTES:
+            text = file.read()
+            file.seek(offset)
+            file.truncate()
+            file.write(text[: LOG_BYTES // 2] + b"\n[...]\n" + text[-LOG_BYTES // 2 :])
 
 
-def training_cells(training: dict[str, Any]) -> list[str]:
-    """The cells of one training."""
-
-    def gib(name: str) -> str:
-        return f"{training[name] / GIB:.2f}" if training.get(name) is not None else "-"
-
-    speed = training.get("tokens_per_second")
-    return [
-        training["shape"],
-        f"{training['limit']} GiB",
-        training["optimizer"],
-        "host" if training["paged"] else "GPU",
-        training["outcome"],
-        gib("peak_bytes"),
-        gib("planned_bytes"),
-        gib("state_bytes"),
-        "-" if speed is None else f"{speed:.0f}",
-    ]
+# ---- Installation ----------------------------------------------------------------------------------------------------
 
 
-def memory_cells(row: dict[str, Any]) -> list[str]:
-    """The cells of a row of `memory.py`, in GiB."""
-    if row["status"] != "measured":
-        return [row["label"], f"{row['status']}: {row['phase']}", *[""] * 7]
-    sizes = [row.get(name) for name in ("weights", "gradients", "state", "activations", "peak", "planned", "process")]
-    cells = ["-" if size is None else f"{size / GIB:.2f}" for size in sizes]
-    return [row["label"], *cells[:5], row["peak_in"], *cells[5:]]
+def installed_here() -> bool:
+    """Whether this python imports lion8bit from this checkout."""
+    found = importlib.util.find_spec("lion8bit")
+    return found is not None and found.origin is not None and Path(found.origin).resolve().is_relative_to(ROOT)
 
 
-def row_cells(row: dict[str, Any], ours: dict[str, Any] | None) -> list[str]:
-    """The cells of one measurement."""
-    if row["status"] != "measured":
-        return [row["dtype"], row["label"], row["reason"], "", "", "", "", ""]
-    gpu = row["gpu_ms"]["median"]
-    return [
-        row["dtype"],
-        row["label"],
-        f"{gpu:.3f}",
-        f"{row['wall_ms']['median']:.3f}",
-        f"{row['bytes_per_parameter']:.2f}",
-        f"{row['gb_per_s']:.0f}",
-        f"{row['share_of_copy']:.1%}",
-        f"{gpu / ours['gpu_ms']['median']:.2f}x" if ours else "",
-    ]
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A Markdown table with an empty line after it."""
-    cells = [list(heads), ["---"] * len(heads), *rows]
-    return [*("| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |" for row in cells), ""]
-
-
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """One panel per model: wall and GPU time of a step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    measured = [row for row in rows if row["status"] == "measured"]
-    models = list(dict.fromkeys(row["model"] for row in measured))
-    size = (8, 3.6 * len(models))
-    figure, axes = pyplot.subplots(len(models), 1, figsize=size, squeeze=False, layout="constrained")
-    for model, axis in zip(models, axes[:, 0]):
-        mine = [row for row in measured if row["model"] == model]
-        for position, row in enumerate(mine):
-            colour = "tab:green" if row["contender"].startswith(OURS) else "tab:gray"
-            axis.barh(position, row["wall_ms"]["median"], color=colour, alpha=0.4)
-            axis.barh(position, row["gpu_ms"]["median"], color=colour, height=0.4)
-            axis.text(row["wall_ms"]["median"], position, f" {row['share_of_copy']:.0%}", va="center", fontsize=7)
-        axis.set_yticks(range(len(mine)), [f"{row['dtype']}: {row['label']}" for row in mine], fontsize=7)
-        axis.invert_yaxis()
-        axis.margins(x=0.1)
-        axis.set(xscale="log", title=mine[0]["name"], xlabel="ms per step: GPU (narrow) and wall; % of copy bandwidth")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def default_output(environment: dict[str, Any]) -> Path:
-    """A folder named after the GPU and the day."""
-    name = (environment.get("gpu") or {"name": "none"})["name"].lower().replace("nvidia", "").strip()
-    day = datetime.date.today().isoformat()
-    return HERE / "results" / f"gpu-{re.sub(r'[^a-z0-9]+', '-', name)}-{day}"
-
-
-def write(record: dict[str, Any], output: Path) -> str:
-    """Writes the JSON, the page and the picture; returns the page."""
-    record["goals"] = judge(record)
-    if record["trial"]:
-        record["goals"] = [{**goal, "met": None} for goal in record["goals"]]
-    page = markdown(record)
-    (output / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
-    (output / "gpu.md").write_text(page)
-    if any(row["status"] == "measured" for row in record["rows"]) and not missing(["matplotlib"]):
-        draw(record["rows"], output / "gpu.png")
-    return page
+def install(visit: Visit, wheels: Path) -> None:
+    """Puts lion8bit and the peers' wheels where the steps find them; done once for the same sources and wheels."""
+    sources = [ROOT / "pyproject.toml", *sorted((ROOT / "lion8bit").rglob("*.py")), *sorted((ROOT / "csrc").iterdir())]
+    extra = sorted(wheels.resolve().glob("*.whl"))
+    digest = hashlib.sha256("".join(f"{path.name}{path.stat().st_size}" for path in extra).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    site = ROOT / "build" / "gpu" / digest.hexdigest()[:16]
+    visit.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    visit.environment.setdefault("LION8BIT_CACHE_DIR", str(site / "kernels"))
+    if (site / "complete").exists():
+        return
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", site]
+    built = installed_here() or visit.run_one(Step("build", [*pip, "--no-build-isolation", ROOT], 150), 150)
+    if not built:
+        print("NO CPU KERNEL: the build failed; the checkout is used as it is", flush=True)
+        shutil.copytree(ROOT / "lion8bit", site / "lion8bit", dirs_exist_ok=True)
+        shutil.copytree(ROOT / "csrc", site / "lion8bit" / "csrc", dirs_exist_ok=True)
+    for wheel in extra:
+        built &= visit.run_one(Step(wheel.name, [*pip, wheel], 60), 60)
+    if built:
+        site.mkdir(parents=True, exist_ok=True)
+        (site / "complete").touch()
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -628,78 +337,70 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [part.name for part in PARTS]
-    options.add_argument("--budget", type=float, default=560.0, help="seconds for everything (default: 560)")
-    options.add_argument(
-        "--output", type=Path, help="folder of the results (default: benchmarks/results/gpu-NAME-DATE)"
-    )
+    options.add_argument("stage", choices=[*BUDGETS, "all"])
+    budgets = ", ".join(f"{stage} {budget:.0f}" for stage, budget in BUDGETS.items())
+    options.add_argument("--budget", type=float, help=f"seconds for all of it (default: {budgets}, and their sum)")
+    options.add_argument("--output", type=Path, help="folder (default: benchmarks/results/gpu-NAME-DATE)")
+    options.add_argument("--step", nargs="+", metavar="NAME", help="only these, in the stage's order")
     options.add_argument("--wheels", type=Path, default=ROOT / ".whl", help="folder of peers' wheels (default: .whl)")
-    options.add_argument("--part", nargs="+", choices=names, default=names, help="default: all, in this order")
-    options.add_argument("--contender", nargs="+", help="keys of the optimizers to time (default: all installed)")
     options.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    options.add_argument("--quick", action="store_true", help="small models, 3 repeats: proves the script only")
+    options.add_argument("--quick", action="store_true", help="small models, few repeats: proves the stages only")
     settings = options.parse_args(arguments)
-    if settings.budget <= 0:
+    if settings.budget is not None and settings.budget <= 0:
         options.error(f"--budget must be positive, got {settings.budget}")
+    stages = list(BUDGETS) if settings.stage == "all" else [settings.stage]
+    known = [step.name for stage in stages for step in stage_steps(stage, settings.device, settings.quick, Path())]
+    if unknown := set(settings.step or ()) - set(known):
+        options.error(f"--step must be among {'; '.join(known)}, got {'; '.join(unknown)}")
+    settings.stages = stages
     return settings
 
 
+def chosen(steps: Sequence[Step], names: Sequence[str] | None) -> list[Step]:
+    """The steps that are asked for, or all that are not optional; the machine is always looked at."""
+    return [step for step in steps if step.name == "machine" or (step.name in names if names else not step.optional)]
+
+
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """A SIGTERM is taken as a SIGINT."""
+    raise KeyboardInterrupt
+
+
 def main() -> int:
-    """Runs the parts; returns 0 where none failed."""
-    begin = time.monotonic()
+    """Runs the stages; returns 0 where no step failed."""
     settings = parse()
-    with tempfile.TemporaryDirectory() as site:
-        draft = Path(site) / "draft"
-        draft.mkdir()
-        session = Session(settings, draft, Path(site))
-        try:
-            said = session.install()
-        except RuntimeError as error:
-            print(error, file=sys.stderr)
-            return 1
-        asked = session.call([sys.executable, HERE / "gpu_step.py", "--environment"], 120)
-        try:
-            environment = json.loads(asked.output.splitlines()[-1])
-        except (ValueError, IndexError):
-            print(f"the environment must be readable, got: {last_line(asked.output)}", file=sys.stderr)
-            return 1
-        if settings.device == "cuda" and not environment["gpu"]:
-            print("torch must find an NVIDIA GPU, got none; PYTHON=... names another python", file=sys.stderr)
-            return 1
-        output = (settings.output or default_output(environment)).resolve()
-        output.mkdir(parents=True, exist_ok=True)
-        session.output, session.log = output, output / "gpu.log"
-        session.log.write_bytes((draft / "gpu.log").read_bytes())
-        environment["installed"] = said
-        print(*said, sep="\n", flush=True)
-        record: dict[str, Any] = {
-            "schema": 1,
-            "benchmark": "gpu",
-            "settings": {name: str(value) for name, value in vars(settings).items()},
-            "environment": environment,
-            "trial": settings.quick or settings.device == "cpu",
-        }
-
-        so_far: list[dict[str, Any]] = []
-
-        def run(part: Part, limit: float) -> dict[str, Any]:
-            result = session.run(part, limit)
-            print(f"{part.name}: {result['status']}: {result['detail']}", flush=True)
-            so_far.append({"part": part.name, **result})
-            partial = {**record, "parts": so_far, "rows": read_rows(session.rows), "trainings": session.trainings}
-            (output / "gpu.json").write_text(json.dumps(partial, indent=1) + "\n")  # for a run that does not end
-            return result
-
-        chosen = [part for part in PARTS if part.name in settings.part]
-        left = settings.budget - (time.monotonic() - begin)
-        record["parts"] = run_parts(chosen, left, run)
-        record["rows"] = read_rows(session.rows)
-        record["trainings"] = session.trainings
-        print(write(record, output))
-    failed = [part["part"] for part in record["parts"] if part["status"] in ("failed", "timed out")]
-    for part in record["parts"]:
-        if part["status"] in ("dropped", "skipped"):
-            print(f"not run: {part['part']} ({part['detail']})")
+    if shutil.which("timeout") is None:
+        print("the program timeout must be there, got none; install GNU coreutils", file=sys.stderr)
+        return 1
+    # A shell that starts this in the background has both ignored, and the steps would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, interrupt)
+    output = (settings.output or default_output()).resolve()
+    left = settings.budget or sum(BUDGETS[stage] for stage in settings.stages)
+    failed: list[str] = []
+    trial = settings.quick or settings.device == "cpu"
+    for stage in settings.stages:
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            visit = Visit(
+                stage,
+                output,
+                Path(folder),
+                min(left, BUDGETS[stage]) if settings.stage == "all" else left,
+                {"device": settings.device, "trial": trial},
+            )
+            try:
+                install(visit, settings.wheels)
+                visit.run(
+                    chosen(list(stage_steps(stage, settings.device, settings.quick, Path(folder))), settings.step)
+                )
+            except KeyboardInterrupt:
+                print(f"interrupted; results in {output}")
+                return 130
+            finally:
+                print(markdown({stage: write_report(output)[stage]}), flush=True)
+        failed += [step["step"] for step in visit.steps if step["status"] in ("failed", "timed out")]
+        left -= time.monotonic() - begin
     print(f"results in {output}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 

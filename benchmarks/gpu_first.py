@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,13 @@ SHAPES = [
     (100,),
 ]  # whole blocks, rows that end in short blocks, a vector, a small one
 ROUNDINGS = {torch.float32: ["auto"], torch.bfloat16: ["auto", "nearest", "compensated"], torch.float16: ["auto"]}
+
+FLAGS = [  # with capturable, threads meet at a barrier and share memory
+    {},
+    {"cautious": True, "decoupled_weight_decay": False},
+    {"capturable": True},
+    {"capturable": True, "cautious": True},
+]
 
 
 def step_a_few(device: str, dtype: torch.dtype, options: dict[str, object], steps: int) -> list[float]:
@@ -48,6 +56,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description="First steps in a fresh process.")
     options.add_argument("--device", default="cuda")
     options.add_argument("--every", action="store_true", help="every dtype and rounding, block size and flag")
+    options.add_argument("--json", type=Path, metavar="FILE", help="write the seconds here")
     settings = options.parse_args()
     torch.ones(1).to(settings.device)  # the context is not the optimizer's to pay for
     wait(settings.device)
@@ -58,14 +67,16 @@ def main() -> None:
     if settings.every:
         for dtype, roundings in ROUNDINGS.items():
             for rounding, block_size in zip(roundings * 3, (64, 128, 256)):
-                for flags in ({}, {"cautious": True, "decoupled_weight_decay": False}, {"capturable": True}):
-                    step_a_few(
-                        settings.device, dtype, {"weight_rounding": rounding, "block_size": block_size, **flags}, 2
-                    )
+                for flags in FLAGS:
+                    options_ = {"weight_rounding": rounding, "block_size": block_size, **flags}
+                    step_a_few(settings.device, dtype, options_, 2)
         print("stepped every kind of parameter")
     else:
         first, second = step_a_few(settings.device, torch.bfloat16, {}, 2)
-        print(json.dumps({"import": imported, "first_step": first, "second_step": second}))
+        seconds = json.dumps({"import": imported, "first_step": first, "second_step": second})
+        print(seconds)
+        if settings.json is not None:
+            settings.json.write_text(seconds + "\n")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,62 @@
-"""Owns the measurement of one model's step on a GPU, by every optimizer, in a process that `gpu.py` starts."""
+"""Owns the measurement of one model's step on a GPU, by every optimizer; `gpu.py` runs it for several models."""
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
+import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import Shape, available, environment, make_params, numel, spread
+from common import (
+    Shape,
+    available,
+    console,
+    describe,
+    environment,
+    flush_cache,
+    make_params,
+    numel,
+    parser,
+    spread,
+    write_json,
+)
 from models import GPU_MODELS, QUICK_GPU_MODELS
 from step_time import CONTENDERS, DTYPES, LR, OURS, Contender, Params, time_call
 
 from lion8bit import Lion8bit
 from lion8bit.demo import state_bytes
 
+DESCRIPTION = """\
+How long does one step of a public model's parameters take on a GPU, with each optimizer? Caches are flushed before each
+step. The GPU's time is that between two events while its queue is full; the wall time is what a caller waits for, with
+the optimizer's own Python, with the same gradients as before or with new ones.
+"""
+
+EPILOG = """\
+examples:
+  python benchmarks/gpu_step.py --model gpt2 --json gpt2.json
+  python benchmarks/gpu_step.py --model 1B --dtype fp32 --contender lion8bit adamw
+  python benchmarks/gpu_step.py --model gpt2 --device cpu --quick       proves the program without a GPU
+"""
+
+TOOLS = ("nvcc", "ncu", "compute-sanitizer", "cuobjdump", "nvdisasm", "g++")
+DRIVER_FIELDS = (
+    "name",
+    "driver_version",
+    "memory.total",
+    "memory.used",
+    "clocks.sm",
+    "clocks.mem",
+    "power.limit",
+    "ecc.mode.current",
+)
 SECONDS_PER_CONTENDER = 3.0  # of repeats, its first steps apart
+MOST_SPARE = 1 << 28  # parameters of a list that has a second set of gradients
 SHARE_OF_MEMORY = 0.9  # of what is free, that parameters, gradients and our state may take
 
 
@@ -100,23 +136,59 @@ def free_memory(device: torch.device) -> float:
     return float(torch.cuda.mem_get_info()[0])
 
 
+def wall_time(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that a caller waits for one call with cold caches, the optimizer's own Python included."""
+    flush_cache(device)
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Until the device has nothing to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def measure(
-    contender: Contender, params: Params, device: torch.device, repeats: int, bandwidth: float
+    contender: Contender,
+    params: Params,
+    spare: list[torch.Tensor],
+    device: torch.device,
+    repeats: int,
+    bandwidth: float,
 ) -> dict[str, Any]:
-    """The figures of one contender, or why there are none."""
+    """The figures of one contender, or why there are none.
+
+    Args:
+        contender: the optimizer.
+        params: with gradients.
+        spare: other gradients, to find what a step costs whose gradients are new; may be empty.
+        device: where they are.
+        repeats: measurements at most.
+        bandwidth: bytes per second of a copy.
+    """
     optimizer = None
+
+    def step_with_new_gradients() -> float:
+        for i, param in enumerate(params):
+            param.grad, spare[i] = spare[i], param.grad
+        return wall_time(optimizer.step, device)  # type: ignore[union-attr]
+
     try:
         begin = time.perf_counter()
         optimizer = contender.make(params)
         optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         first = time.perf_counter() - begin
         optimizer.step()
         times = []
         begin = time.perf_counter()
         while len(times) < repeats and (len(times) < 3 or time.perf_counter() - begin < SECONDS_PER_CONTENDER):
             times.append(time_call(optimizer.step, device))
+        new = [step_with_new_gradients() for _ in range(len(times) if spare else 0)]
         state = state_bytes(optimizer)
     except Exception as error:  # peers refuse dtypes and sizes with whatever exception they meet first
         lines = str(error).strip().splitlines()
@@ -127,6 +199,7 @@ def measure(
         "status": "measured",
         "gpu_ms": spread([gpu * 1e3 for gpu, _ in times]),
         "wall_ms": spread([wall * 1e3 for _, wall in times]),
+        "wall_new_ms": spread([wall * 1e3 for wall in new]) if new else None,
         "first_step_s": first,
         "bytes_per_parameter": moved / sum(param.numel() for param in params),
         "gb_per_s": speed / 1e9,
@@ -150,6 +223,7 @@ def rows(
             yield {**place, "contender": OURS, "label": OURS, "status": "failed", "reason": f"needs {need:.0f} GB"}
             continue
         params = make_params(fitting, device, *DTYPES[dtype])
+        spare = [param.grad.clone() for param in params] if numel(fitting) < MOST_SPARE else []
         place |= {"parameters": numel(fitting), "tensors": len(fitting)}
         for key in keys:
             contender = GPU_CONTENDERS[key]
@@ -159,41 +233,66 @@ def rows(
                 **place,
                 "contender": key,
                 "label": contender.label,
-                **measure(contender, params, device, repeats, bandwidth),
+                **measure(contender, params, spare, device, repeats, bandwidth),
             }
             free_memory(device)
-        del params
+        del params, spare
 
 
-def driver_version() -> str | None:
-    """The NVIDIA driver's version, where its tool tells it."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def asked_of_driver() -> dict[str, str]:
+    """What NVIDIA's tool says of the first GPU: driver, memory, clocks, limit of power; nothing where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(DRIVER_FIELDS)}", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
+        return {}
+    return dict(zip(DRIVER_FIELDS, said.split(", ")))
+
+
+def context() -> dict[str, Any]:
+    """The machine's record, what of NVIDIA's programs it has, and the seconds of the first work on the GPU."""
+    start = time.perf_counter()
+    if torch.cuda.is_available():
+        torch.ones(1, device="cuda").item()
+    seconds = time.perf_counter() - start
+    tools = [name for name in TOOLS if shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")]
+    asked = asked_of_driver()
+    return {
+        **environment(),
+        "driver": asked.get("driver_version"),
+        "driver_says": asked,
+        "tools": tools,
+        "context_seconds": seconds,
+    }
 
 
 def main() -> None:
-    """Appends a line of JSON per measurement to a file, or prints the environment."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--environment", action="store_true", help="print the machine's record as JSON and stop")
+    """Measures a list and writes each row as it is there, or only the machine's record."""
+    options = parser(DESCRIPTION, EPILOG)
+    options.add_argument("--environment", action="store_true", help="only the machine's record")
     options.add_argument("--model", choices=list(GPU_MODELS), default="gpt2")
     options.add_argument("--dtype", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
     options.add_argument("--contender", nargs="+", choices=list(GPU_CONTENDERS), default=list(GPU_CONTENDERS))
     options.add_argument("--device", default="cuda")
     options.add_argument("--repeats", type=int, default=20)
-    options.add_argument("--quick", action="store_true", help="small models")
-    options.add_argument("--rows", type=Path, help="file to append to")
     settings = options.parse_args()
+    record, out = context(), console()
+    tools = record["tools"]
     if settings.environment:
-        print(json.dumps({**environment(), "driver": driver_version()}))
+        out.print(*(f"{name} {value}" for name, value in record["driver_says"].items()), sep=", ", highlight=False)
+        out.print(f"NVIDIA's programs: {', '.join(tools) or 'none'}; context {record['context_seconds']:.1f} s")
+        out.print(f"Python {record['python']}, driver {record['driver']}; {describe(record)}", highlight=False)
+        if settings.json is not None:
+            settings.json.write_text(json.dumps(record) + "\n")
         return
+    found: list[dict[str, Any]] = []
+    repeats = min(3, settings.repeats) if settings.quick else settings.repeats
     device = torch.device(settings.device)
-    todo = (settings.model, device, settings.dtype, settings.contender, settings.repeats, settings.quick)
-    for row in rows(*todo):
-        with settings.rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    for row in rows(settings.model, device, settings.dtype, settings.contender, repeats, settings.quick):
+        found.append(row)
+        write_json(settings.json, "gpu_step", settings, {"environment": record, "rows": found})
+        figures = f"{row['gpu_ms']['median']:.3f} ms, {row['share_of_copy']:.0%}" if "gpu_ms" in row else row["reason"]
+        out.print(f"{row['name']}, {row['dtype']}, {row['label']}: {figures}", highlight=False)
 
 
 if __name__ == "__main__":

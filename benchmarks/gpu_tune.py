@@ -268,6 +268,7 @@ def main() -> int:
         out.print(f"DOES NOT COMPILE: {name}, {case}: {error}", style="red")
     if settings.dry:
         out.print(register_table(kernels))
+        out.print(f"{len(tunings)} tunings, {len(broken)} kernels do not compile")
         return 1 if broken else 0
     gpu = cuda._device(device.index)
     for case in settings.case:
@@ -281,6 +282,8 @@ def main() -> int:
         results["cases"][case] = time_case(sound, case, gpu, device, settings)
         write_json(settings.json, "gpu_tune", settings, results)
         out.print(time_table(case, results["cases"][case], kernels))
+    count = sum(map(len, results["other_bits"].values()))
+    out.print(f"{len(tunings)} tunings, {len(broken)} kernels do not compile, {count} have other bits")
     return 1 if broken or any(results["other_bits"].values()) else 0
 
 

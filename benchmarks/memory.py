@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import json
+import math
 import os
 import re
 import resource
@@ -43,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lion8bit import Lion, Lion8bit, estimate, fuse_into_backward
 from lion8bit.bytelm import rotary_table, rotate
-from lion8bit.demo import state_bytes
+from lion8bit.demo import limit_gpu_memory, state_bytes
 
 DESCRIPTION = """\
 What does training take in memory, at which moment, and what of it does the optimizer change? Transformers in the shapes
@@ -59,7 +60,8 @@ Columns:
   weights, gradients, state   bytes of the tensors; gradients are what is left when the backward pass ends
   activations                 tensors that the forward pass leaves for the backward pass
   forward, backward, step     the largest sum of living tensors during each; the largest of the three is the peak
-  planned                     what `lion8bit estimate` says of this peak
+  planned                     what `lion8bit estimate` says of this peak; on a GPU to be compared with `requested` in
+                              the JSON, the peak before the allocator rounds sizes up
   process                     CPU: peak of the process's resident memory above that after the imports, in an iteration
                               of its own; GPU: what the caching allocator has reserved at its peak
   checkpoint                  size of a file with the optimizer's state_dict
@@ -359,9 +361,10 @@ def chosen(case: Case, device: str, only: Sequence[str]) -> list[str]:
 
 @dataclass
 class Moment:
-    """Bytes during one phase of an iteration: at its peak, and when it ends."""
+    """Bytes of living tensors during one phase of an iteration."""
 
     peak: int
+    requested: int  # the peak before the GPU's allocator rounds sizes up; on the CPU the same
     end: int
 
 
@@ -391,6 +394,13 @@ def reset_process_peak() -> None:
     """Lets VmHWM begin anew, where the system can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def gpu_moment(device: torch.device) -> Moment:
+    """What the GPU's allocator has handed out, and the peaks since these were reset."""
+    stats = torch.cuda.memory_stats(device)
+    names = ("allocated_bytes.all.peak", "requested_bytes.all.peak", "allocated_bytes.all.current")
+    return Moment(*(stats[name] for name in names))
 
 
 class Trainer:
@@ -452,28 +462,28 @@ class Trainer:
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
     def held(self) -> int:
         """Bytes of weights, buffers, gradients and state."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return sum(t.nbytes for t in tensors) + self.gradient_bytes() + self.state_bytes()
 
-    def moments(self, start: int) -> dict[str, Moment]:
-        """An iteration, its tensors counted; on a GPU those beyond ``start`` bytes."""
+    def moments(self, start: Moment) -> dict[str, Moment]:
+        """An iteration, its tensors counted; on a GPU those beyond ``start``."""
         found = {}
         now = self.held()
         for name, phase in self.phases():
             if self.device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize(self.device)
+                torch.cuda.reset_peak_memory_stats(self.device)
                 phase()
-                torch.cuda.synchronize()
-                peak, end = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-                found[name] = Moment(peak - start, end - start)
+                torch.cuda.synchronize(self.device)
+                there = gpu_moment(self.device)
+                found[name] = Moment(there.peak - start.peak, there.requested - start.requested, there.end - start.end)
             else:
                 highest, change = tensors_of(phase)
-                found[name] = Moment(now + max(0, highest), now + change)
+                found[name] = Moment(now + max(0, highest), now + max(0, highest), now + change)
                 now += change
         return found
 
@@ -483,7 +493,11 @@ def measure(case: Case, contender: Contender, device: torch.device, snapshot: Pa
 
     Iterations: one that makes the state, one whose tensors are counted, one whose process is watched and timed.
     """
-    start = torch.cuda.memory_allocated() if device.type == "cuda" else process_bytes("VmRSS")
+    resident, start = process_bytes("VmRSS"), Moment(0, 0, 0)
+    if device.type == "cuda":
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats(device)
+        start = gpu_moment(device)
     where, record = "building", {"label": contender.label}
     hold(case.limit, device)
     trainer = None
@@ -506,7 +520,7 @@ def measure(case: Case, contender: Contender, device: torch.device, snapshot: Pa
             trainer.synchronize()
             times[name] = time.perf_counter() - begin
             gradients = max(gradients, trainer.gradient_bytes())
-        process = torch.cuda.max_memory_reserved() if device.type == "cuda" else process_bytes("VmHWM") - start
+        process = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else process_bytes("VmHWM") - resident
         if snapshot is not None and device.type == "cuda":
             torch.cuda.memory._dump_snapshot(str(snapshot))
             torch.cuda.memory._record_memory_history(enabled=None)
@@ -522,6 +536,7 @@ def measure(case: Case, contender: Contender, device: torch.device, snapshot: Pa
             "activations": moments["forward"].end - trainer.held(),
             "moments": {name: vars(moment) for name, moment in moments.items()},
             "peak": moments[peak].peak,
+            "requested": max(moment.requested for moment in moments.values()),
             "peak_in": peak,
             "process": process,
             "checkpoint": checkpoint_bytes(trainer.optimizer),
@@ -544,9 +559,7 @@ def hold(limit: float | None, device: torch.device) -> None:
     """Holds this process to ``limit`` GiB beyond what it has; None lets it go on a GPU and changes nothing else."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(device).total_memory
-        index = torch.cuda.current_device() if device.index is None else device.index  # this function wants a number
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or total / GIB) * GIB / total), index)
+        limit_gpu_memory(device, math.inf if limit is None else limit * GIB)
     elif limit is not None:
         data = process_bytes("VmData") + int(limit * GIB)
         resource.setrlimit(resource.RLIMIT_DATA, (data, resource.getrlimit(resource.RLIMIT_DATA)[1]))

@@ -226,12 +226,15 @@ def time_call(call: Callable[[], Any], device: torch.device) -> tuple[float, flo
 
 
 def extra_memory(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Peak bytes during a call above what is held before it; None where the system does not tell."""
+    """Peak bytes during a call above what is held before it; None where the system does not tell.
+
+    On a GPU as requested, before the allocator rounds sizes up.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         call()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before  # type: ignore[no-any-return]
     if sys.platform != "linux":
         return None
 

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from lion8bit import Lion8bit, fuse_into_backward
-from lion8bit.demo import DemoInputError, first_line, read_text, resolve_device, state_bytes
+from lion8bit.demo import DemoInputError, first_line, limit_gpu_memory, read_text, resolve_device, state_bytes
 from lion8bit.planner import estimate
 
 DESCRIPTION = """\
@@ -151,6 +151,7 @@ class Place:
         self.step: int | None = None
         self.latest_gradient: str | None = None
         self.peaks: dict[str, int] = {}
+        self.requested: int | None = None  # the highest peak before the allocator rounds; None on the CPU
 
     @contextmanager
     def at(self, work: str, step: int | None = None) -> Iterator[None]:
@@ -162,7 +163,9 @@ class Place:
             yield
         finally:
             if self.device.type == "cuda":
-                self.peaks[work] = max(self.peaks.get(work, 0), torch.cuda.max_memory_allocated(self.device))
+                stats = torch.cuda.memory_stats(self.device)
+                self.peaks[work] = max(self.peaks.get(work, 0), stats["allocated_bytes.all.peak"])
+                self.requested = max(self.requested or 0, stats["requested_bytes.all.peak"])
 
     def watch(self, model: nn.Module) -> None:
         """Notes each gradient as it is complete; to be called before other hooks free it."""
@@ -188,9 +191,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def limit_memory(device: torch.device, gib: float) -> None:
     """Holds the process to so much of the GPU's memory, or on the CPU to so much more than it has now."""
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        index = torch.cuda.current_device() if device.index is None else device.index  # this function wants a number
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), index)
+        limit_gpu_memory(device, gib * GIB)
         return
     import resource
 
@@ -259,6 +260,7 @@ def run(settings: argparse.Namespace, device: torch.device, advance: Callable[[s
     reports = [optimizer.memory_report() for optimizer in optimizers if isinstance(optimizer, Lion8bit)]
     record["state_bytes_on_host"] = sum(report["paged_bytes"] for report in reports)
     record["peak_bytes"] = max(place.peaks.values(), default=None)
+    record["requested_bytes"] = place.requested
     record["peaks"] = place.peaks
     record["reserved_bytes"] = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     times = record["seconds"][1:] or record["seconds"]
@@ -291,7 +293,8 @@ def report(record: dict[str, Any]) -> str:
     lines.append(f"optimizer state {gib(record['state_bytes'])}{host}")
     if record["peak_bytes"] is not None:
         parts = ", ".join(f"{work} {gib(size)}" for work, size in record["peaks"].items())
-        lines.append(f"peak {gib(record['peak_bytes'])} (reserved {gib(record['reserved_bytes'])}): {parts}")
+        others = f"requested {gib(record['requested_bytes'])}, reserved {gib(record['reserved_bytes'])}"
+        lines.append(f"peak {gib(record['peak_bytes'])} ({others}): {parts}")
     if record.get("planned_bytes") is not None:
         lines.append(f"planned peak {gib(record['planned_bytes'])} ({record['planned_peak']})")
     if record["losses"]:

@@ -188,6 +188,13 @@ def resolve_device(name: str | None) -> torch.device:
     return device
 
 
+def limit_gpu_memory(device: torch.device, size: float) -> None:
+    """Holds this process to ``size`` bytes of a GPU's memory; infinity lets it have all."""
+    index = torch.cuda.current_device() if device.index is None else device.index  # the last call refuses plain "cuda"
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), index)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message."""
     return (str(error).strip().splitlines() or [""])[0]

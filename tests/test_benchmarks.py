@@ -320,7 +320,10 @@ def test_memory_is_split_and_as_planned(tmp_path: Path) -> None:
     for row in (adamw, ours):
         assert row["peak"] == max(moment["peak"] for moment in row["moments"].values())
         assert row["state"] < row["checkpoint"] < 1.1 * row["state"] + 10_000
-        assert row["peak"] == pytest.approx(row["planned"], rel=0.08), "temporaries of AdamW's step are not planned"
+        assert row["requested"] <= row["peak"]
+        assert row["requested"] == pytest.approx(row["planned"], rel=0.08), (
+            "temporaries of AdamW's step are not planned"
+        )
         if sys.platform == "linux":
             assert row["process"] > 0
     assert limit["rows"]["adamw"]["status"] == "out of memory"
@@ -333,7 +336,7 @@ def test_memory_where_the_optimizer_hardly_matters(case: str, monkeypatch: pytes
     memory = importlib.import_module("memory")
     row = memory.measure(memory.QUICK_CASES[case], memory.ALL["lion8bit"], torch.device("cpu"))
     assert row["status"] == "measured" and row["state"] < 0.08 * row["peak"]
-    assert row["peak"] == pytest.approx(row["planned"], rel=0.06)
+    assert row["requested"] == pytest.approx(row["planned"], rel=0.06)
 
 
 def test_memory_limit_has_to_be_positive(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -608,13 +608,21 @@ def test_gpu_pages_without_allocating_or_waiting(usual_slots: None) -> None:
 
 @needs_gpu
 def test_gpu_pages_on_the_current_stream_behind_slow_work(usual_slots: None) -> None:
+    """Gradients that are written late: a copy from the host would wait for the slow work before the step is called."""
     twins = [large("cuda", is_paged=paged) for paged in (False, True)]
     train(twins[0], 4)
-    torch.cuda.synchronize()
+    params, optimizer = twins[1]
     for step in range(4):
+        set_grads(params, step)
+        late = [param.grad for param in params]
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda._sleep(50_000_000)
-            train(twins[1], 1, seed=step)
+            for param, grad in zip(params, late, strict=True):
+                param.grad.copy_(grad)
+            optimizer.step()
         torch.cuda.synchronize()
     assert_same_contents(*(contents(optimizer) for _, optimizer in twins))
 

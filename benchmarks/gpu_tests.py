@@ -1,0 +1,105 @@
+"""Owns the run of all tests that need a GPU: in parallel, each with a limit, the first failure of each worker apart."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DESCRIPTION = """\
+Runs every test that needs a GPU (named test_gpu..., or with a parameter called on_gpu), several at a time where
+pytest-xdist is installed, each with a limit of time where pytest-timeout is. A fault on a GPU loses the context of its
+process, and what comes after it in the same worker fails too: so the first failure of each worker is what to read.
+"""
+
+EPILOG = """\
+examples:
+  python benchmarks/gpu_tests.py
+  python benchmarks/gpu_tests.py --workers 4 --json tests.json
+"""
+
+ROOT = Path(__file__).resolve().parent.parent
+LINES = 40  # of a failure that are kept
+
+
+class Results:
+    """Counts what pytest reports and writes it into a file as it goes."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.record: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "first_failures": [], "failures": []}
+        self.reports = 0
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """One phase of one test has ended."""
+        if report.failed:
+            node = getattr(report, "node", None)  # of pytest-xdist, also where the worker has died
+            worker = getattr(report, "worker_id", None) or (node.gateway.id if node else "the only process")
+            self.record["failed"] += 1
+            self.record["failures"].append(report.nodeid)
+            first = self.record["first_failures"]
+            if all(failure["worker"] != worker for failure in first):
+                lines = str(report.longreprtext or report.longrepr).splitlines()
+                first.append({"worker": worker, "test": report.nodeid, "text": "\n".join(lines[-LINES:])})
+        elif report.skipped:
+            self.record["skipped"] += 1
+        elif report.when == "call":
+            self.record["passed"] += 1
+        self.reports += 1
+        if report.failed or self.reports % 20 == 0:
+            self.write()
+
+    def write(self) -> None:
+        """Writes the file whole or not at all, if one is asked for."""
+        if self.path is not None:
+            draft = self.path.with_name(f".{self.path.name}")
+            draft.write_text(json.dumps(self.record, indent=1) + "\n")
+            draft.replace(self.path)
+
+
+def main() -> int:
+    """Runs the tests; pytest's exit code, or 1 where none passed."""
+    options = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--json", type=Path, metavar="FILE", help="counts and first failures, written as it goes")
+    options.add_argument("--workers", type=int, default=min(10, os.cpu_count() or 1))
+    options.add_argument("--limit", type=int, default=100, help="seconds for one test (default: 100)")
+    options.add_argument("--also", help="further tests by a part of their name, for machines without a GPU")
+    settings = options.parse_args()
+    results = Results(settings.json)
+    results.write()
+    wanted = " or ".join(filter(None, ["test_gpu", "on_gpu", settings.also]))
+    files = [
+        str(path)
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if re.search(rf"def test_gpu|on_gpu|ON_GPU|{settings.also or 'def test_gpu'}", path.read_text())
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", wanted, "-q", "--tb", "short"]
+        arguments += ["-o", "addopts=--strict-markers", "-o", f"cache_dir={folder}", "--maxfail", "60"]
+        arguments += ["-W", "ignore::lion8bit.SlowBackendWarning", "--disable-warnings"]
+        if importlib.util.find_spec("xdist") is not None and settings.workers > 1:
+            arguments += ["-n", str(settings.workers), "--dist", "worksteal"]
+        if importlib.util.find_spec("pytest_timeout") is not None:
+            # By a thread, which also ends a worker that waits for a kernel.
+            arguments += ["--timeout", str(settings.limit), "--timeout-method", "thread"]
+        code = int(pytest.main([*arguments, *files], plugins=[results]))
+    results.write()
+    record = results.record
+    for failure in record["first_failures"]:
+        print(f"\nFIRST FAILURE of {failure['worker']}: {failure['test']}\n{failure['text']}")
+    print(f"{record['passed']} passed, {record['failed']} failed, {record['skipped']} skipped", flush=True)
+    return code or int(record["passed"] == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
