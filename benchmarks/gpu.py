@@ -64,23 +64,27 @@ BUDGETS = {"check": 250.0, "speed": 310.0, "deep": 150.0}  # seconds
 GRACE = 8  # seconds from SIGINT, in which pytest reports what it has, to SIGKILL
 LOG_BYTES = 1 << 20  # of one step that are kept, half of them from its begin
 CONTENDERS = ("lion8bit", "lion8bit-stochastic", "lion8bit-compensated", "bitsandbytes", "flashlion", "adamw")
-FEW_VARIANTS = (
-    "registers ahead",
-    "cache ahead",
-    "no_allocate, cs",
-    "resident 3",
-    "resident 5",
-    "passes 4",
-    "passes 16",
-)
-TRAININGS = {  # step: what `examples/full_finetune.py` is asked for; sequences have 2048 tokens
-    "7B": ["--shape", "llama-7b", "--memory-limit", "24"],
-    "8B": ["--shape", "llama3-8b", "--memory-limit", "24", "--paged"],
-    "3B": ["--shape", "llama-3b", "--memory-limit", "12", "--paged"],
-    "7B bitsandbytes": ["--shape", "llama-7b", "--memory-limit", "24", "--optimizer", "bitsandbytes", "--steps", "5"],
-    "7B flashlion": ["--shape", "llama-7b", "--memory-limit", "24", "--optimizer", "flashlion", "--steps", "5"],
-    "3B flashlion": ["--shape", "llama-3b", "--memory-limit", "12", "--optimizer", "flashlion", "--steps", "5"],
+FEW_TUNINGS = ("registers ahead", "cache ahead", "no_allocate, cs", "resident 3", "resident 5", "passes 4", "passes 16")
+TRAININGS = {  # of `examples/full_finetune.py`: shape, GiB of the GPU, and further options; sequences have 2048 tokens
+    "7B": ("llama-7b", 24, ""),
+    "8B": ("llama3-8b", 24, "--paged"),
+    "3B": ("llama-3b", 12, "--paged"),
+    "7B bitsandbytes": ("llama-7b", 24, "--optimizer bitsandbytes --steps 5"),
+    "7B flashlion": ("llama-7b", 24, "--optimizer flashlion --steps 5"),
+    "3B flashlion": ("llama-3b", 12, "--optimizer flashlion --steps 5"),
 }
+PROFILE = "--clock-control none -k regex:lion8bit_update -s 10 -c 1" + "".join(  # the first launch on a large tensor
+    f" --section {name}"
+    for name in (
+        "SpeedOfLight",
+        "MemoryWorkloadAnalysis",
+        "SchedulerStats",
+        "WarpStateStats",
+        "LaunchStats",
+        "Occupancy",
+    )
+)
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # for sanitizers: every tensor has bounds of its own
 OUT_OF_MEMORY = 3  # exit code of the example: a result of a peer
 
 
@@ -105,78 +109,82 @@ def tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
-def stage_steps(stage: str, device: str, quick: bool, scratch: Path) -> Iterator[Step]:
-    """The steps of a stage in the order of their worth."""
-    python, on_gpu = [sys.executable], device == "cuda"
-    first = [*python, HERE / "gpu_first.py", "--device", device]
-    tune = [*python, HERE / "gpu_tune.py", *([] if on_gpu else ["--dry"]), *(["--quick"] if quick else [])]
-    yield Step("machine", [*python, HERE / "gpu_step.py", "--environment"], 90, recorded=True)
-    if stage == "check":
-        yield Step("doctor", [*python, "-m", "lion8bit", "doctor"], 90, tail=16)
-        blocking = {"CUDA_LAUNCH_BLOCKING": "1"}
-        yield Step("first, blocking", first, 60, tail=12, only_after="doctor", environment=blocking)
-        yield Step("first, memcheck", [*sanitizer("memcheck"), *first], 90, tail=25, only_after="doctor",
-                   environment=blocking | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})  # fmt: skip
-        fresh = {"LION8BIT_CACHE_DIR": str(scratch / "fresh")}
-        yield Step("first process", first, 60, tail=1, recorded=True, environment=fresh)
-        yield Step("second process", first, 60, tail=1, recorded=True, environment=fresh)
-        yield Step("tests", [*python, HERE / "gpu_tests.py", *([] if on_gpu else ["--also", "parameter_limits"])], 130,
-                   least=20, tail=40, recorded=True)  # fmt: skip
-        some = ["--case", "nearest", "fp32", "stochastic", "--seconds", "60", "--variant", *FEW_VARIANTS]
-        yield Step("variants", [*tune, *some], 90, least=20, tail=60, recorded=True)
-    elif stage == "speed":
-        lists = [*python, HERE / "gpu_step.py", "--device", device, *(["--quick"] if quick else []), "--model"]
-        for model, limit in (("gpt2", 70), ("1B", 60), ("llama", 70), ("lora", 45), ("vit", 45), ("sdxl", 70)):
-            command = [*lists, model, "--contender", *CONTENDERS]
-            yield Step(model, command, limit, least=15, recorded=True, optional=model in ("vit", "sdxl"))
-        for name, arguments in TRAININGS.items():
-            size = arguments
-            if quick or not on_gpu:  # tiny, and without the limit
-                size = ["--shape", "tiny", "--sequence", "64", "--lr", "1e-3", *arguments[4:]]
-            command = [*python, ROOT / "examples" / "full_finetune.py", *size, "--device", device]
-            allowed = (0, OUT_OF_MEMORY) if name not in ("7B", "8B", "3B") else (0,)
-            yield Step(name, command, 110, 35, 12, recorded=True, optional=len(allowed) > 1, allowed=allowed)
-    else:
-        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor has bounds of its own
-        for name in ("memcheck", "racecheck", "synccheck", "initcheck"):
-            command = [*(sanitizer(name) if on_gpu else []), *first, "--every"]
-            yield Step(
-                name, command, 60, least=20, tail=6, environment=alone, optional=name in ("synccheck", "initcheck")
-            )
-        sections = [
-            "SpeedOfLight",
-            "MemoryWorkloadAnalysis",
-            "SchedulerStats",
-            "WarpStateStats",
-            "LaunchStats",
-            "Occupancy",
-        ]
-        profiler = [
-            tool("ncu") or "ncu",
-            "--clock-control",
-            "none",
-            "-k",
-            "regex:lion8bit_update",
-            "-s",
-            "10",
-            "-c",
-            "1",
-        ]
-        for section in sections:
-            profiler += ["--section", section]
-        for case in ("nearest", "stochastic"):
-            command = [*tune, "--case", case, "--variant", "base", "--log2", "27", "--rounds", "1"]
-            yield Step(f"ncu {case}", [*(profiler if on_gpu else []), *command], 45, least=15, tail=70)
-
-
 def sanitizer(name: str) -> list[str]:
-    """The command of one of compute-sanitizer's tools.
-
-    Errors that torch itself asks the driver for, to see what it can do, are none of ours.
-    """
+    """The command of one of compute-sanitizer's tools; calls of torch that fail on purpose are not reported."""
     program = tool("compute-sanitizer") or "compute-sanitizer"
-    options = ["--error-exitcode", "9", "--report-api-errors", "no", "--target-processes", "all", "--print-limit", "3"]
-    return [program, "--tool", name, *options]
+    options = "--error-exitcode 9 --report-api-errors no --target-processes all --print-limit 3"
+    return [program, "--tool", name, *options.split()]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the steps of the stages are made of."""
+
+    device: str
+    quick: bool
+    scratch: Path
+
+    def program(self, name: str, *arguments: str) -> list[str | Path]:
+        """The command of one of the benchmarks."""
+        return [sys.executable, HERE / f"{name}.py", *arguments]
+
+    def steps(self, stage: str) -> list[Step]:
+        """The steps of a stage in the order of their worth."""
+        machine = Step("machine", self.program("gpu_step", "--environment"), 90, recorded=True)
+        return [machine, *{"check": self.check, "speed": self.speed, "deep": self.deep}[stage]()]
+
+    def first(self, *arguments: str) -> list[str | Path]:
+        """First steps in a fresh process."""
+        return self.program("gpu_first", "--device", self.device, *arguments)
+
+    def tune(self, *arguments: str) -> list[str | Path]:
+        """Tunings of the kernel, compiled only where there is no GPU."""
+        without = ["--dry"] if self.device == "cpu" else []
+        return self.program("gpu_tune", *without, *(["--quick"] if self.quick else []), *arguments)
+
+    def check(self) -> Iterator[Step]:
+        """Is it right?"""
+        yield Step("doctor", [sys.executable, "-m", "lion8bit", "doctor"], 90, tail=16)
+        slow = {"CUDA_LAUNCH_BLOCKING": "1"}
+        yield Step("first, blocking", self.first(), 60, tail=12, only_after="doctor", environment=slow)
+        watched = [*sanitizer("memcheck"), *self.first()]
+        yield Step("first, memcheck", watched, 90, tail=25, only_after="doctor", environment={**slow, **UNCACHED})
+        fresh = {"LION8BIT_CACHE_DIR": str(self.scratch / "fresh")}
+        for process in ("first process", "second process"):
+            yield Step(process, self.first(), 60, tail=1, recorded=True, environment=fresh)
+        also = ["--also", "parameter_limits"] if self.device == "cpu" else []
+        yield Step("tests", self.program("gpu_tests", *also), 130, least=20, tail=40, recorded=True)
+        cases = ["--case", "nearest", "fp32", "stochastic", "--seconds", "60"]
+        some = self.tune(*cases, "--variant", *FEW_TUNINGS)
+        yield Step("variants", some, 90, least=20, tail=60, recorded=True)
+
+    def speed(self) -> Iterator[Step]:
+        """Is it fast?"""
+        quick = ["--quick"] if self.quick else []
+        for model, limit in {"gpt2": 70, "1B": 60, "llama": 70, "lora": 45, "vit": 45, "sdxl": 70}.items():
+            command = self.program("gpu_step", "--device", self.device, *quick, "--model", model)
+            command += ["--contender", *CONTENDERS]
+            yield Step(model, command, limit, least=15, recorded=True, optional=model in ("vit", "sdxl"))
+        for name, (shape, limit, more) in TRAININGS.items():
+            size = f"--shape {shape} --memory-limit {limit}"
+            if self.quick or self.device == "cpu":
+                size = "--shape tiny --sequence 64 --lr 1e-3"
+            command = [sys.executable, ROOT / "examples" / "full_finetune.py", *size.split(), *more.split()]
+            peer = "--optimizer" in more
+            yield Step(name, [*command, "--device", self.device], 110, least=35, tail=12, recorded=True, optional=peer,
+                       allowed=(0, OUT_OF_MEMORY) if peer else (0,))  # fmt: skip
+
+    def deep(self) -> Iterator[Step]:
+        """Is anything hidden?"""
+        watched = self.device == "cuda"
+        for name in ("memcheck", "racecheck", "synccheck", "initcheck"):
+            command = [*(sanitizer(name) if watched else []), *self.first("--every")]
+            optional = name in ("synccheck", "initcheck")
+            yield Step(name, command, 60, least=20, tail=6, environment=UNCACHED, optional=optional)
+        profiler = [tool("ncu") or "ncu", *PROFILE.split()]
+        for case in ("nearest", "stochastic"):
+            command = self.tune("--case", case, "--variant", "base", "--log2", "27", "--rounds", "1")
+            yield Step(f"ncu {case}", [*(profiler if watched else []), *command], 45, least=15, tail=70)
 
 
 # ---- A visit ---------------------------------------------------------------------------------------------------------
@@ -184,6 +192,8 @@ def sanitizer(name: str) -> list[str]:
 
 class Visit:
     """One stage: runs steps within a budget and keeps what they say in a folder."""
+
+    stopped = False  # by a signal: the present step is interrupted, and no other begins
 
     def __init__(self, stage: str, output: Path, scratch: Path, budget: float, record: dict[str, Any]) -> None:
         self.stage, self.output, self.scratch = stage, output, scratch
@@ -203,85 +213,77 @@ class Visit:
         draft.write_text(json.dumps(self.record, indent=1) + "\n")
         draft.replace(self.output / f"{self.stage}.json")
 
-    def run(self, steps: Sequence[Step]) -> None:
-        """Runs steps in turn; one for which too little time is left, or whose program is missing, is passed over."""
-        for step in steps:
-            if step.only_after and not any(
-                s["step"] == step.only_after and s["status"] != "passed" for s in self.steps
-            ):
-                continue
-            left = self.end - time.monotonic()
-            if left < step.least:
-                self.note(step, "dropped", f"needs {step.least:.0f} s, {max(0.0, left):.0f} s were left")
-            elif shutil.which(step.command[0]) is None:
-                self.note(step, "skipped", f"{step.command[0]} is not installed")
-            else:
-                self.run_one(step, min(step.limit, left))
+    def run(self, steps: Sequence[Step]) -> bool:
+        """Runs steps in turn until it is stopped; whether all have passed."""
+        return all([not self.stopped and self.run_one(step) for step in steps])  # noqa: C419  (all of them run)
 
-    def note(self, step: Step, status: str, detail: str) -> None:
+    def run_one(self, step: Step) -> bool:
+        """Runs a step if it can; whether it passed, or had no reason to run."""
+        if step.only_after and not any(e["step"] == step.only_after and e["status"] != "passed" for e in self.steps):
+            return True
+        left = self.end - time.monotonic()
+        if left < step.least:
+            return self.pass_over(step, "dropped", f"needs {step.least:.0f} s, {max(0.0, left):.0f} s were left")
+        if shutil.which(step.command[0]) is None:
+            return self.pass_over(step, "skipped", f"{step.command[0]} is not installed")
+        return self.execute(step, min(step.limit, left))
+
+    def pass_over(self, step: Step, status: str, detail: str) -> bool:
         """Records a step that does not run."""
         self.steps.append({"step": step.name, "status": status, "detail": detail})
         print(f"## {step.name}: {status}, {detail}", flush=True)
         self.save()
+        return False
 
-    def run_one(self, step: Step, limit: float) -> bool:
+    def execute(self, step: Step, limit: float) -> bool:
         """Runs a step; whether it passed. Its output goes to the log, its record into the JSON while it runs."""
-        place = self.scratch / f"{step.name.replace(' ', '-').replace(',', '')}.json"
-        place.unlink(missing_ok=True)
+        place = self.scratch / f"{re.sub(r'[^a-zA-Z0-9]+', '-', step.name)}.json"
         command = [*map(str, step.command), *(["--json", str(place)] if step.recorded else [])]
-        shown = (
-            " ".join(command).replace(sys.executable, "python").replace(f"{ROOT}/", "").replace(str(self.scratch), ".")
-        )
+        shown = " ".join(command)
+        for path, word in ((sys.executable, "python"), (f"{ROOT}/", ""), (str(self.scratch), ".")):
+            shown = shown.replace(path, word)
         entry: dict[str, Any] = {"step": step.name, "status": "running", "command": shown}
         self.steps.append(entry)
-        begin, seen = time.monotonic(), 0
+        begin = time.monotonic()
         with self.log.open("a", encoding="utf-8") as log:
-            log.write(f"\n=== {step.name}: {entry['command']}\n")
-        offset = self.log.stat().st_size
-
-        def look(status: str) -> None:
-            nonlocal seen
-            with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is half written
-                if place.stat().st_mtime_ns != seen:
-                    entry["result"] = json.loads(place.read_text())
-                    seen = place.stat().st_mtime_ns
-            entry.update(status=status, seconds=round(time.monotonic() - begin, 1))
-            self.save()
-
-        interrupted = False
-        with self.log.open("a", encoding="utf-8") as log:
+            print(f"\n=== {step.name}: {shown}", file=log, flush=True)
+            offset = self.log.stat().st_size
             # `timeout` ends the step with all that it started, also where this process is killed.
             wrapped = ["timeout", "-s", "INT", "-k", str(GRACE), f"{limit:.0f}", *command]
-            options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": self.scratch}
-            process = subprocess.Popen(wrapped, env=self.environment | step.environment, **options)
+            process = subprocess.Popen(
+                wrapped,
+                env=self.environment | step.environment,
+                cwd=self.scratch,  # so that what is installed is found, not the checkout
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
             while process.poll() is None:
-                try:
-                    look("running")
-                    process.wait(1)
-                except subprocess.TimeoutExpired:
-                    continue
-                except KeyboardInterrupt:
-                    interrupted = True
+                self.look(entry, place, begin)
+                if self.stopped:
                     process.send_signal(signal.SIGINT)
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(GRACE + 2)
-                    process.kill()
-        code = process.wait()
-        status = "passed" if code in step.allowed else "timed out" if code in (124, 137) else "failed"
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE + 2 if self.stopped else 0.5)
+        code, late = process.wait(), time.monotonic() - begin >= round(limit)  # `timeout` dies with what it kills
+        status = "passed" if code in step.allowed else "timed out" if late else "failed"
         shorten(self.log, offset)
         lines = self.log.read_bytes()[offset:].decode(errors="replace").rstrip().splitlines()
-        entry["detail"] = next(
-            (line.strip()[:200] for line in reversed(lines) if re.search(r"\w\w", line)), "no output"
-        )
-        look("interrupted" if interrupted else status)
+        words = (line.strip() for line in reversed(lines) if re.search(r"\w\w", line))
+        entry |= {"status": "interrupted" if self.stopped else status, "detail": next(words, "no output")[:200]}
+        self.look(entry, place, begin)
         with self.log.open("a", encoding="utf-8") as log:
-            log.write(f"\n=== {step.name}: {entry['status']}, exit code {code}, {entry['seconds']} s\n")
+            print(f"\n=== {step.name}: {entry['status']}, exit code {code}, {entry['seconds']} s", file=log)
         print(f"## {step.name}: {entry['status']}, {entry['seconds']} s (at {time.monotonic() - self.begin:.0f} s)")
         print(*(line[:220] for line in lines[-step.tail :]), sep="\n", flush=True)
         write_report(self.output)
-        if interrupted:
-            raise KeyboardInterrupt
-        return entry["status"] == "passed"
+        return status == "passed"
+
+    def look(self, entry: dict[str, Any], place: Path, begin: float) -> None:
+        """Takes in what a step has recorded so far."""
+        with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is half written
+            entry["result"] = json.loads(place.read_text())
+        entry["seconds"] = round(time.monotonic() - begin, 1)
+        self.save()
 
 
 def shorten(log: Path, offset: int) -> None:
@@ -317,13 +319,13 @@ def install(visit: Visit, wheels: Path) -> None:
     if (site / "complete").exists():
         return
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", site]
-    built = installed_here() or visit.run_one(Step("build", [*pip, "--no-build-isolation", ROOT], 150), 150)
+    built = installed_here() or visit.run([Step("build", [*pip, "--no-build-isolation", ROOT], 150)])
     if not built:
         print("NO CPU KERNEL: the build failed; the checkout is used as it is", flush=True)
         shutil.copytree(ROOT / "lion8bit", site / "lion8bit", dirs_exist_ok=True)
         shutil.copytree(ROOT / "csrc", site / "lion8bit" / "csrc", dirs_exist_ok=True)
     for wheel in extra:
-        built &= visit.run_one(Step(wheel.name, [*pip, wheel], 60), 60)
+        built &= visit.run([Step(wheel.name, [*pip, wheel], 60)])
     if built:
         site.mkdir(parents=True, exist_ok=True)
         (site / "complete").touch()
@@ -349,7 +351,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if settings.budget is not None and settings.budget <= 0:
         options.error(f"--budget must be positive, got {settings.budget}")
     stages = list(BUDGETS) if settings.stage == "all" else [settings.stage]
-    known = [step.name for stage in stages for step in stage_steps(stage, settings.device, settings.quick, Path())]
+    plan = Plan(settings.device, settings.quick, Path())
+    known = [step.name for stage in stages for step in plan.steps(stage)]
     if unknown := set(settings.step or ()) - set(known):
         options.error(f"--step must be among {'; '.join(known)}, got {'; '.join(unknown)}")
     settings.stages = stages
@@ -361,9 +364,9 @@ def chosen(steps: Sequence[Step], names: Sequence[str] | None) -> list[Step]:
     return [step for step in steps if step.name == "machine" or (step.name in names if names else not step.optional)]
 
 
-def interrupt(signum: int, frame: FrameType | None) -> None:
-    """A SIGTERM is taken as a SIGINT."""
-    raise KeyboardInterrupt
+def stop(signum: int, frame: FrameType | None) -> None:
+    """What SIGINT and SIGTERM do. A KeyboardInterrupt could get lost where Python ignores exceptions."""
+    Visit.stopped = True
 
 
 def main() -> int:
@@ -372,35 +375,26 @@ def main() -> int:
     if shutil.which("timeout") is None:
         print("the program timeout must be there, got none; install GNU coreutils", file=sys.stderr)
         return 1
-    # A shell that starts this in the background has both ignored, and the steps would inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, interrupt)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
     output = (settings.output or default_output()).resolve()
     left = settings.budget or sum(BUDGETS[stage] for stage in settings.stages)
     failed: list[str] = []
     trial = settings.quick or settings.device == "cpu"
     for stage in settings.stages:
         begin = time.monotonic()
+        budget = min(left, BUDGETS[stage]) if len(settings.stages) > 1 else left
         with tempfile.TemporaryDirectory() as folder:
-            visit = Visit(
-                stage,
-                output,
-                Path(folder),
-                min(left, BUDGETS[stage]) if settings.stage == "all" else left,
-                {"device": settings.device, "trial": trial},
-            )
-            try:
-                install(visit, settings.wheels)
-                visit.run(
-                    chosen(list(stage_steps(stage, settings.device, settings.quick, Path(folder))), settings.step)
-                )
-            except KeyboardInterrupt:
-                print(f"interrupted; results in {output}")
-                return 130
-            finally:
-                print(markdown({stage: write_report(output)[stage]}), flush=True)
+            visit = Visit(stage, output, Path(folder), budget, {"device": settings.device, "trial": trial})
+            install(visit, settings.wheels)
+            plan = Plan(settings.device, settings.quick, Path(folder))
+            visit.run(chosen(plan.steps(stage), settings.step))
+            print(markdown({stage: write_report(output)[stage]}), flush=True)
         failed += [step["step"] for step in visit.steps if step["status"] in ("failed", "timed out")]
         left -= time.monotonic() - begin
+        if Visit.stopped:
+            print(f"interrupted; results in {output}")
+            return 130
     print(f"results in {output}" + (f"; FAILED: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 

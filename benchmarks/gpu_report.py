@@ -178,7 +178,7 @@ def markdown(records: dict[str, Record]) -> str:
     )
     words = {True: "met", False: "NOT MET", None: "-"}
     goals = [[goal["goal"], goal["requirement"], goal["measured"], words[goal["met"]]] for goal in judge(records)]
-    lines += table(["goal", "requirement", "measured", "verdict"], goals)
+    lines += table(["goal", "requirement", "measured", "verdict"], goals) if goals else []
     for failure in result(records, "check", "tests").get("first_failures", []):
         lines += [f"First failure of {failure['worker']}: `{failure['test']}`", "", "```", failure["text"], "```", ""]
     if found := trainings(records):

@@ -1,0 +1,386 @@
+"""Tests the visit to a GPU (`benchmarks/gpu.py`) without one: its stages, how they end, and what they say."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rich", reason="needs the extra named demo")
+pytest.importorskip("matplotlib", reason="needs the extra named demo")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs GNU's timeout and process groups")
+
+TESTS = Path(__file__).parent
+BENCHMARKS = TESTS.parent / "benchmarks"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`benchmarks/gpu.py` as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu")
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`benchmarks/gpu_report.py` as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu_report")
+
+
+def python(code: str) -> list[str]:
+    """A command that runs some Python."""
+    return [sys.executable, "-c", code]
+
+
+# ---- The stages ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "steps"),
+    [
+        ("check", ["machine", "doctor", "first process", "second process", "tests", "variants"]),
+        ("speed", ["machine", "gpt2", "1B", "llama", "lora", "7B", "8B", "3B"]),
+        ("deep", ["machine", "memcheck", "racecheck", "ncu nearest", "ncu stochastic"]),
+    ],
+)
+def test_stage_passes_without_a_gpu(stage: str, steps: list[str], tmp_path: Path, report: Any) -> None:
+    command = [sys.executable, BENCHMARKS / "gpu.py", stage, "--device", "cpu", "--quick", "--output", tmp_path]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / f"{stage}.json").read_text())
+    assert [(step["step"], step["status"]) for step in record["steps"]] == [(step, "passed") for step in steps]
+    records = {stage: record}
+    assert report.result(records, stage, "machine")["versions"]["torch"]
+    assert all(goal["met"] is None for goal in report.judge(records)), "a trial proves no goal"
+    assert "none of these figures is a result" in done.stdout
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {f"{stage}.json", f"{stage}.log", "gpu.md", *(["gpu.png"] if stage == "speed" else [])}
+    log = (tmp_path / f"{stage}.log").read_text()
+    assert all(f"=== {step}: passed" in log for step in steps)
+    assert sys.executable not in (tmp_path / f"{stage}.json").read_text(), "a path of this machine"
+    if stage == "check":
+        tests = report.result(records, stage, "tests")
+        assert tests["failed"] == 0 and tests["passed"] > 0 and tests["skipped"] > 50
+        assert report.result(records, stage, "second process")["first_step"] > 0
+        assert {row["variant"] for row in report.result(records, stage, "variants")["kernels"]} > {"base"}
+    if stage == "speed":
+        rows = report.list_rows(records)
+        assert {row["model"] for row in rows} == {"gpt2", "1B", "llama", "lora"}
+        assert {row["contender"] for row in rows} >= {
+            "lion8bit",
+            "lion8bit-stochastic",
+            "lion8bit-compensated",
+            "adamw",
+        }
+        assert all(row["status"] == "measured" and row["wall_new_ms"]["median"] > 0 for row in rows)
+        found = report.trainings(records)
+        assert [(step["step"], training["paged"]) for step, training in found] == [
+            ("7B", False),
+            ("8B", True),
+            ("3B", True),
+        ]
+        assert all(len(training["losses"]) == 20 for _, training in found)
+        assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stages_together_leave_eight_files_at_most(gpu: Any) -> None:
+    assert (
+        len({f"{stage}.{ending}" for stage in gpu.BUDGETS for ending in ("json", "log")} | {"gpu.md", "gpu.png"}) == 8
+    )
+
+
+def test_a_gpu_gets_the_real_thing(gpu: Any) -> None:
+    """On a GPU models have their size, memory its limit, and tools watch; no step uses managed memory."""
+    steps = {step.name: list(map(str, step.command)) for stage in gpu.BUDGETS
+             for step in gpu.Plan("cuda", False, Path()).steps(stage)}  # fmt: skip
+    for name, shape, limit in (("7B", "llama-7b", "24"), ("8B", "llama3-8b", "24"), ("3B", "llama-3b", "12")):
+        assert steps[name][2:6] == ["--shape", shape, "--memory-limit", limit]
+    assert "memcheck" in steps["memcheck"] and "--every" in steps["memcheck"] and "racecheck" in steps["racecheck"]
+    assert "ncu" in steps["ncu nearest"][0] and "--dry" not in steps["variants"]
+    assert not any("--quick" in command for command in steps.values())
+    assert not [name for name, command in steps.items() if "--paged" in command and "bitsandbytes" in command]
+    assert sum(step.limit for step in gpu.Plan("cuda", False, Path()).steps("deep") if not step.optional) > 150
+
+
+def test_tests_that_need_a_gpu_are_named_so() -> None:
+    """`make gpu-check` selects them by name, so no file of tests may have such a name."""
+    assert list(TESTS.glob("test_gpu*")) == []
+    for path in TESTS.glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("needs_gpu" in ast.unparse(d) for d in node.decorator_list):
+                assert node.name.startswith("test_gpu"), f"{path.name}: {node.name}"
+
+
+def test_refuses_what_it_cannot_do(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["check", "--budget", "0"], "--budget must be positive, got 0.0"),
+        (["check", "--step", "7B"], "--step must be among machine; doctor;"),
+    ):
+        with pytest.raises(SystemExit):
+            gpu.parse(arguments)
+        assert message in capsys.readouterr().err
+    settings = gpu.parse(["speed", "--step", "3B"])
+    steps = gpu.chosen(gpu.Plan("cuda", False, Path()).steps("speed"), settings.step)
+    assert [step.name for step in steps] == ["machine", "3B"]
+
+
+# ---- Steps and their ends --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def visit(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A visit of 60 s whose steps the test chooses; a step has 1 s from SIGINT to SIGKILL."""
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    (tmp_path / "scratch").mkdir()
+    return gpu.Visit("check", tmp_path / "results", tmp_path / "scratch", 60.0, {"trial": True})
+
+
+def outcomes(visit: Any) -> dict[str, str]:
+    """How each step of a visit ended, by the file that it left."""
+    steps = json.loads((visit.output / "check.json").read_text())["steps"]
+    return {step["step"]: step["status"] for step in steps}
+
+
+def test_a_step_that_hangs_is_interrupted_then_killed(gpu: Any, visit: Any) -> None:
+    politely = "import time\ntry: time.sleep(50)\nexcept KeyboardInterrupt: print('what was found so far')"
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(50)"
+    )
+    steps = [
+        gpu.Step("polite", python(politely), 2),
+        gpu.Step("deaf", python(deaf), 2),
+        gpu.Step("next", python(""), 9),
+    ]
+    begin = time.monotonic()
+    visit.run(steps)
+    assert time.monotonic() - begin < 30
+    assert outcomes(visit) == {"polite": "timed out", "deaf": "timed out", "next": "passed"}
+    assert "what was found so far" in visit.log.read_text() and "begun" in visit.log.read_text()
+
+
+def test_a_step_that_fails_hides_no_other(gpu: Any, visit: Any) -> None:
+    record = "import json, sys; open(sys.argv[2], 'w').write(json.dumps({'found': 3}))"
+    visit.run(
+        [
+            gpu.Step("doctor", python("1 / 0"), 9),
+            gpu.Step("why", python("print('closer')"), 9, only_after="doctor"),
+            gpu.Step("recorded", python(record), 9, recorded=True),
+            gpu.Step("halves", python("import sys; open(sys.argv[2], 'w').write('{')"), 9, recorded=True),
+            gpu.Step("closer look at a success", python(""), 9, only_after="recorded"),
+            gpu.Step("allowed", python("raise SystemExit(3)"), 9, allowed=(0, 3)),
+            gpu.Step("absent", ["no-such-program"], 9),
+            gpu.Step("long", python(""), 90, least=80),
+        ]
+    )
+    assert outcomes(visit) == {
+        "doctor": "failed", "why": "passed", "recorded": "passed", "halves": "passed", "allowed": "passed",
+        "absent": "skipped", "long": "dropped",
+    }  # fmt: skip
+    steps = {step["step"]: step for step in visit.steps}
+    assert steps["recorded"]["result"] == {"found": 3} and "result" not in steps["halves"]
+    assert steps["doctor"]["detail"].startswith("ZeroDivisionError")
+    assert steps["absent"]["detail"] == "no-such-program is not installed"
+    assert steps["long"]["detail"].startswith("needs 80 s, ")
+    assert "| check | doctor | failed |" in (visit.output / "gpu.md").read_text()
+
+
+def test_a_long_log_keeps_its_ends(gpu: Any, visit: Any) -> None:
+    long = "print('the begin'); print('x' * 5_000_000); print('the end')"
+    visit.run([gpu.Step("long", python(long), 9), gpu.Step("short", python("print('after')"), 9)])
+    text = visit.log.read_text()
+    assert len(text) < 1.1 * gpu.LOG_BYTES
+    assert text.index("\nthe begin\n") < text.index("\n[...]\n") < text.index("\nthe end\n") < text.index("\nafter\n")
+
+
+PROGRAM = """
+import sys, tempfile
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import gpu
+code = "import json, sys, time; time.sleep(0.2); print('said by', sys.argv[1]); " \\
+    "open(sys.argv[3], 'w').write(json.dumps({'first_step': 1.0, 'long': 'x' * 100_000}))"
+for signum in (gpu.signal.SIGINT, gpu.signal.SIGTERM):
+    gpu.signal.signal(signum, gpu.stop)
+with tempfile.TemporaryDirectory() as scratch:
+    visit = gpu.Visit("check", Path(sys.argv[2]), Path(scratch), 60.0, {"trial": True})
+    visit.run([gpu.Step(f"step{i}", [sys.executable, "-c", code, f"step{i}."], 9, recorded=True) for i in range(40)])
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_ended_at_any_moment_it_leaves_what_was_finished(signum: int, tmp_path: Path) -> None:
+    chance = random.Random(signum)
+    most = 0
+    for attempt in range(5):
+        output = tmp_path / str(attempt)
+        process = subprocess.Popen(
+            [*python(PROGRAM), str(BENCHMARKS), str(output)],
+            env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while not (output / "check.json").exists():
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 3))
+        process.send_signal(signum)
+        process.wait(20)
+        steps = json.loads((output / "check.json").read_text())["steps"]
+        log = (output / "check.log").read_text()
+        finished = [step for step in steps if step["status"] == "passed"]
+        assert [step["step"] for step in finished] == [f"step{i}" for i in range(len(finished))]
+        for step in finished:
+            assert f"said by {step['step']}." in log and len(step["result"]["long"]) == 100_000
+        assert {step["status"] for step in steps[len(finished) :]} <= {"running", "interrupted"}
+        if signum != signal.SIGKILL and len(steps) > len(finished):
+            assert steps[-1]["status"] == "interrupted"
+        most = max(most, len(finished))
+    assert most > 1
+
+
+# ---- The tests on a GPU ----------------------------------------------------------------------------------------------
+
+FAULTY = """
+import os, time, pytest
+@pytest.mark.parametrize("i", range(12))
+def test_gpu_sound(i): time.sleep(0.05)
+def test_gpu_that_fails(): assert "the left" == "the right"
+def test_gpu_that_hangs(): time.sleep(60)
+def test_gpu_that_ends_its_process(): os._exit(1)
+@pytest.mark.skip
+def test_gpu_skipped(): pass
+def test_of_another_kind(): assert 0
+"""
+
+
+def test_first_failures_of_workers_are_told_apart(tmp_path: Path) -> None:
+    pytest.importorskip("xdist", reason="needs pytest-xdist")
+    pytest.importorskip("pytest_timeout", reason="needs pytest-timeout")
+    (tmp_path / "test_some.py").write_text(FAULTY)
+    target = tmp_path / "found.json"
+    command = [sys.executable, BENCHMARKS / "gpu_tests.py", "--folder", tmp_path, "--json", target, "--workers", "2"]
+    done = subprocess.run(
+        [*command, "--limit", "4"], env=ENVIRONMENT, capture_output=True, encoding="utf-8", check=False
+    )
+    assert done.returncode == 1, done.stderr
+    record = json.loads(target.read_text())
+    assert (record["passed"], record["failed"], record["skipped"]) == (12, 3, 1), done.stdout
+    assert {name.partition("that_")[2] for name in record["failures"]} == {"fails", "hangs", "ends_its_process"}
+    firsts = record["first_failures"]
+    assert len({failure["worker"] for failure in firsts}) == len(firsts) >= 2
+    for failure in firsts:
+        assert f"FIRST FAILURE of {failure['worker']}: {failure['test']}" in done.stdout
+    assert "12 passed, 3 failed, 1 skipped" in done.stdout.splitlines()[-1]
+
+
+# ---- Lists and verdicts ----------------------------------------------------------------------------------------------
+
+
+def test_model_lists_have_the_published_sizes(gpu: Any) -> None:
+    models, common = importlib.import_module("models"), importlib.import_module("common")
+    published = {
+        "gpt2": 124_439_808,
+        "1B": 2**30,
+        "llama": 8_030_261_248,
+        "lora": 41_943_040,
+        "vit": 86_567_656,
+        "sdxl": 2_567_463_684,
+    }
+    assert {key: common.numel(shapes) for key, (_, shapes) in models.GPU_MODELS.items()} == published
+    assert models.QUICK_GPU_MODELS.keys() == published.keys()
+    assert published.keys() < {step.name for step in gpu.Plan("cuda", False, Path()).steps("speed")}
+
+
+def test_single_tensor_shrinks_to_the_memory_and_a_model_does_not(gpu: Any) -> None:
+    gpu_step = importlib.import_module("gpu_step")
+    assert gpu_step.fitted([(32768, 32768)], 10.0, 24e9) == [(32768, 32768)]
+    assert gpu_step.fitted([(32768, 32768)], 10.0, 8e9) == [(16384, 32768)]
+    assert gpu_step.fitted([(32768, 32768), (1,)], 10.0, 8e9) == []
+
+
+def made_up_row(model: str, dtype: str, contender: str, ms: float, share: float) -> dict[str, Any]:
+    """A row as `gpu_step.py` writes it, with figures that nobody measured."""
+    times = {"median": ms, "min": ms, "max": ms, "repeats": 1}
+    return {
+        "model": model, "name": model, "dtype": dtype, "contender": contender, "label": contender, "parameters": 10**9,
+        "tensors": 1, "status": "measured", "gpu_ms": times, "wall_ms": times, "wall_new_ms": times,
+        "copy_gb_per_s": 4000.0, "bytes_per_parameter": 8.0, "gb_per_s": 4000 * share, "share_of_copy": share,
+    }  # fmt: skip
+
+
+def made_up_step(name: str, result: dict[str, Any] | None = None, status: str = "passed") -> dict[str, Any]:
+    """A step as `gpu.py` records it."""
+    return {"step": name, "status": status, "seconds": 1.0, "detail": "a | b", "result": result}
+
+
+def test_page_and_verdicts_of_made_up_records(report: Any, tmp_path: Path) -> None:
+    rows = [
+        made_up_row("1B", "fp32", "lion8bit", 4.0, 0.93),
+        made_up_row("1B", "bf16", "lion8bit", 2.0, 0.84),
+        made_up_row("gpt2", "bf16", "lion8bit", 1.0, 0.5),
+        made_up_row("gpt2", "bf16", "bitsandbytes", 5.5, 0.1),
+        made_up_row("gpt2", "bf16", "flashlion", 0.9, 0.6),
+        {**made_up_row("gpt2", "fp32", "flashlion", 1, 1), "status": "failed", "reason": "TypeError: a | b"},
+    ]
+    machine = {"gpu": {"name": "Made-up GPU", "cuda": "0.0"}, "driver": "0", "versions": {"torch": "0", "x": None}}
+    failure = {"worker": "gw1", "test": "tests/test_x.py::test_gpu_y", "text": "E   assert 1 == 2"}
+    tests = {"passed": 150, "failed": 1, "skipped": 0, "first_failures": [failure]}
+    times = {"median": 2.0, "min": 1.0, "max": 3.0, "repeats": 3}
+    tuning = {"variant": "base", "ms": times, "share_of_copy": 0.9, "speed_over_base": 1.0}
+    gib = 2**30
+    training = {
+        "model": "llama-7b", "optimizer": "lion8bit", "paged": False, "memory_limit_gib": 24.0, "out_of_memory": None,
+        "losses": [10.0, 9.0, 8.5, 8.0, 7.5, 7.0], "peak_bytes": 21 * gib, "requested_bytes": 20 * gib,
+        "reserved_bytes": 23 * gib, "planned_bytes": 19 * gib, "state_bytes": 6 * gib, "tokens_per_second": 1234.0,
+    }  # fmt: skip
+    full = {**training, "model": "llama3-8b", "paged": True, "losses": [], "out_of_memory": {"where": "step 1"}}
+    records: dict[str, Any] = {
+        "check": {"trial": False, "steps": [
+            made_up_step("machine", machine), made_up_step("first process", {"first_step": 2.5}),
+            made_up_step("second process", {"first_step": 0.2}), made_up_step("tests", tests, "failed"),
+            made_up_step("variants", {"cases": {"nearest": {"elements": 10**6, "rows": [tuning]}}}),
+        ]},
+        "speed": {"trial": False, "steps": [
+            made_up_step("machine", machine), made_up_step("gpt2", {"rows": rows}),
+            made_up_step("llama", None, "timed out"), made_up_step("7B", training),
+            made_up_step("8B", full, "failed"),
+        ]},
+    }  # fmt: skip
+    for stage, record in records.items():
+        (tmp_path / f"{stage}.json").write_text(json.dumps(record))
+    assert report.write_report(tmp_path) == records
+    met = {goal["goal"]: goal["met"] for goal in report.judge(records)}
+    assert met["tests that fail"] is False
+    assert (met["first step of the first process"], met["first step of the second process"]) == (False, True)
+    assert met["1B fp32: share of copy bandwidth"] is True
+    assert met["1B bf16: share of copy bandwidth"] is False
+    assert met["1B bf16, stochastic: share of copy bandwidth"] is None
+    assert met["gpt2 bf16: wall time over bitsandbytes's"] is True
+    assert met["gpt2 bf16: wall time over flashlion's"] is False
+    assert met["slower than a peer"] is False
+    assert met["7B, llama-7b: reserved"] is met["7B, llama-7b: last five losses over the first"] is True
+    assert met["7B, llama-7b: peak over the plan's"] is False
+    assert met["8B, llama3-8b, momentum on the host: reserved"] is None
+    page = (tmp_path / "gpu.md").read_text()
+    assert page.startswith("# Made-up GPU") and "| speed | llama | timed out | 1.0 | a / b |" in page
+    assert "First failure of gw1: `tests/test_x.py::test_gpu_y`" in page and "E   assert 1 == 2" in page
+    assert "gpt2 bf16 flashlion gpu 1.11x; gpt2 bf16 flashlion wall 1.11x; gpt2 bf16 flashlion wall_new 1.11x" in page
+    assert "| bf16 | bitsandbytes | 5.500 | 5.500 | 5.500 | 8.00 | 400 | 10.0% | 5.50x |" in page
+    assert "| fp32 | flashlion | TypeError: a / b |" in page
+    assert (
+        "| llama-7b | 24 GiB | lion8bit | GPU | loss 10.00 to 7.00 in 6 steps | 21.00 | 19.00 | 6.00 | 1234 |" in page
+    )
+    assert "| llama3-8b | 24 GiB | lion8bit | host | out of memory: step 1 |" in page
+    assert "| base | 2.0000 | 1.0000 | 3.0000 | 90.0% | 1.000 |" in page
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    records["speed"]["trial"] = True
+    assert all(goal["met"] is None for goal in report.judge(records))
