@@ -25,8 +25,8 @@ $(VENV)/.dev: $(VENV)/.demo
 demo: $(VENV)/.demo  ## fine-tune a small language model with every optimizer; table, picture and JSON in demo-results/
 	$(BIN)/python -m lion8bit demo
 
-test: $(VENV)/.dev  ## every test; CUDA tests run where there is a GPU
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## every test, in two processes; CUDA tests run where there is a GPU
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev  ## formatting, style and types, as CI checks them
 	$(BIN)/ruff format --check .

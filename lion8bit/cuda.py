@@ -246,7 +246,8 @@ def launches(
     import numpy as np
 
     on_device = control is not None
-    kinds = (on_device, runner.tuning, *((hyper.block_size, hyper.weight_rounding, hyper.flags != 0) for hyper in hypers))
+    options = ((hyper.block_size, hyper.weight_rounding, hyper.flags != 0) for hyper in hypers)
+    kinds = (on_device, runner.tuning, *options)
     cached = batch.cuda_cache.get(kinds)
     if cached is None:
         batch.cuda_cache.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.util
 import itertools
@@ -10,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,13 @@ def test_every_gpu_has_a_tuning() -> None:
     assert cuda.tuning_for(max(cuda.TUNINGS) + 1) == cuda.TUNINGS[max(cuda.TUNINGS)]
 
 
+def variant_library(cache: Path, tuning: cuda.Tuning) -> ctypes.CDLL:
+    """The emulator built for a tuning."""
+    seen = cuda.Tuning(threads=tuning.threads, per_thread=tuning.per_thread, ahead=tuning.ahead)  # by an emulator
+    flags = [*FLAGS, *SHARED, "-DEMULATE_VARIANT", *defined(seen)]
+    return ctypes.CDLL(str(build(cache, "emulated_kernel.cpp", flags, ".so")))
+
+
 @needs_compiler
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
@@ -71,8 +80,7 @@ def test_every_variant_equals_reference(
     variant: tuple[int, int, str], block_size: int, request: pytest.FixtureRequest
 ) -> None:
     """Rows that end in every place of a pass, over one and several passes of a CUDA block, at any alignment."""
-    flags = [*FLAGS, *SHARED, "-DEMULATE_VARIANT", *defined(VARIANTS[variant])]
-    library = ctypes.CDLL(str(build(request.config.cache.mkdir("emulator"), "emulated_kernel.cpp", flags, ".so")))
+    library = variant_library(request.config.cache.mkdir("emulator"), VARIANTS[variant])
     step = variant[0] * variant[1]  # elements of a pass
     rows = [
         (1, 3 * step),
@@ -141,3 +149,62 @@ def test_all_of_a_pass_is_asked_for_before_the_first_wait(case: str) -> None:
     count = sum(amount for (name, _), amount in loads.items() if name == "LDG")
     assert accesses[0] == ("LDG", 4)
     assert Counter(accesses[:count]) == Counter({key: amount for key, amount in loads.items() if key[0] == "LDG"})
+
+
+class StandIn:
+    """What `cuda.Device` is to `gpu_tune.py`, on the emulator; one tuning may have other bits."""
+
+    def __init__(self, cache: Path, wrong: cuda.Tuning | None = None) -> None:
+        self.cache, self.wrong, self.tuning, self.seen = cache, wrong, cuda.Tuning(), set()
+
+    def capacity(self, tensors: int) -> cuda.Capacity:
+        return cuda.SMALL
+
+    def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure) -> None:
+        assert kernel.tuning == self.tuning
+        self.seen.add(kernel.tuning)
+        library = variant_library(self.cache, kernel.tuning)
+        Emulated(library, tuning=kernel.tuning).run(kernel, grid, launch)
+        if kernel.tuning == self.wrong:
+            ctypes.c_uint16.from_address(launch.tensors[0].param).value ^= 1  # type: ignore[attr-defined]
+
+
+@needs_compiler
+def test_other_bits_are_found_and_times_compared(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that runs on a GPU but its clock."""
+    every = gpu_tune.variants(cuda.Tuning())
+    names = ["base", "passes 4", "128 threads", "registers ahead", "no_allocate, cs"]
+    tunings = {name: every[name]._replace(grid=1) for name in names}
+    cpu = torch.device("cpu")
+    gpu = StandIn(request.config.cache.mkdir("emulator"), wrong=tunings["128 threads"])
+    monkeypatch.setattr("lion8bit.optimizer.update_", lambda *arguments: cuda.step_(*arguments, gpu))
+    monkeypatch.setattr(gpu_tune, "SHAPES", ((64, 512), (5, 1000), (1, 5003)))
+    monkeypatch.setattr(gpu_tune, "FLUSH_BYTES", {"cuda": 1 << 20})
+    for case in ("fp32", "compensated"):
+        gpu.seen.clear()
+        assert gpu_tune.differing(tunings, case, gpu, cpu) == ["128 threads"]
+        assert gpu.seen == set(tunings.values())
+
+    def milliseconds(work: Callable[[], object], times: int) -> float:
+        work()
+        return 1.0 + len(gpu.tuning.load)
+
+    monkeypatch.setattr(gpu_tune, "milliseconds", milliseconds)
+    settings = argparse.Namespace(log2=15, rounds=3, end=float("inf"))
+    sound = {name: tuning for name, tuning in tunings.items() if name != "128 threads"}
+    timed = gpu_tune.time_case(sound, "stochastic", gpu, cpu, settings)
+    rows = {row["variant"]: row for row in timed["rows"]}
+    assert rows.keys() == sound.keys()
+    assert [row["ms"]["repeats"] for row in rows.values()] == [3] * 4
+    assert rows["passes 4"]["speed_over_base"] == 1.0
+    assert rows["no_allocate, cs"]["speed_over_base"] == 1 / (1 + len(".L1::no_allocate"))
+    assert list(rows)[-1] == "no_allocate, cs"
+    assert rows["base"]["gb_per_s"] == pytest.approx(8.0625 * 2**15 / 1e6)
+    assert (
+        gpu_tune.time_table("stochastic", timed, [{"variant": name, "case": "stochastic"} for name in sound]).row_count
+        == 4
+    )
+    settings.end = 0.0
+    assert gpu_tune.time_case(sound, "stochastic", gpu, cpu, settings)["copy_ms"]["repeats"] == 1, "the time was up"
