@@ -98,6 +98,7 @@ class Step:
     least: float = 5.0  # seconds that must be left for it to begin
     tail: int = 4  # lines of its output that are printed
     recorded: bool = False  # it takes --json FILE
+    required: bool = False  # where it fails, nothing else runs
     optional: bool = False  # runs where it is asked for by name
     only_after: str = ""  # runs where that step failed
     allowed: Sequence[int] = (0,)  # exit codes
@@ -130,7 +131,8 @@ class Plan:
 
     def steps(self, stage: str) -> list[Step]:
         """The steps of a stage in the order of their worth."""
-        machine = Step("machine", self.program("gpu_step", "--environment"), 90, recorded=True)
+        command = self.program("gpu_step", "--environment", "--device", self.device)
+        machine = Step("machine", command, 90, recorded=True, required=True)
         return [machine, *{"check": self.check, "speed": self.speed, "deep": self.deep}[stage]()]
 
     def first(self, *arguments: str) -> list[str | Path]:
@@ -215,7 +217,13 @@ class Visit:
 
     def run(self, steps: Sequence[Step]) -> bool:
         """Runs steps in turn until it is stopped; whether all have passed."""
-        return all([not self.stopped and self.run_one(step) for step in steps])  # noqa: C419  (all of them run)
+        all_passed = True
+        for step in steps:
+            passed = not self.stopped and self.run_one(step)
+            if self.stopped or (step.required and not passed):
+                return False
+            all_passed &= passed
+        return all_passed
 
     def run_one(self, step: Step) -> bool:
         """Runs a step if it can; whether it passed, or had no reason to run."""

@@ -278,6 +278,8 @@ def main() -> None:
     settings = options.parse_args()
     record, out = context(), console()
     tools = record["tools"]
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        options.error("torch must find an NVIDIA GPU, got none; use another python, or --device cpu")
     if settings.environment:
         out.print(*(f"{name} {value}" for name, value in record["driver_says"].items()), sep=", ", highlight=False)
         out.print(f"NVIDIA's programs: {', '.join(tools) or 'none'}; context {record['context_seconds']:.1f} s")

@@ -35,7 +35,8 @@ beside the plan of `lion8bit estimate`.
 """
 
 EPILOG = """\
-exit code: 0 done, 2 wrong arguments, 3 out of memory; the report then says where.
+exit code: 0 done, 2 wrong arguments, 3 out of memory, 130 interrupted (Ctrl-C); the report then says where. Nothing is
+saved unless all steps are done.
 
 examples:
   python examples/full_finetune.py --model ~/models/Llama-2-7b --text notes.txt --save tuned
@@ -47,6 +48,7 @@ examples:
 """
 
 OUT_OF_MEMORY = 3
+INTERRUPTED = 130
 GIB = 2**30
 LR = {"shape": 1e-4, "model": 1e-5}  # random weights have further to go
 WEIGHT_DECAY = 0.1
@@ -217,6 +219,7 @@ def run(settings: argparse.Namespace, device: torch.device, advance: Callable[[s
         "losses": [],
         "seconds": [],
         "out_of_memory": None,
+        "interrupted": None,
     }
     optimizers: list[torch.optim.Optimizer] = []
     try:
@@ -252,6 +255,8 @@ def run(settings: argparse.Namespace, device: torch.device, advance: Callable[[s
                 model.save_pretrained(settings.save)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(settings.save)
+    except KeyboardInterrupt:
+        record["interrupted"] = place.describe()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -300,6 +305,8 @@ def report(record: dict[str, Any]) -> str:
     if record["losses"]:
         lines.append("loss " + " ".join(f"{loss:.3f}" for loss in record["losses"]))
         lines.append(f"{record['tokens_per_second']:.0f} tokens/s after the first step")
+    if record["interrupted"]:
+        lines.append(f"INTERRUPTED: {record['interrupted']}")
     if record["out_of_memory"]:
         lines.append(f"OUT OF MEMORY: {record['out_of_memory']['where']}: {record['out_of_memory']['message']}")
     return "\n".join(lines)
@@ -363,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings.json.parent.mkdir(parents=True, exist_ok=True)
         settings.json.write_text(json.dumps(record, indent=1) + "\n")
     print(report(record))
-    return OUT_OF_MEMORY if record["out_of_memory"] else 0
+    return OUT_OF_MEMORY if record["out_of_memory"] else INTERRUPTED if record["interrupted"] else 0
 
 
 if __name__ == "__main__":

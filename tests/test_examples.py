@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,25 @@ def test_the_parameter_of_a_failed_backward_pass_is_named(
     told = json.loads((tmp_path / "record.json").read_text())["out_of_memory"]
     assert told["where"] == ("backward pass of step 1, at or after the gradient of model.layers.1.mlp.down_proj.weight")
     assert told["message"] == "CUDA out of memory. Tried to allocate a lot"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_an_interrupted_run_reports_what_it_did(tmp_path: Path) -> None:
+    where = tmp_path / "record.json"
+    options = ["--shape", "tiny", "--sequence", "64", "--device", "cpu", "--steps", "100000", "--json", str(where)]
+    command = [sys.executable, str(EXAMPLES / "full_finetune.py"), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": "1", "TTY_INTERACTIVE": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert process.stderr is not None and process.stdout is not None
+    shown = b""
+    while b"loss" not in shown and process.poll() is None:  # on the progress bar
+        shown += process.stderr.read1()
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, shown
+    record = json.loads(where.read_text())
+    assert 0 < len(record["losses"]) == len(record["seconds"]) < 100_000
+    assert f"of step {len(record['losses']) + 1}" in record["interrupted"] and b"INTERRUPTED: " in printed
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("rich", reason="needs the extra named demo")
 pytest.importorskip("matplotlib", reason="needs the extra named demo")
@@ -93,6 +94,15 @@ def test_stage_passes_without_a_gpu(stage: str, steps: list[str], tmp_path: Path
         ]
         assert all(len(training["losses"]) == 20 for _, training in found)
         assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_nothing_else_is_tried(tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "gpu.py", "check", "--output", tmp_path]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 1
+    assert "torch must find an NVIDIA GPU, got none" in done.stdout and "FAILED: machine" in done.stdout
+    assert [step["step"] for step in json.loads((tmp_path / "check.json").read_text())["steps"]] == ["machine"]
 
 
 def test_stages_together_leave_eight_files_at_most(gpu: Any) -> None:
