@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -182,7 +181,7 @@ class Plan:
         for name in ("memcheck", "racecheck", "synccheck", "initcheck"):
             command = [*(sanitizer(name) if watched else []), *self.first("--every")]
             optional = name in ("synccheck", "initcheck")
-            yield Step(name, command, 60, least=20, tail=6, environment=UNCACHED, optional=optional)
+            yield Step(name, command, 75, least=20, tail=6, environment=UNCACHED, optional=optional)
         profiler = [tool("ncu") or "ncu", *PROFILE.split()]
         for case in ("nearest", "stochastic"):
             command = self.tune("--case", case, "--variant", "base", "--log2", "27", "--rounds", "1")
@@ -283,7 +282,7 @@ class Visit:
             print(f"\n=== {step.name}: {entry['status']}, exit code {code}, {entry['seconds']} s", file=log)
         print(f"## {step.name}: {entry['status']}, {entry['seconds']} s (at {time.monotonic() - self.begin:.0f} s)")
         print(*(line[:220] for line in lines[-step.tail :]), sep="\n", flush=True)
-        write_report(self.output)
+        write_report(self.output, picture=not {"rows", "cases"}.isdisjoint(entry.get("result", ())))
         return status == "passed"
 
     def look(self, entry: dict[str, Any], place: Path, begin: float) -> None:
@@ -308,35 +307,46 @@ def shorten(log: Path, offset: int) -> None:
 # ---- Installation ----------------------------------------------------------------------------------------------------
 
 
-def installed_here() -> bool:
-    """Whether this python imports lion8bit from this checkout."""
-    found = importlib.util.find_spec("lion8bit")
-    return found is not None and found.origin is not None and Path(found.origin).resolve().is_relative_to(ROOT)
+FIND = "import importlib.util as u; found = u.find_spec('lion8bit'); print(found.origin if found else '')"
+
+
+def is_ours(visit: Visit) -> tuple[bool, str]:
+    """Whether the steps import lion8bit from this checkout, and the file that they import."""
+    command = [sys.executable, "-c", FIND]
+    found = subprocess.run(command, env=visit.environment, cwd=visit.scratch, capture_output=True, text=True).stdout
+    return bool(found.strip()) and Path(found.strip()).resolve().is_relative_to(ROOT), found.strip()
 
 
 def install(visit: Visit, wheels: Path) -> None:
-    """Puts lion8bit and the peers' wheels where the steps find them; done once for the same sources and wheels."""
+    """Puts lion8bit and the peers' wheels where the steps find them; done once for the same sources.
+
+    Raises:
+        SystemExit: the steps would import another lion8bit.
+    """
     sources = [ROOT / "pyproject.toml", *sorted((ROOT / "lion8bit").rglob("*.py")), *sorted((ROOT / "csrc").iterdir())]
-    extra = sorted(wheels.resolve().glob("*.whl"))
-    digest = hashlib.sha256("".join(f"{path.name}{path.stat().st_size}" for path in extra).encode())
+    digest = hashlib.sha256()
     for path in sources:
-        digest.update(path.read_bytes())
+        digest.update(path.name.encode() + path.read_bytes())
     site = ROOT / "build" / "gpu" / digest.hexdigest()[:16]
+    built = (site / "built").exists() or is_ours(visit)[0]
     visit.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     visit.environment.setdefault("LION8BIT_CACHE_DIR", str(site / "kernels"))
-    if (site / "complete").exists():
-        return
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", site]
-    built = installed_here() or visit.run([Step("build", [*pip, "--no-build-isolation", ROOT], 150)])
+    site.mkdir(parents=True, exist_ok=True)
     if not built:
-        print("NO CPU KERNEL: the build failed; the checkout is used as it is", flush=True)
-        shutil.copytree(ROOT / "lion8bit", site / "lion8bit", dirs_exist_ok=True)
-        shutil.copytree(ROOT / "csrc", site / "lion8bit" / "csrc", dirs_exist_ok=True)
-    for wheel in extra:
-        built &= visit.run([Step(wheel.name, [*pip, wheel], 60)])
-    if built:
-        site.mkdir(parents=True, exist_ok=True)
-        (site / "complete").touch()
+        if not visit.run([Step("build", [*pip, "--no-build-isolation", ROOT], 150)]) and not visit.stopped:
+            print("NO CPU KERNEL: the build failed; the checkout is used as it is", flush=True)
+            shutil.copytree(ROOT / "lion8bit", site / "lion8bit", dirs_exist_ok=True)
+            shutil.copytree(ROOT / "csrc", site / "lion8bit" / "csrc", dirs_exist_ok=True)
+        if not visit.stopped:
+            (site / "built").touch()
+    for wheel in sorted(wheels.resolve().glob("*.whl")):
+        done = site / f"{wheel.name}.installed"
+        if not done.exists() and visit.run([Step(wheel.name, [*pip, wheel], 60)]):
+            done.touch()
+    ours, found = is_ours(visit)
+    if not ours and not visit.stopped:
+        raise SystemExit(f"lion8bit must be imported from {ROOT}, got {found or 'none'}; uninstall the other one")
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -397,7 +407,7 @@ def main() -> int:
             install(visit, settings.wheels)
             plan = Plan(settings.device, settings.quick, Path(folder))
             visit.run(chosen(plan.steps(stage), settings.step))
-            print(markdown({stage: write_report(output)[stage]}), flush=True)
+            print(markdown({stage: write_report(output, picture=True)[stage]}), flush=True)
         failed += [step["step"] for step in visit.steps if step["status"] in ("failed", "timed out")]
         left -= time.monotonic() - begin
         if Visit.stopped:

@@ -108,10 +108,14 @@ def judge_speed(records: dict[str, Record], add: Callable[..., None]) -> None:
         row = find(rows, model, dtype, contender)
         goal = f"{model} {dtype}{', stochastic' if contender != OURS else ''}: share of copy bandwidth"
         add(goal, f"at least {share:.0%}", row and row["share_of_copy"], share, ".1%", least=True)
-    for peer, ratio, words in (("bitsandbytes", 1 / 5, "1/5"), (FLASH, 1 / 3, "1/3")):
-        ours, theirs = find(rows, "gpt2", "bf16", OURS), find(rows, "gpt2", "bf16", peer)
+    for model, peer, ratio, words in (
+        ("gpt2", "bitsandbytes", 1 / 5, "1/5"),
+        ("gpt2", FLASH, 1 / 3, "1/3"),
+        ("llama", "bitsandbytes", 1 / 1.3, "1/1.3"),
+    ):
+        ours, theirs = find(rows, model, "bf16", OURS), find(rows, model, "bf16", peer)
         value = ours["wall_ms"]["median"] / theirs["wall_ms"]["median"] if ours and theirs else None
-        add(f"gpt2 bf16: wall time over {peer}'s", f"at most {words}", value, ratio, ".3f")
+        add(f"{model} bf16: wall time over {peer}'s", f"at most {words}", value, ratio, ".3f")
     for step, record in trainings(records):
         if record["optimizer"] != OURS:
             continue
@@ -147,11 +151,11 @@ def slower_than_peers(rows: Sequence[Record]) -> Record:
 # ---- The page --------------------------------------------------------------------------------------------------------
 
 
-def write_report(folder: Path) -> dict[str, Record]:
-    """Writes `gpu.md` and, where matplotlib is there, `gpu.png` from a folder's records; returns these."""
+def write_report(folder: Path, picture: bool) -> dict[str, Record]:
+    """Writes `gpu.md` and, if asked for and with matplotlib, `gpu.png` from a folder's records; returns these."""
     records = read_records(folder)
     (folder / "gpu.md").write_text(markdown(records))
-    if importlib.util.find_spec("matplotlib") is not None and (bars := panels(records)):
+    if picture and importlib.util.find_spec("matplotlib") is not None and (bars := panels(records)):
         draw(bars, folder / "gpu.png")
     return records
 

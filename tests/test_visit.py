@@ -229,6 +229,33 @@ with tempfile.TemporaryDirectory() as scratch:
 """
 
 
+def test_installation_is_tried_once(gpu: Any, visit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the build fails the checkout is used as it is, and a wheel that is none hides nothing."""
+    checkout, wheels = tmp_path / "checkout", tmp_path / "wheels"
+    for folder in (checkout / "lion8bit", checkout / "csrc", wheels):
+        folder.mkdir(parents=True)
+    (checkout / "pyproject.toml").write_text("[build-system]\nrequires = ['no-such-backend']")
+    (checkout / "lion8bit" / "__init__.py").write_text("word = 'found'")
+    (wheels / "nonsense-1-py3-none-any.whl").write_bytes(b"no wheel")
+    monkeypatch.setattr(gpu, "ROOT", checkout)
+    environment = dict(visit.environment)
+
+    def install() -> list[tuple[str, str]]:
+        """All steps so far. This python has another lion8bit, which cannot be hidden."""
+        visit.environment = dict(environment)
+        with pytest.raises(SystemExit, match="uninstall the other one"):
+            gpu.install(visit, wheels)
+        return [(step["step"], step["status"]) for step in visit.steps]
+
+    nonsense = ("nonsense-1-py3-none-any.whl", "failed")
+    assert install() == [("build", "failed"), nonsense]
+    assert install() == [("build", "failed"), nonsense, nonsense]
+    site = Path(visit.environment["PYTHONPATH"].partition(os.pathsep)[0])
+    assert (site / "lion8bit" / "__init__.py").read_text() == "word = 'found'"
+    (checkout / "csrc" / "new.h").write_text("")
+    assert install()[3:] == [("build", "failed"), nonsense], "other sources"
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_ended_at_any_moment_it_leaves_what_was_finished(signum: int, tmp_path: Path) -> None:
     chance = random.Random(signum)
@@ -367,7 +394,7 @@ def test_page_and_verdicts_of_made_up_records(report: Any, tmp_path: Path) -> No
     }  # fmt: skip
     for stage, record in records.items():
         (tmp_path / f"{stage}.json").write_text(json.dumps(record))
-    assert report.write_report(tmp_path) == records
+    assert report.write_report(tmp_path, picture=True) == records
     met = {goal["goal"]: goal["met"] for goal in report.judge(records)}
     assert met["tests that fail"] is False
     assert (met["first step of the first process"], met["first step of the second process"]) == (False, True)
@@ -376,6 +403,7 @@ def test_page_and_verdicts_of_made_up_records(report: Any, tmp_path: Path) -> No
     assert met["1B bf16, stochastic: share of copy bandwidth"] is None
     assert met["gpt2 bf16: wall time over bitsandbytes's"] is True
     assert met["gpt2 bf16: wall time over flashlion's"] is False
+    assert met["llama bf16: wall time over bitsandbytes's"] is None
     assert met["slower than a peer"] is False
     assert met["7B, llama-7b: reserved"] is met["7B, llama-7b: last five losses over the first"] is True
     assert met["7B, llama-7b: peak over the plan's"] is False
