@@ -61,7 +61,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 BUDGETS = {"check": 250.0, "speed": 310.0, "deep": 150.0}  # seconds
 GRACE = 8  # seconds from SIGINT, in which pytest reports what it has, to SIGKILL
-LOG_BYTES = 1 << 20  # of one step that are kept, half of them from its begin
+LOG_BYTES = 1 << 20  # of one step's output; of more a quarter from its begin and a quarter from its end are kept
 CONTENDERS = ("lion8bit", "lion8bit-stochastic", "lion8bit-compensated", "bitsandbytes", "flashlion", "adamw")
 FEW_TUNINGS = ("registers ahead", "cache ahead", "no_allocate, cs", "resident 3", "resident 5", "passes 4", "passes 16")
 TRAININGS = {  # of `examples/full_finetune.py`: shape, GiB of the GPU, and further options; sequences have 2048 tokens
@@ -267,6 +267,7 @@ class Visit:
             )
             while process.poll() is None:
                 self.look(entry, place, begin)
+                shorten(self.log, offset)
                 if self.stopped:
                     process.send_signal(signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -294,14 +295,16 @@ class Visit:
 
 
 def shorten(log: Path, offset: int) -> None:
-    """Cuts the middle out of what a step wrote beyond `offset`, where that is too much."""
-    with log.open("r+b") as file:
-        file.seek(offset)
-        if log.stat().st_size - offset > LOG_BYTES:
-            text = file.read()
+    """Cuts the middle out of what a step wrote beyond `offset`, where that is too much; the step may go on writing."""
+    if log.stat().st_size - offset > LOG_BYTES:
+        with log.open("r+b") as file:
             file.seek(offset)
-            file.truncate()
-            file.write(text[: LOG_BYTES // 2] + b"\n[...]\n" + text[-LOG_BYTES // 2 :])
+            begin = file.read(LOG_BYTES // 4)
+            file.seek(-LOG_BYTES // 4, os.SEEK_END)
+            rest = file.read()
+            file.truncate(offset)
+            file.seek(offset)
+            file.write(begin + b"\n[...]\n" + rest)
 
 
 # ---- Installation ----------------------------------------------------------------------------------------------------

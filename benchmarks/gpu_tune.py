@@ -47,6 +47,7 @@ DTYPES = {sass.FP32: torch.float32, sass.BF16: torch.bfloat16}
 DRY_CAPABILITIES = (80, 89, 90, 120)
 SHAPES = ((4096, 4096), (513, 8000), (7, 100_003))  # whole blocks, rows that end in short blocks, odd addresses
 LARGE_COLUMNS = 32768
+BYTES_EACH = 32  # of the large tensor, its gradient and state, and of the copy beside it
 STEPS = 8  # between two events
 
 
@@ -156,6 +157,8 @@ def time_case(
 ) -> dict[str, Any]:
     """Rounds over all variants on one large tensor, as many as the time allows; at least one."""
     elements = 1 << settings.log2
+    while elements * BYTES_EACH > settings.memory and elements > LARGE_COLUMNS:
+        elements //= 2
     optimizer = optimizer_of(case, (elements // LARGE_COLUMNS, LARGE_COLUMNS), device)
     moved = CASES[case].bytes_per_element * elements
     source = torch.ones(max(FLUSH_BYTES["cuda"], int(moved / 2)) // 4, device=device)
@@ -198,7 +201,12 @@ def parse() -> argparse.Namespace:
     options.add_argument("--arch", type=int, nargs="+", help=f"for --dry (default: {DRY_CAPABILITIES})")
     options.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     options.add_argument("--variant", nargs="+", metavar="NAME", default=names, help=f"of: {'; '.join(names)}")
-    options.add_argument("--log2", type=int, default=29, help="elements of the tensor, as a power of two (default: 29)")
+    options.add_argument(
+        "--log2",
+        type=int,
+        default=29,
+        help="elements of the tensor, as a power of two; fewer where the memory is too small for it (default: 29)",
+    )
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=float, default=120.0, help="after which no round begins (default: 120)")
     settings = options.parse_args()
@@ -258,7 +266,7 @@ def main() -> int:
         device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(device)
         capabilities, multiprocessors = [10 * properties.major + properties.minor], properties.multi_processor_count
-        base = cuda.tuning_for(capabilities[0])
+        base, settings.memory = cuda.tuning_for(capabilities[0]), torch.cuda.mem_get_info(device)[0]
     every = variants(base, multiprocessors)
     tunings = {name: every[name] for name in settings.variant if name in every}
     results["kernels"] = kernels = compile_all(tunings, settings.case, capabilities)

@@ -192,7 +192,7 @@ def test_other_bits_are_found_and_times_compared(
         return 1.0 + len(gpu.tuning.load)
 
     monkeypatch.setattr(gpu_tune, "milliseconds", milliseconds)
-    settings = argparse.Namespace(log2=15, rounds=3, end=float("inf"))
+    settings = argparse.Namespace(log2=16, rounds=3, end=float("inf"), memory=2**15 * gpu_tune.BYTES_EACH)
     sound = {name: tuning for name, tuning in tunings.items() if name != "128 threads"}
     timed = gpu_tune.time_case(sound, "stochastic", gpu, cpu, settings)
     rows = {row["variant"]: row for row in timed["rows"]}

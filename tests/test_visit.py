@@ -206,11 +206,20 @@ def test_a_step_that_fails_hides_no_other(gpu: Any, visit: Any) -> None:
     assert "| check | doctor | failed |" in (visit.output / "gpu.md").read_text()
 
 
-def test_a_long_log_keeps_its_ends(gpu: Any, visit: Any) -> None:
-    long = "print('the begin'); print('x' * 5_000_000); print('the end')"
+def test_a_long_log_keeps_its_ends(gpu: Any, visit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the step goes on writing."""
+    cut, sizes = gpu.shorten, []
+
+    def shorten(log: Path, offset: int) -> None:
+        cut(log, offset)
+        sizes.append(log.stat().st_size)
+
+    monkeypatch.setattr(gpu, "shorten", shorten)
+    long = "import time; print('the begin', flush=True)\nfor i in range(4):"
+    long += " print('x' * 2_000_000, flush=True); time.sleep(0.7)\nprint('the end')"
     visit.run([gpu.Step("long", python(long), 9), gpu.Step("short", python("print('after')"), 9)])
     text = visit.log.read_text()
-    assert len(text) < 1.1 * gpu.LOG_BYTES
+    assert len(sizes) > 4 and max(len(text), *sizes) < 1.1 * gpu.LOG_BYTES
     assert text.index("\nthe begin\n") < text.index("\n[...]\n") < text.index("\nthe end\n") < text.index("\nafter\n")
 
 
