@@ -321,34 +321,37 @@ def is_ours(visit: Visit) -> tuple[bool, str]:
 
 
 def install(visit: Visit, wheels: Path) -> None:
-    """Puts lion8bit and the peers' wheels where the steps find them; done once for the same sources.
+    """Puts lion8bit and the peers' wheels where the steps find them; done once for the same python and sources.
 
     Raises:
         SystemExit: the steps would import another lion8bit.
     """
     sources = [ROOT / "pyproject.toml", *sorted((ROOT / "lion8bit").rglob("*.py")), *sorted((ROOT / "csrc").iterdir())]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(sys.prefix.encode())
     for path in sources:
         digest.update(path.name.encode() + path.read_bytes())
-    site = ROOT / "build" / "gpu" / digest.hexdigest()[:16]
-    built = (site / "built").exists() or is_ours(visit)[0]
-    visit.environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
-    visit.environment.setdefault("LION8BIT_CACHE_DIR", str(site / "kernels"))
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", site]
-    site.mkdir(parents=True, exist_ok=True)
-    if not built:
-        if not visit.run([Step("build", [*pip, "--no-build-isolation", ROOT], 150)]) and not visit.stopped:
+    kept = ROOT / "build" / "gpu" / digest.hexdigest()[:16]
+    ours, peers = kept / "ours", kept / "peers"
+    peers.mkdir(parents=True, exist_ok=True)
+    visit.environment.setdefault("LION8BIT_CACHE_DIR", str(kept / "kernels"))
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target"]
+    installed, _ = is_ours(visit)
+    if not installed and not ours.exists():
+        if not visit.run([Step("build", [*pip, kept / "draft", "--no-build-isolation", ROOT], 150)]):
             print("NO CPU KERNEL: the build failed; the checkout is used as it is", flush=True)
-            shutil.copytree(ROOT / "lion8bit", site / "lion8bit", dirs_exist_ok=True)
-            shutil.copytree(ROOT / "csrc", site / "lion8bit" / "csrc", dirs_exist_ok=True)
-        if not visit.stopped:
-            (site / "built").touch()
+            shutil.copytree(ROOT / "lion8bit", kept / "draft" / "lion8bit", dirs_exist_ok=True)
+            shutil.copytree(ROOT / "csrc", kept / "draft" / "lion8bit" / "csrc", dirs_exist_ok=True)
+        if visit.stopped:
+            return
+        (kept / "draft").rename(ours)
     for wheel in sorted(wheels.resolve().glob("*.whl")):
-        done = site / f"{wheel.name}.installed"
-        if not done.exists() and visit.run([Step(wheel.name, [*pip, wheel], 60)]):
+        done = peers / f"{wheel.name}.installed"
+        if not done.exists() and visit.run([Step(wheel.name, [*pip, peers, wheel], 60)]):
             done.touch()
-    ours, found = is_ours(visit)
-    if not ours and not visit.stopped:
+    paths = [*([] if installed else [str(ours)]), str(peers), os.environ.get("PYTHONPATH", "")]
+    visit.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    right, found = is_ours(visit)
+    if not right:
         raise SystemExit(f"lion8bit must be imported from {ROOT}, got {found or 'none'}; uninstall the other one")
 
 
