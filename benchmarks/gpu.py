@@ -63,7 +63,15 @@ BUDGETS = {"check": 250.0, "speed": 310.0, "deep": 150.0}  # seconds
 GRACE = 8  # seconds from SIGINT, in which pytest reports what it has, to SIGKILL
 LOG_BYTES = 1 << 20  # of one step's output; of more a quarter from its begin and a quarter from its end are kept
 CONTENDERS = ("lion8bit", "lion8bit-stochastic", "lion8bit-compensated", "bitsandbytes", "flashlion", "adamw")
-FEW_TUNINGS = ("registers ahead", "cache ahead", "no_allocate, cs", "resident 3", "resident 5", "passes 4", "passes 16")
+FEW_TUNINGS = (
+    "registers ahead",
+    "cache ahead",
+    "no_allocate, cs",
+    "resident 5",
+    "passes 4",
+    "passes 16",
+    "16 elements",
+)
 TRAININGS = {  # of `examples/full_finetune.py`: shape, GiB of the GPU, and further options; sequences have 2048 tokens
     "7B": ("llama-7b", 24, ""),
     "8B": ("llama3-8b", 24, "--paged"),
