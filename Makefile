@@ -26,7 +26,7 @@ demo: $(VENV)/.demo  ## fine-tune a small language model with every optimizer; t
 	$(BIN)/python -m lion8bit demo
 
 test: $(VENV)/.dev  ## every test, in two processes; CUDA tests run where there is a GPU
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev  ## formatting, style and types, as CI checks them
 	$(BIN)/ruff format --check .

@@ -161,8 +161,8 @@ class Plan:
         fresh = {"LION8BIT_CACHE_DIR": str(self.scratch / "fresh")}
         for process in ("first process", "second process"):
             yield Step(process, self.first(), 60, tail=1, recorded=True, environment=fresh)
-        also = ["--also", "parameter_limits"] if self.device == "cpu" else []
-        yield Step("tests", self.program("gpu_tests", *also), 130, least=20, tail=40, recorded=True)
+        instead = ["--instead", "parameter_limits"] if self.device == "cpu" else []
+        yield Step("tests", self.program("gpu_tests", *instead), 130, least=20, tail=40, recorded=True)
         cases = ["--case", "nearest", "fp32", "stochastic", "--seconds", "60"]
         some = self.tune(*cases, "--variant", *FEW_TUNINGS)
         yield Step("variants", some, 90, least=20, tail=60, recorded=True)

@@ -73,16 +73,18 @@ def main() -> int:
     options.add_argument("--json", type=Path, metavar="FILE", help="counts and first failures, written as it goes")
     options.add_argument("--workers", type=int, default=min(10, os.cpu_count() or 1))
     options.add_argument("--limit", type=int, default=100, help="seconds for one test (default: 100)")
-    options.add_argument("--also", help="further tests by a part of their name, for machines without a GPU")
+    options.add_argument("--instead", help="without a GPU: tests that do not need one, by a part of their name")
     options.add_argument("--folder", type=Path, default=ROOT / "tests", help="where they are (default: tests)")
     settings = options.parse_args()
     results = Results(settings.json)
     results.write()
-    wanted = " or ".join(filter(None, ["test_gpu", "on_gpu", settings.also]))
+    wanted = "test_gpu or on_gpu"
+    if settings.instead:  # beside those that are skipped, but not those that take the CPU where there is no GPU
+        wanted = f"({wanted} or {settings.instead}) and not gpu_or_cpu"
     files = [
         str(path)
         for path in sorted(settings.folder.glob("test_*.py"))
-        if re.search(rf"def test_gpu|on_gpu|ON_GPU|{settings.also or 'def test_gpu'}", path.read_text())
+        if re.search(rf"def test_gpu|on_gpu|ON_GPU|{settings.instead or 'def test_gpu'}", path.read_text())
     ]
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", wanted, "-q", "--tb", "short"]
