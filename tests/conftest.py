@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-
 LONG = ("test_cuda.py", "test_visit.py", "test_benchmarks.py", "test_fuzz.py", "test_distributed.py", "test_tuning.py")
 
 
