@@ -1,7 +1,7 @@
 """Owns a visit to a GPU: the steps of its three stages, their processes, and the files that each leaves as it goes.
 
-It imports nothing beside the standard library and `gpu_report.py`; every step is a process of its own, so that a fault
-in one hides no other.
+It imports only the standard library and `gpu_report.py`. Every step is a separate process, so that a fault in one does
+not disturb the others.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ What this machine's GPU says of lion8bit, in three stages that stand alone:
   check   is it right? Installation, doctor, first steps, every test that needs a GPU, some tunings of the kernel
   speed   is it fast? Steps on the parameter lists of public models beside the peers, then full fine-tuning of 7B and 8B
           models in 24 GiB and of a 3B model in 12 GiB
-  deep    is anything hidden? compute-sanitizer's memcheck and racecheck over every kind of kernel, ncu on two kernels
+  deep    what do NVIDIA's tools find? memcheck and racecheck over every kind of kernel, ncu on two kernels
   all     the three in turn
 
 Needs no network. STAGE.json and STAGE.log, gpu.md and gpu.png are written into one folder after every step, so a run
-that is ended at any moment leaves all that was finished. A step that fails or hangs is interrupted at its limit and
-hides no other. Steps for which the time does not suffice are left out and listed.
+that is ended at any moment leaves all that was finished. A step that hangs is interrupted at its limit; the others run
+all the same, also after one that fails. Steps for which too little time is left are listed and do not run.
 """
 
 EPILOG = """\
@@ -184,7 +184,7 @@ class Plan:
                        allowed=(0, OUT_OF_MEMORY) if peer else (0,))  # fmt: skip
 
     def deep(self) -> Iterator[Step]:
-        """Is anything hidden?"""
+        """What do NVIDIA's tools find?"""
         watched = self.device == "cuda"
         for name in ("memcheck", "racecheck", "synccheck", "initcheck"):
             command = [*(sanitizer(name) if watched else []), *self.first("--every")]

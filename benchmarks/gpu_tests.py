@@ -84,7 +84,7 @@ def main() -> int:
     files = [
         str(path)
         for path in sorted(settings.folder.glob("test_*.py"))
-        if re.search(rf"def test_gpu|on_gpu|ON_GPU|{settings.instead or 'def test_gpu'}", path.read_text())
+        if re.search(rf"(?m)^def test_gpu|on_gpu|ON_GPU|{settings.instead or 'ON_GPU'}", path.read_text())
     ]
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-k", wanted, "-q", "--tb", "short"]

@@ -1,4 +1,4 @@
-"""Owns the comparison of ways in which the CUDA kernel can walk memory: equal bits first, then time."""
+"""Owns the comparison of ways in which the CUDA kernel can access memory: equal bits first, then time."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from rich.table import Table
 from lion8bit import Lion8bit, cuda
 
 DESCRIPTION = """\
-Which tuning of the CUDA kernel is the fastest on this GPU? Each variant changes how the kernel walks memory (threads,
-CUDA blocks per multiprocessor, passes, cache hints, loading ahead) and never what it computes. All variants are
-compiled, must give the bits of the present choice on whole, ragged and odd shapes, and are then timed on one large
+Which tuning of the CUDA kernel is the fastest on this GPU? Each variant changes how the kernel accesses memory
+(threads, CUDA blocks per multiprocessor, passes, cache hints, loading ahead) and never what it computes. All are compiled, must give the bits of the present choice on whole, ragged and odd shapes, and are then timed on one large
 tensor in turn, round after round, beside a copy of as many bytes.
 """
 

@@ -7,7 +7,7 @@
 
 namespace lion8bit {
 
-// How the kernel walks memory: `Tuning` of lion8bit/cuda.py. It changes times, never bits.
+// How the kernel accesses memory: `Tuning` of lion8bit/cuda.py. It changes times, never bits.
 constexpr int32_t kThreads = LION8BIT_THREADS;     // of a CUDA block
 constexpr int32_t kPerLane = LION8BIT_PER_THREAD;  // consecutive elements of a thread: 8 or 16
 enum Ahead : int32_t { kNothing = 0, kToCache = 1, kToRegisters = 2 };

@@ -46,7 +46,7 @@ LARGE = Capacity(tensors=362, hypers=32)
 
 
 class Tuning(NamedTuple):
-    """How the kernel walks memory. It changes times, never bits; `benchmarks/gpu_tune.py` compares choices."""
+    """How the kernel accesses memory. It changes times, never bits; `benchmarks/gpu_tune.py` compares choices."""
 
     threads: int = 256  # of a CUDA block
     per_thread: int = 8  # consecutive elements of a thread: 8 or 16
@@ -69,8 +69,8 @@ class Tuning(NamedTuple):
 
 
 AHEAD = {"nothing": 0, "cache": 1, "registers": 2}  # enum Ahead of cuda_kernel.cu
-# By the oldest compute capability that a choice is for. What chose it: no kernel spills registers (benchmarks/sass.py).
-# Nothing has been timed on a GPU yet.
+# By the oldest compute capability that a choice is for. This one is used because no kernel then spills registers
+# (benchmarks/gpu_tune.py --dry); no GPU has timed it yet.
 TUNINGS = {75: Tuning()}
 
 
