@@ -22,8 +22,9 @@ from lion8bit import Lion8bit, cuda
 
 DESCRIPTION = """\
 Which tuning of the CUDA kernel is the fastest on this GPU? Each variant changes how the kernel accesses memory
-(threads, CUDA blocks per multiprocessor, passes, cache hints, loading ahead) and never what it computes. All are compiled, must give the bits of the present choice on whole, ragged and odd shapes, and are then timed on one large
-tensor in turn, round after round, beside a copy of as many bytes.
+(threads, CUDA blocks per multiprocessor, passes, cache hints, loading ahead) and never what it computes. All are
+compiled. They must have the bits of the present choice on whole, ragged and odd shapes, and are then timed on one large
+tensor in rounds: each round times every variant and a copy once.
 """
 
 EPILOG = """\
