@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import write_whole
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -260,9 +261,7 @@ def write_json(path: Path | None, benchmark: str, settings: argparse.Namespace, 
     options = {name: value for name, value in vars(settings).items() if name not in ("json", "plot")}
     record = {"schema": SCHEMA, "benchmark": benchmark, "settings": options, **results}
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(_finite(record), indent=1, default=str) + "\n")
-    draft.replace(path)
+    write_whole(path, json.dumps(_finite(record), indent=1, default=str) + "\n")
 
 
 def _finite(value: Any) -> Any:

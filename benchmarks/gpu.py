@@ -1,7 +1,7 @@
 """Owns a visit to a GPU: the steps of its three stages, their processes, and the files that each leaves as it goes.
 
-It imports only the standard library and `gpu_report.py`. Every step is a separate process, so that a fault in one does
-not disturb the others.
+It imports only the standard library, `gpu_report.py` and `machine.py`. Every step is a separate process, so that a
+fault in one does not disturb the others.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 from gpu_report import default_output, markdown, write_report
+from machine import program, write_whole
 
 DESCRIPTION = """\
 What this machine's GPU says of lion8bit, in three stages that stand alone:
@@ -77,6 +78,7 @@ TRAININGS = {  # of `examples/full_finetune.py`: shape, GiB of the GPU, and furt
     "8B": ("llama3-8b", 24, "--paged"),
     "3B": ("llama-3b", 12, "--paged"),
     "7B bitsandbytes": ("llama-7b", 24, "--optimizer bitsandbytes --steps 5"),
+    "7B adamw": ("llama-7b", 24, "--optimizer adamw --steps 5"),
     "7B flashlion": ("llama-7b", 24, "--optimizer flashlion --steps 5"),
     "3B flashlion": ("llama-3b", 12, "--optimizer flashlion --steps 5"),
 }
@@ -109,19 +111,15 @@ class Step:
     optional: bool = False  # runs where it is asked for by name
     only_after: str = ""  # runs where that step failed
     allowed: Sequence[int] = (0,)  # exit codes
+    says: str = ""  # what its output must contain, as a regular expression
     environment: dict[str, str] = field(default_factory=dict)
-
-
-def tool(name: str) -> str | None:
-    """The path of one of NVIDIA's programs."""
-    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
 def sanitizer(name: str) -> list[str]:
     """The command of one of compute-sanitizer's tools; calls of torch that fail on purpose are not reported."""
-    program = tool("compute-sanitizer") or "compute-sanitizer"
+    path = program("compute-sanitizer") or "compute-sanitizer"
     options = "--error-exitcode 9 --report-api-errors no --target-processes all --print-limit 3"
-    return [program, "--tool", name, *options.split()]
+    return [path, "--tool", name, *options.split()]
 
 
 @dataclass(frozen=True)
@@ -132,24 +130,24 @@ class Plan:
     quick: bool
     scratch: Path
 
-    def program(self, name: str, *arguments: str) -> list[str | Path]:
+    def script(self, name: str, *arguments: str) -> list[str | Path]:
         """The command of one of the benchmarks."""
         return [sys.executable, HERE / f"{name}.py", *arguments]
 
     def steps(self, stage: str) -> list[Step]:
         """The steps of a stage in the order of their worth."""
-        command = self.program("gpu_step", "--environment", "--device", self.device)
+        command = self.script("gpu_step", "--environment", "--device", self.device)
         machine = Step("machine", command, 90, recorded=True, required=True)
         return [machine, *{"check": self.check, "speed": self.speed, "deep": self.deep}[stage]()]
 
     def first(self, *arguments: str) -> list[str | Path]:
         """First steps in a fresh process."""
-        return self.program("gpu_first", "--device", self.device, *arguments)
+        return self.script("gpu_first", "--device", self.device, *arguments)
 
     def tune(self, *arguments: str) -> list[str | Path]:
         """Tunings of the kernel, compiled only where there is no GPU."""
         without = ["--dry"] if self.device == "cpu" else []
-        return self.program("gpu_tune", *without, *(["--quick"] if self.quick else []), *arguments)
+        return self.script("gpu_tune", *without, *(["--quick"] if self.quick else []), *arguments)
 
     def check(self) -> Iterator[Step]:
         """Is it right?"""
@@ -162,7 +160,7 @@ class Plan:
         for process in ("first process", "second process"):
             yield Step(process, self.first(), 60, tail=1, recorded=True, environment=fresh)
         instead = ["--instead", "parameter_limits"] if self.device == "cpu" else []
-        yield Step("tests", self.program("gpu_tests", *instead), 130, least=20, tail=40, recorded=True)
+        yield Step("tests", self.script("gpu_tests", *instead), 130, least=20, tail=40, recorded=True)
         cases = ["--case", "nearest", "fp32", "stochastic", "--seconds", "60"]
         some = self.tune(*cases, "--variant", *FEW_TUNINGS)
         yield Step("variants", some, 90, least=20, tail=60, recorded=True)
@@ -171,7 +169,7 @@ class Plan:
         """Is it fast?"""
         quick = ["--quick"] if self.quick else []
         for model, limit in {"gpt2": 70, "1B": 60, "llama": 70, "lora": 45, "vit": 45, "sdxl": 70}.items():
-            command = self.program("gpu_step", "--device", self.device, *quick, "--model", model)
+            command = self.script("gpu_step", "--device", self.device, *quick, "--model", model)
             command += ["--contender", *CONTENDERS]
             yield Step(model, command, limit, least=15, recorded=True, optional=model in ("vit", "sdxl"))
         for name, (shape, limit, more) in TRAININGS.items():
@@ -183,17 +181,22 @@ class Plan:
             yield Step(name, [*command, "--device", self.device], 110, least=35, tail=12, recorded=True, optional=peer,
                        allowed=(0, OUT_OF_MEMORY) if peer else (0,))  # fmt: skip
 
+        memory = self.script("memory", "--device", self.device, "--skip", "torchao", *quick)
+        yield Step("memory", memory, 150, least=60, tail=60, recorded=True, optional=True)
+
     def deep(self) -> Iterator[Step]:
         """What do NVIDIA's tools find?"""
         watched = self.device == "cuda"
         for name in ("memcheck", "racecheck", "synccheck", "initcheck"):
             command = [*(sanitizer(name) if watched else []), *self.first("--every")]
             optional = name in ("synccheck", "initcheck")
-            yield Step(name, command, 75, least=20, tail=6, environment=UNCACHED, optional=optional)
-        profiler = [tool("ncu") or "ncu", *PROFILE.split()]
+            says = "(ERROR|RACECHECK) SUMMARY: 0 " if watched else "stepped every kind"
+            yield Step(name, command, 75, least=20, tail=6, environment=UNCACHED, optional=optional, says=says)
+        profiler = [program("ncu") or "ncu", *PROFILE.split()]
         for case in ("nearest", "stochastic"):
             command = self.tune("--case", case, "--variant", "base", "--log2", "27", "--rounds", "1")
-            yield Step(f"ncu {case}", [*(profiler if watched else []), *command], 45, least=15, tail=70)
+            says = "Memory Throughput" if watched else ""  # ncu also succeeds where it has profiled nothing
+            yield Step(f"ncu {case}", [*(profiler if watched else []), *command], 45, least=15, tail=70, says=says)
 
 
 # ---- A visit ---------------------------------------------------------------------------------------------------------
@@ -217,10 +220,8 @@ class Visit:
         self.save()
 
     def save(self) -> None:
-        """Writes the JSON, whole or not at all."""
-        draft = self.output / f".{self.stage}.json"
-        draft.write_text(json.dumps(self.record, indent=1) + "\n")
-        draft.replace(self.output / f"{self.stage}.json")
+        """Writes the JSON."""
+        write_whole(self.output / f"{self.stage}.json", json.dumps(self.record, indent=1) + "\n")
 
     def run(self, steps: Sequence[Step]) -> bool:
         """Runs steps in turn until it is stopped; whether all have passed."""
@@ -281,9 +282,11 @@ class Visit:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE + 2 if self.stopped else 0.5)
         code, late = process.wait(), time.monotonic() - begin >= round(limit)  # `timeout` dies with what it kills
-        status = "passed" if code in step.allowed else "timed out" if late else "failed"
         shorten(self.log, offset)
-        lines = self.log.read_bytes()[offset:].decode(errors="replace").rstrip().splitlines()
+        text = self.log.read_bytes()[offset:].decode(errors="replace")
+        good = code in step.allowed and re.search(step.says, text) is not None
+        status = "passed" if good else "timed out" if late else "failed"
+        lines = text.rstrip().splitlines()
         words = (line.strip() for line in reversed(lines) if re.search(r"\w\w", line))
         entry |= {"status": "interrupted" if self.stopped else status, "detail": next(words, "no output")[:200]}
         self.look(entry, place, begin)
@@ -291,8 +294,17 @@ class Visit:
             print(f"\n=== {step.name}: {entry['status']}, exit code {code}, {entry['seconds']} s", file=log)
         print(f"## {step.name}: {entry['status']}, {entry['seconds']} s (at {time.monotonic() - self.begin:.0f} s)")
         print(*(line[:220] for line in lines[-step.tail :]), sep="\n", flush=True)
-        write_report(self.output, picture=not {"rows", "cases"}.isdisjoint(entry.get("result", ())))
+        self.report(picture=not {"rows", "cases"}.isdisjoint(entry.get("result", ())))
         return status == "passed"
+
+    def report(self, picture: bool) -> str:
+        """Writes the page and the picture; returns this stage's page, or why there is none, which ends no visit."""
+        try:
+            return markdown({self.stage: write_report(self.output, picture)[self.stage]})
+        except Exception as error:
+            self.record["report"] = f"{type(error).__name__}: {error}"
+            self.save()
+            return f"THE PAGE COULD NOT BE WRITTEN: {self.record['report']}"
 
     def look(self, entry: dict[str, Any], place: Path, begin: float) -> None:
         """Takes in what a step has recorded so far."""
@@ -421,8 +433,9 @@ def main() -> int:
             install(visit, settings.wheels)
             plan = Plan(settings.device, settings.quick, Path(folder))
             visit.run(chosen(plan.steps(stage), settings.step))
-            print(markdown({stage: write_report(output, picture=True)[stage]}), flush=True)
+            print(visit.report(picture=True), flush=True)
         failed += [step["step"] for step in visit.steps if step["status"] in ("failed", "timed out")]
+        failed += ["report"] if "report" in visit.record else []
         left -= time.monotonic() - begin
         if Visit.stopped:
             print(f"interrupted; results in {output}")

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from machine import write_whole
 
 SHAPES = [
     (64, 1024),
@@ -68,15 +69,15 @@ def main() -> None:
         for dtype, roundings in ROUNDINGS.items():
             for rounding, block_size in zip(roundings * 3, (64, 128, 256)):
                 for flags in FLAGS:
-                    options_ = {"weight_rounding": rounding, "block_size": block_size, **flags}
-                    step_a_few(settings.device, dtype, options_, 2)
+                    kind = {"weight_rounding": rounding, "block_size": block_size, **flags}
+                    step_a_few(settings.device, dtype, kind, 2)
         print("stepped every kind of parameter")
     else:
         first, second = step_a_few(settings.device, torch.bfloat16, {}, 2)
         seconds = json.dumps({"import": imported, "first_step": first, "second_step": second})
         print(seconds)
         if settings.json is not None:
-            settings.json.write_text(seconds + "\n")
+            write_whole(settings.json, seconds + "\n")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import datetime
 import importlib.util
 import json
 import re
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from machine import asked_of_driver
 
 STAGES = ("check", "speed", "deep")
 OURS, FLASH = "lion8bit", "flashlion"
@@ -20,11 +21,7 @@ Record = dict[str, Any]
 
 def default_output() -> Path:
     """A folder named after the GPU and the day."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        name = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        name = "none"
+    name = asked_of_driver().get("name", "none")
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("nvidia", "")).strip("-")
     return Path(__file__).resolve().parent / "results" / f"gpu-{plain}-{datetime.date.today().isoformat()}"
 
@@ -84,13 +81,8 @@ def judge(records: dict[str, Record]) -> list[Record]:
 def judge_check(records: dict[str, Record], add: Callable[..., None]) -> None:
     """The goals of the first stage."""
     tests = result(records, "check", "tests")
-    add(
-        "tests that fail",
-        "none of at least 100",
-        tests.get("failed") if tests.get("passed", 0) >= 100 else None,
-        0,
-        "d",
-    )
+    passed, failed = tests.get("passed", 0), tests.get("failed", 0)
+    add("tests that fail", "none of at least 100", failed if failed or passed >= 100 else None, 0, "d")
     for process, bound in (("first process", 2.0), ("second process", 0.3)):
         value = result(records, "check", process).get("first_step")
         add(f"first step of the {process}", f"under {bound} s", value, bound, ".2f")
@@ -123,7 +115,8 @@ def judge_speed(records: dict[str, Record], add: Callable[..., None]) -> None:
         name, limit = f"{step['step']}, {record['model']}{host}", record["memory_limit_gib"]
         losses = record["losses"] if step["status"] == "passed" else []
         # The plan counts tensors; the allocator rounds them up.
-        peak, planned = (record["requested_bytes"] or record["peak_bytes"]) if losses else None, record["planned_bytes"]
+        peak = (record["requested_bytes"] or record["peak_bytes"]) if losses else None
+        planned = record.get("planned_bytes")  # none where the memory did not suffice for the model
         reserved = record["reserved_bytes"] if losses else None
         if limit is not None:
             add(f"{name}: reserved", f"at most {limit:.0f} GiB", reserved and reserved / GIB, limit, ".2f")
@@ -218,7 +211,9 @@ def training_cells(step: Record, record: Record) -> list[str]:
         return f"{record[name] / GIB:.2f}" if record.get(name) is not None else "-"
 
     losses, full, speed = record["losses"], record["out_of_memory"], record.get("tokens_per_second")
-    outcome = f"loss {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps" if losses else step["status"]
+    outcome = "" if step["status"] == "passed" else step["status"]
+    if losses:
+        outcome = f"loss {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps{', ' * bool(outcome)}{outcome}"
     if full:
         outcome = f"out of memory: {full['where']}"
     limit = "-" if record["memory_limit_gib"] is None else f"{record['memory_limit_gib']:.0f} GiB"

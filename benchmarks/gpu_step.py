@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +23,7 @@ from common import (
     spread,
     write_json,
 )
+from machine import PROGRAMS, asked_of_driver, program, write_whole
 from models import GPU_MODELS, QUICK_GPU_MODELS
 from step_time import CONTENDERS, DTYPES, LR, OURS, Contender, Params, time_call
 
@@ -44,17 +43,6 @@ examples:
   python benchmarks/gpu_step.py --model gpt2 --device cpu --quick       proves the program without a GPU
 """
 
-TOOLS = ("nvcc", "ncu", "compute-sanitizer", "cuobjdump", "nvdisasm", "g++")
-DRIVER_FIELDS = (
-    "name",
-    "driver_version",
-    "memory.total",
-    "memory.used",
-    "clocks.sm",
-    "clocks.mem",
-    "power.limit",
-    "ecc.mode.current",
-)
 SECONDS_PER_CONTENDER = 3.0  # of repeats, its first steps apart
 MOST_SPARE = 1 << 28  # parameters of a list that has a second set of gradients
 SHARE_OF_MEMORY = 0.9  # of what is free, that parameters, gradients and our state may take
@@ -239,23 +227,13 @@ def rows(
         del params, spare
 
 
-def asked_of_driver() -> dict[str, str]:
-    """What NVIDIA's tool says of the first GPU: driver, memory, clocks, limit of power; nothing where there is none."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(DRIVER_FIELDS)}", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return {}
-    return dict(zip(DRIVER_FIELDS, said.split(", ")))
-
-
 def context() -> dict[str, Any]:
     """The machine's record, what of NVIDIA's programs it has, and the seconds of the first work on the GPU."""
     start = time.perf_counter()
     if torch.cuda.is_available():
         torch.ones(1, device="cuda").item()
     seconds = time.perf_counter() - start
-    tools = [name for name in TOOLS if shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")]
+    tools = [name for name in PROGRAMS if program(name)]
     asked = asked_of_driver()
     return {
         **environment(),
@@ -285,7 +263,7 @@ def main() -> None:
         out.print(f"NVIDIA's programs: {', '.join(tools) or 'none'}; context {record['context_seconds']:.1f} s")
         out.print(f"Python {record['python']}, driver {record['driver']}; {describe(record)}", highlight=False)
         if settings.json is not None:
-            settings.json.write_text(json.dumps(record) + "\n")
+            write_whole(settings.json, json.dumps(record) + "\n")
         return
     found: list[dict[str, Any]] = []
     repeats = min(3, settings.repeats) if settings.quick else settings.repeats

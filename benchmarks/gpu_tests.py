@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machine import write_whole
 
 DESCRIPTION = """\
 Runs every test that needs a GPU (named test_gpu..., or with a parameter called on_gpu), several at a time where
@@ -58,11 +59,9 @@ class Results:
             self.write()
 
     def write(self) -> None:
-        """Writes the file whole or not at all, if one is asked for."""
+        """Writes the file, if one is asked for."""
         if self.path is not None:
-            draft = self.path.with_name(f".{self.path.name}")
-            draft.write_text(json.dumps(self.record, indent=1) + "\n")
-            draft.replace(self.path)
+            write_whole(self.path, json.dumps(self.record, indent=1) + "\n")
 
 
 def main() -> int:

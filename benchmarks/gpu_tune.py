@@ -56,7 +56,8 @@ def variants(base: cuda.Tuning, multiprocessors: int = 132) -> dict[str, cuda.Tu
 
     Args:
         base: the present choice.
-        multiprocessors: of the GPU, for "one wave": every CUDA block is resident from the begin to the end.
+        multiprocessors: of the GPU, for "one wave": every CUDA block is resident from the begin to the end. The grid
+            becomes up to 1 % larger than asked for, because passes are whole numbers.
     """
     resident, passes = base.resident, base.passes
     streaming = base._replace(load=".L1::no_allocate", store=".cs")
@@ -65,7 +66,7 @@ def variants(base: cuda.Tuning, multiprocessors: int = 132) -> dict[str, cuda.Tu
     return {
         "base": base,
         **changed,
-        "one wave": base._replace(passes=1 << 20, grid=multiprocessors * resident),
+        "one wave": base._replace(passes=1 << 20, grid=multiprocessors * resident * 99 // 100),
         "128 threads": base._replace(threads=128, resident=2 * resident, passes=2 * passes),
         "512 threads": base._replace(threads=512, resident=resident // 2, passes=max(1, passes // 2)),
         "16 elements": base._replace(per_thread=16, resident=max(1, resident - 1)),

@@ -6,21 +6,23 @@ import heapq
 import itertools
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from common import console, environment, new_table, parser, progress, write_json
+from machine import program
+from rich.console import Console
 
 from lion8bit import cuda
-from lion8bit.layout import WEIGHT_ROUNDING
+from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING
 
 DESCRIPTION = """\
 How many instructions does the CUDA kernel execute per element, how many registers does it take? It is compiled as on
@@ -43,6 +45,7 @@ the compiler, so compare only what one compiler made.
 
 examples:
   python benchmarks/sass.py --arch 90
+  python benchmarks/sass.py --spills                                  every kernel there is, minutes; only local memory
   python benchmarks/sass.py --check                                   fail if a count has grown by more than 5 %
   python benchmarks/sass.py --json benchmarks/results/sass.json
 """
@@ -52,7 +55,7 @@ BASELINE = HERE / "results" / "sass.json"
 ALLOWED_GROWTH = 0.05
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 PER_THREAD = 8  # kPerLane of cuda_kernel.cu
-FP32, BF16 = 0, 1
+FP32, BF16, FP16 = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -344,20 +347,19 @@ def tool(name: str) -> str:
         found = [file for file in files if file.name == name]
         if found:
             return str(found[0].locate())
-    for folder in (None, "/usr/local/cuda/bin"):
-        if program := shutil.which(name, path=folder):
-            return program
+    if path := program(name):
+        return path
     raise SystemExit(
         f'{name} is needed to read the machine code; pip install "lion8bit[test]" or install CUDA\'s toolkit'
     )
 
 
-def inspect(image: bytes, program: str, option: str) -> str:
+def inspect(image: bytes, name: str, option: str) -> str:
     """What one of NVIDIA's programs prints about an image."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(image)
         file.flush()
-        return subprocess.run([tool(program), option, file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([tool(name), option, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def resources(image: bytes) -> dict[str, int]:
@@ -414,6 +416,35 @@ def examine(case: Case, capability: int, nvcc: bool) -> dict[str, Any]:
     }
 
 
+def every_kernel(capability: int) -> Iterator[cuda.Kernel]:
+    """All kernels that a GPU may need, by dtypes, rounding, momentum, block size, flags and what the device decides."""
+    roundings = {FP32: ["nearest"], BF16: list(WEIGHT_ROUNDING), FP16: ["nearest", "stochastic"]}
+    for param, grad in itertools.product(roundings, roundings):
+        momenta = [(False, 128), *((True, size) for size in BLOCK_SIZES)]
+        for rounding, momentum in itertools.product(roundings[param], momenta):
+            for general, on_device in itertools.product((False, True), (False, True)):
+                kind = (param, grad, *momentum, WEIGHT_ROUNDING[rounding], general)
+                yield cuda.Kernel(*kind, cuda.LARGE, on_device, cuda.tuning_for(capability))
+
+
+def spills(kernel: cuda.Kernel, capability: int) -> int:
+    """Bytes of local memory that a kernel takes, for registers that did not suffice."""
+    used = resources(cuda.compile_kernel(kernel, f"sm_{capability}"))
+    return used["STACK"] + used["LOCAL"]
+
+
+def report_spills(capabilities: Sequence[int], out: Console) -> int:
+    """Prints the kernels that spill; returns how many."""
+    work = [(kernel, capability) for capability in capabilities for kernel in every_kernel(capability)]
+    with progress("kernels") as bar, ThreadPoolExecutor() as pool:
+        done = list(bar.track(pool.map(spills, *zip(*work)), total=len(work)))
+    bad = [(capability, kernel, amount) for (kernel, capability), amount in zip(work, done) if amount]
+    for capability, kernel, amount in bad:
+        out.print(f"sm_{capability}: {amount} bytes, {kernel}")
+    out.print(f"{len(bad)} of {len(work)} kernels spill registers ({compiler(False)})")
+    return len(bad)
+
+
 def grown(figures: dict[str, dict[str, Any]], baseline: dict[str, dict[str, Any]]) -> list[str]:
     """What has become larger than the committed counts allow, for people to read."""
     lines = []
@@ -436,7 +467,10 @@ def main() -> None:
     options.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     options.add_argument("--nvcc", action="store_true", help="compile with the CUDA toolkit instead of NVRTC")
     options.add_argument("--check", action="store_true", help=f"compare with {BASELINE.relative_to(HERE.parent)}")
+    options.add_argument("--spills", action="store_true", help="only: which of all kernels spill registers; 1 if any")
     settings = options.parse_args()
+    if settings.spills:
+        sys.exit(1 if report_spills(settings.arch, console()) else 0)
     cases = dict(list(CASES.items())[:2]) if settings.quick else CASES
     figures: dict[str, dict[str, Any]] = {str(arch): {} for arch in settings.arch}
     with progress("kernels") as bar:

@@ -1,0 +1,41 @@
+"""Owns what the benchmarks need of a machine without torch: NVIDIA's programs, the driver's answers, whole files."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+PROGRAMS = ("nvcc", "ncu", "compute-sanitizer", "cuobjdump", "nvdisasm", "g++")
+DRIVER_FIELDS = (
+    "name",
+    "driver_version",
+    "memory.total",
+    "memory.used",
+    "clocks.sm",
+    "clocks.mem",
+    "power.limit",
+    "ecc.mode.current",
+)
+
+
+def program(name: str) -> str | None:
+    """The path of a program, also where only the CUDA toolkit's folder has it."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+def asked_of_driver() -> dict[str, str]:
+    """What nvidia-smi says of the first GPU: driver, memory, clocks, power limit; nothing where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(DRIVER_FIELDS)}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return {}
+    return dict(zip(DRIVER_FIELDS, said.split(", ")))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that no reader ever sees a part of it, also where this process is killed."""
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(text)
+    draft.replace(path)
