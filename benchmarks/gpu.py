@@ -65,13 +65,13 @@ GRACE = 8  # seconds from SIGINT, in which pytest reports what it has, to SIGKIL
 LOG_BYTES = 1 << 20  # of one step's output; of more a quarter from its begin and a quarter from its end are kept
 CONTENDERS = ("lion8bit", "lion8bit-stochastic", "lion8bit-compensated", "bitsandbytes", "flashlion", "adamw")
 FEW_TUNINGS = (
-    "registers ahead",
-    "cache ahead",
-    "no_allocate, cs",
-    "resident 5",
+    "passes 1",
+    "passes 2",
     "passes 4",
     "passes 16",
-    "16 elements",
+    "8 elements, resident 4, nothing ahead",
+    "16 elements, resident 3, nothing ahead",
+    "8 elements, resident 4, registers ahead",
 )
 TRAININGS = {  # of `examples/full_finetune.py`: shape, GiB of the GPU, and further options; sequences have 2048 tokens
     "7B": ("llama-7b", 24, ""),

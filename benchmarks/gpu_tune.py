@@ -51,47 +51,69 @@ BYTES_EACH = 32  # of the large tensor, its gradient and state, and of the copy 
 STEPS = 8  # between two events
 
 
-def variants(base: cuda.Tuning, multiprocessors: int = 132) -> dict[str, cuda.Tuning]:
-    """All that is compared, by name; each differs from ``base`` in what its name says.
+HINTS = {"no_allocate": ".L1::no_allocate", "no_allocate 256B": ".L1::no_allocate.L2::256B", "cs": ".cs"}
+NAMES = [
+    *(f"resident {count}" for count in (2, 3, 5, 6)),
+    *(f"passes {count}" for count in (1, 2, 4, 16, 32)),
+    "one wave",
+    "128 threads, resident 8, passes 16",
+    "512 threads, resident 2, passes 4",
+    *(f"load {hint}" for hint in HINTS),
+    "store no_allocate",
+    "store cs",
+    "load no_allocate, store cs",
+    "cache ahead",
+    "registers ahead",
+    "registers ahead, resident 3",
+    "registers ahead, load no_allocate, store cs",
+    "8 elements, resident 4, nothing ahead",
+    "16 elements, resident 3",
+    "16 elements, resident 3, cache ahead",
+    "16 elements, resident 2",
+]
+
+
+def changed(base: cuda.Tuning, name: str, multiprocessors: int = 132) -> cuda.Tuning:
+    """The tuning that a name stands for: the changes to ``base`` that it lists.
 
     Args:
         base: the present choice.
+        name: "base", or changes with commas between them, each as in `NAMES`.
         multiprocessors: of the GPU, for "one wave": every CUDA block is resident from the begin to the end. The grid
             becomes up to 1 % larger than asked for, because passes are whole numbers.
+
+    Raises:
+        ValueError: it lists something else.
     """
-    resident, passes = base.resident, base.passes
-    streaming = base._replace(load=".L1::no_allocate", store=".cs")
-    changed = {f"resident {count}": base._replace(resident=count) for count in (3, 4, 5, 6) if count != resident}
-    changed |= {f"passes {count}": base._replace(passes=count) for count in (1, 2, 4, 8, 16, 32) if count != passes}
-    return {
-        "base": base,
-        **changed,
-        "one wave": base._replace(passes=1 << 20, grid=multiprocessors * resident * 99 // 100),
-        "128 threads": base._replace(threads=128, resident=2 * resident, passes=2 * passes),
-        "512 threads": base._replace(threads=512, resident=resident // 2, passes=max(1, passes // 2)),
-        "16 elements": base._replace(per_thread=16, resident=max(1, resident - 1)),
-        "16 elements, resident 2": base._replace(per_thread=16, resident=2),
-        "load no_allocate": base._replace(load=".L1::no_allocate"),
-        "load no_allocate 256B": base._replace(load=".L1::no_allocate.L2::256B"),
-        "load cs": base._replace(load=".cs"),
-        "store no_allocate": base._replace(store=".L1::no_allocate"),
-        "store cs": base._replace(store=".cs"),
-        "no_allocate, cs": streaming,
-        "cache ahead": base._replace(ahead="cache"),
-        "registers ahead": base._replace(ahead="registers"),
-        "registers ahead, resident 3": base._replace(ahead="registers", resident=3),
-        "registers ahead, no_allocate, cs": streaming._replace(ahead="registers"),
-    }
+    tuning = base
+    for change in [] if name == "base" else name.split(", "):
+        word, _, rest = change.partition(" ")
+        if word in ("load", "store") and rest in HINTS:
+            tuning = tuning._replace(**{word: HINTS[rest]})
+        elif word in ("resident", "passes", "grid") and rest.isdigit():
+            tuning = tuning._replace(**{word: int(rest)})
+        elif word.isdigit() and rest in ("threads", "elements"):
+            tuning = tuning._replace(**{{"threads": "threads", "elements": "per_thread"}[rest]: int(word)})
+        elif rest == "ahead" and word in cuda.AHEAD:
+            tuning = tuning._replace(ahead=word)
+        elif change == "one wave":
+            tuning = tuning._replace(passes=1 << 20, grid=multiprocessors * tuning.resident * 99 // 100)
+        else:
+            raise ValueError(f"a change must be as in {'; '.join(NAMES)}, got {change!r}")
+    return tuning
 
 
-def compile_all(
-    tunings: dict[str, cuda.Tuning], cases: Sequence[str], capabilities: Sequence[int]
-) -> list[dict[str, Any]]:
+def base_of(case: str, capability: int) -> cuda.Tuning:
+    """The present choice."""
+    return cuda.tunings_for(capability).of(CASES[case].dtype)
+
+
+def compile_all(names: Sequence[str], cases: Sequence[str], capabilities: Sequence[int]) -> list[dict[str, Any]]:
     """Registers and local memory of every kernel, or the ``error``; images stay in the kernel cache."""
 
     def one(capability: int, name: str, case: str) -> dict[str, Any]:
         row: dict[str, Any] = {"capability": capability, "variant": name, "case": case}
-        kernel = CASES[case].kernel(tunings[name])._replace(capacity=cuda.SMALL)
+        kernel = CASES[case].kernel(changed(base_of(case, capability), name))._replace(capacity=cuda.SMALL)
         try:
             image = cuda.image(kernel, cuda.architecture(capability))
         except RuntimeError as error:
@@ -103,7 +125,7 @@ def compile_all(
         return {**row, "registers": used["REG"], "local_bytes": used["STACK"] + used["LOCAL"]}
 
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(one, *zip(*itertools.product(capabilities, tunings, cases))))
+        return list(pool.map(one, *zip(*itertools.product(capabilities, names, cases))))
 
 
 # ---- On a GPU --------------------------------------------------------------------------------------------------------
@@ -131,7 +153,7 @@ def differing(tunings: dict[str, cuda.Tuning], case: str, gpu: cuda.Device, devi
     for shape in SHAPES:
         expected = None
         for name, tuning in tunings.items():
-            gpu.tuning = tuning
+            gpu.tunings = cuda.Tunings(tuning, tuning)
             optimizer = optimizer_of(case, shape, device)
             for _ in range(3):
                 optimizer.step()
@@ -172,7 +194,7 @@ def time_case(
         order = list(tunings)
         random.Random(number).shuffle(order)
         for name in order:
-            gpu.tuning = tunings[name]
+            gpu.tunings = cuda.Tunings(tunings[name], tunings[name])
             times[name].append(milliseconds(optimizer.step, STEPS))
         if time.monotonic() > settings.end:
             break
@@ -198,11 +220,12 @@ def time_case(
 def parse() -> argparse.Namespace:
     """The settings of the command line."""
     options = parser(DESCRIPTION, EPILOG)
-    names = list(variants(cuda.Tuning()))
     options.add_argument("--dry", action="store_true", help="compile for several GPUs and run nothing")
     options.add_argument("--arch", type=int, nargs="+", help=f"for --dry (default: {DRY_CAPABILITIES})")
     options.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
-    options.add_argument("--variant", nargs="+", metavar="NAME", default=names, help=f"of: {'; '.join(names)}")
+    options.add_argument(
+        "--variant", nargs="+", metavar="NAME", default=NAMES, help=f"changes as in: {'; '.join(NAMES)}"
+    )
     options.add_argument(
         "--log2",
         type=int,
@@ -217,13 +240,16 @@ def parse() -> argparse.Namespace:
             options.error(f"--{name} must be positive, got {getattr(settings, name)}")
     if settings.log2 < LARGE_COLUMNS.bit_length() - 1:
         options.error(f"--log2 must be at least {LARGE_COLUMNS.bit_length() - 1}, got {settings.log2}")
-    if unknown := set(settings.variant) - set(names):
-        options.error(f"--variant must be among {'; '.join(names)}, got {'; '.join(unknown)}")
+    settings.variant = list(dict.fromkeys(["base", *settings.variant]))
+    try:
+        for name in settings.variant:
+            changed(cuda.Tuning(), name)
+    except ValueError as error:
+        options.error(f"--variant: {error}")
     if not settings.dry and (reason := cuda.unavailable_reason()):
         options.error(f"a GPU must be there without --dry, got none: {reason}")
     if settings.quick:
         settings.variant, settings.case, settings.arch = settings.variant[:2], settings.case[:1], settings.arch or [90]
-    settings.variant = list(dict.fromkeys(["base", *settings.variant]))
     return settings
 
 
@@ -263,28 +289,30 @@ def main() -> int:
     out.print(describe(record), style="dim")
     results: dict[str, Any] = {"environment": record, "cases": {}, "other_bits": {}}
     if settings.dry:
-        base, capabilities, multiprocessors = cuda.Tuning(), settings.arch or DRY_CAPABILITIES, 132
+        capabilities = settings.arch or DRY_CAPABILITIES
     else:
         device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(device)
-        capabilities, multiprocessors = [10 * properties.major + properties.minor], properties.multi_processor_count
-        base, settings.memory = cuda.tuning_for(capabilities[0]), torch.cuda.mem_get_info(device)[0]
-    every = variants(base, multiprocessors)
-    tunings = {name: every[name] for name in settings.variant if name in every}
-    results["kernels"] = kernels = compile_all(tunings, settings.case, capabilities)
+        capabilities = [10 * properties.major + properties.minor]
+        settings.memory = torch.cuda.mem_get_info(device)[0]
+    results["kernels"] = kernels = compile_all(settings.variant, settings.case, capabilities)
     write_json(settings.json, "gpu_tune", settings, results)
     broken = {(row["variant"], row["case"]): row["error"] for row in kernels if "error" in row}
     for (name, case), error in broken.items():
         out.print(f"DOES NOT COMPILE: {name}, {case}: {error}", style="red")
     if settings.dry:
         out.print(register_table(kernels))
-        out.print(f"{len(tunings)} tunings, {len(broken)} kernels do not compile")
+        out.print(f"{len(settings.variant)} tunings, {len(broken)} kernels do not compile")
         return 1 if broken else 0
     gpu = cuda._device(device.index)
     for case in settings.case:
         if ("base", case) in broken:
             continue
-        sound = {name: tuning for name, tuning in tunings.items() if (name, case) not in broken}
+        sound = {
+            name: changed(base_of(case, capabilities[0]), name, properties.multi_processor_count)
+            for name in settings.variant
+            if (name, case) not in broken
+        }
         results["other_bits"][case] = other = differing(sound, case, gpu, device)
         if other:
             out.print(f"OTHER BITS than base, {case}: {'; '.join(other)}", style="red")
@@ -293,7 +321,7 @@ def main() -> int:
         write_json(settings.json, "gpu_tune", settings, results)
         out.print(time_table(case, results["cases"][case], kernels))
     count = sum(map(len, results["other_bits"].values()))
-    out.print(f"{len(tunings)} tunings, {len(broken)} kernels do not compile, {count} have other bits")
+    out.print(f"{len(settings.variant)} tunings, {len(broken)} kernels do not compile, {count} have other bits")
     return 1 if broken or any(results["other_bits"].values()) else 0
 
 

@@ -27,7 +27,7 @@ from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING
 DESCRIPTION = """\
 How many instructions does the CUDA kernel execute per element, how many registers does it take? It is compiled as on
 a user's first step, for each kind of GPU, and disassembled; nothing runs. The hot path is one pass of a thread over its
-8 elements, with aligned addresses, whole blocks and finite gradients.
+elements, with aligned addresses, whole blocks and finite gradients.
 """
 
 EPILOG = """\
@@ -54,7 +54,6 @@ HERE = Path(__file__).parent
 BASELINE = HERE / "results" / "sass.json"
 ALLOWED_GROWTH = 0.05
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-PER_THREAD = 8  # kPerLane of cuda_kernel.cu
 FP32, BF16, FP16 = 0, 1, 2
 
 
@@ -79,13 +78,15 @@ class Case:
         number = 4 if self.dtype == FP32 else 2
         return 3 * number + 2 * (1 + 4 / self.block_size + (self.rounding == "compensated"))
 
-    def accesses(self) -> Counter[Access]:
-        """The memory accesses of a thread in one pass."""
-        wide = 2 if self.dtype == FP32 else 1  # 16-byte accesses for 8 numbers
-        expected = Counter({("LDG", 16): 2 * wide, ("STG", 16): wide, ("LDG", 8): 1, ("STG", 8): 1})
-        expected.update([("LDG", 4), ("STG", 4)])  # the scale
-        if self.rounding == "compensated":
-            expected.update([("LDG", 8), ("STG", 8)])
+    def accesses(self, per_thread: int) -> Counter[Access]:
+        """The memory accesses of a thread in one pass over so many elements."""
+        expected: Counter[Access] = Counter([("LDG", 4), ("STG", 4)])  # the scale
+        number = 4 if self.dtype == FP32 else 2
+        vectors = {"LDG": [number, number, 1], "STG": [number, 1]}  # parameter, gradient, momentum
+        for name, sizes in vectors.items():
+            for size in [*sizes, *([1] if self.rounding == "compensated" else [])]:
+                width = min(16, size * per_thread)
+                expected[name, width] += size * per_thread // width
         return expected
 
 
@@ -395,19 +396,19 @@ def compiler(nvcc: bool) -> str:
 def examine(case: Case, capability: int, nvcc: bool) -> dict[str, Any]:
     """All figures of one kernel for one kind of GPU."""
     arch, chip = f"sm_{capability}", CHIPS[capability]
-    kernel = case.kernel(tuning := cuda.tuning_for(capability))
+    kernel = case.kernel(tuning := cuda.tunings_for(capability).of(case.dtype))
     if nvcc:
         with tempfile.TemporaryDirectory() as folder:
             image = compile_by_nvcc(kernel, arch, Path(folder))
     else:
         image = cuda.compile_kernel(kernel, arch)
     used = resources(image)
-    path, around = hot_path(parse(inspect(image, "nvdisasm", "-c")), case.accesses())
+    path, around = hot_path(parse(inspect(image, "nvdisasm", "-c")), case.accesses(tuning.per_thread))
     cycles = busy(path, chip)
     return {
-        "instructions_per_element": len(path) / PER_THREAD,
-        "busy_per_element": max(cycles.values()) / PER_THREAD,
-        "cycles_per_pass": cycles,
+        "instructions_per_element": len(path) / tuning.per_thread,
+        "busy_per_element": max(cycles.values()) / tuning.per_thread,
+        "cycles_per_element": {unit: each / tuning.per_thread for unit, each in cycles.items()},
         "instructions_around_the_passes": len(around),
         "registers": used["REG"],
         "local_memory": used["STACK"] + used["LOCAL"],
@@ -424,7 +425,7 @@ def every_kernel(capability: int) -> Iterator[cuda.Kernel]:
         for rounding, momentum in itertools.product(roundings[param], momenta):
             for general, on_device in itertools.product((False, True), (False, True)):
                 kind = (param, grad, *momentum, WEIGHT_ROUNDING[rounding], general)
-                yield cuda.Kernel(*kind, cuda.LARGE, on_device, cuda.tuning_for(capability))
+                yield cuda.Kernel(*kind, cuda.LARGE, on_device, cuda.tunings_for(capability).of(param))
 
 
 def spills(kernel: cuda.Kernel, capability: int) -> int:
@@ -485,7 +486,7 @@ def main() -> None:
     table = new_table(version, ["", ""], ["instructions", *units, "registers", "occupancy", "local bytes"])
     for arch, rows in figures.items():
         for name, row in rows.items():
-            cycles = [f"{row['cycles_per_pass'][unit] / PER_THREAD:.1f}" for unit in ("issue", *units)]
+            cycles = [f"{row['cycles_per_element'][unit]:.1f}" for unit in ("issue", *units)]
             last = [str(row["registers"]), f"{row['occupancy']:.0%}", str(row["local_memory"])]
             table.add_row(f"sm_{arch}", name, *cycles, *last)
     out.print(table)

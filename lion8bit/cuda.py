@@ -69,13 +69,31 @@ class Tuning(NamedTuple):
 
 
 AHEAD = {"nothing": 0, "cache": 1, "registers": 2}  # enum Ahead of cuda_kernel.cu
-# By the oldest compute capability that a choice is for. This one is used because no kernel then spills registers
-# (benchmarks/gpu_tune.py --dry); no GPU has timed it yet.
-TUNINGS = {75: Tuning()}
 
 
-def tuning_for(capability: int) -> Tuning:
-    """The choice for a GPU.
+class Tunings(NamedTuple):
+    """The choices for one GPU."""
+
+    fp32: Tuning  # of fp32 parameters
+    half: Tuning  # of bf16 and fp16 parameters
+
+    def of(self, param_dtype: int) -> Tuning:
+        """The choice for parameters of a dtype, as `Tensor.param_dtype` numbers them."""
+        return self.half if param_dtype else self.fp32
+
+
+# By the oldest compute capability that they are for. That of 90 was measured on an H200 with benchmarks/gpu_tune.py
+# (benchmarks/results/gpu-h200-2026-11-27). No GPU has timed the others, which spill no registers (benchmarks/sass.py).
+UNTIMED = Tunings(Tuning(), Tuning())
+TUNINGS = {
+    75: UNTIMED,
+    90: Tunings(Tuning(passes=1), Tuning(per_thread=16, resident=3, ahead="cache")),
+    120: UNTIMED,
+}
+
+
+def tunings_for(capability: int) -> Tunings:
+    """The choices for a GPU.
 
     Args:
         capability: its compute capability, 90 for 9.0.
@@ -131,7 +149,7 @@ class Batch(Protocol):
 class Runner(Protocol):
     """Runs packed launches: the GPU, or what stands in for it in the tests."""
 
-    tuning: Tuning
+    tunings: Tunings
 
     def capacity(self, tensors: int) -> Capacity:
         """How many tensors the launches of so many tensors should hold."""
@@ -213,7 +231,6 @@ def _pack(table: Any, hypers: ctypes.Array[Hyper], runner: Runner, on_device: bo
     Those without elements are left out, unless the device is to count their updates too.
     """
     buckets: dict[tuple[Any, ...], list[tuple[int, int, int]]] = {}
-    per_pass = runner.tuning.threads * runner.tuning.per_thread
     for index, tensor in enumerate(table):
         if tensor.rows * tensor.cols == 0 and not on_device:
             continue
@@ -222,11 +239,12 @@ def _pack(table: Any, hypers: ctypes.Array[Hyper], runner: Runner, on_device: bo
         shape = (tensor.param_dtype, tensor.grad_dtype, bool(tensor.scales))
         key = (*shape, hyper.block_size, rounding, hyper.flags != 0)
         blocks = tensor.rows * blocks_per_row(tensor.cols, hyper.block_size)
-        passes = -(-blocks * hyper.block_size // per_pass)
+        tuning = runner.tunings.of(tensor.param_dtype)
+        passes = -(-blocks * hyper.block_size // (tuning.threads * tuning.per_thread))
         buckets.setdefault(key, []).append((index, passes, tensor.hyper))
     packed = []
     for key, members in buckets.items():
-        kernel = Kernel(*key, runner.capacity(len(members)), on_device, runner.tuning)
+        kernel = Kernel(*key, runner.capacity(len(members)), on_device, runner.tunings.of(key[0]))
         part: list[tuple[int, int, int]] = []
         seen: set[int] = set()
         for member in members:
@@ -247,7 +265,7 @@ def launches(
 
     on_device = control is not None
     options = ((hyper.block_size, hyper.weight_rounding, hyper.flags != 0) for hyper in hypers)
-    kinds = (on_device, runner.tuning, *options)
+    kinds = (on_device, runner.tunings, *options)
     cached = batch.cuda_cache.get(kinds)
     if cached is None:
         batch.cuda_cache.clear()
@@ -446,7 +464,7 @@ class Device:
         _driver(driver.cuInit(0), "cuInit")
         major, minor = torch.cuda.get_device_capability(index)
         self._arch = architecture(10 * major + minor)
-        self.tuning = tuning_for(10 * major + minor)
+        self.tunings = tunings_for(10 * major + minor)
         self._large = toolchain()[0] >= (12, 1) and _driver(driver.cuDriverGetVersion(), "cuDriverGetVersion") >= 12010
         self._functions: dict[Kernel, Any] = {}
         # torch computes in the device's primary context, which a new thread may not have entered yet.

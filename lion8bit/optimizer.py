@@ -361,10 +361,7 @@ class Lion8bit(torch.optim.Optimizer):
         capturable = [group["capturable"] for group in self.param_groups]
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             if not all(capturable):
-                raise RuntimeError(
-                    "capturable must be True while a CUDA graph is captured, got False; "
-                    "each replay would repeat this step's learning rate and random numbers"
-                )
+                raise RuntimeError(_NOT_CAPTURABLE)
             if any(group["is_paged"] for group in self.param_groups):
                 raise RuntimeError("is_paged must be False while a CUDA graph is captured, got True")
             if any(isinstance(group["lr"], Tensor) and group["lr"].device.type == "cpu" for group in self.param_groups):
@@ -644,6 +641,10 @@ class Lion8bit(torch.optim.Optimizer):
         return {**incoming, "param_groups": saved_groups}
 
 
+_NOT_CAPTURABLE = (
+    "capturable must be True while a CUDA graph is captured, got False; "
+    "each replay would repeat this step's learning rate and random numbers"
+)
 _PIECE = 1 << 22  # elements at a time where a parameter is looked at in fp32
 
 
@@ -679,6 +680,8 @@ def _ready(groups: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]
 
 def _hyper(group: dict[str, Any], lr: float | None = None) -> Hyper:
     """The kernels' constants of a group; ``lr`` in place of its own, which may be in device memory."""
+    if lr is None and _device_lr(group) is None:
+        _refuse_capture(group["lr"])
     _check_options(group)  # anyone may write to a group, and the kernels trust what they are given
     if lr is None:
         lr = float(group["lr"]) if _device_lr(group) is None else 0.0
@@ -694,6 +697,12 @@ def _hyper(group: dict[str, Any], lr: float | None = None) -> Hyper:
         cautious=group["cautious"],
         maximize=group["maximize"],
     )
+
+
+def _refuse_capture(lr: float | Tensor) -> None:
+    """Before a rate in device memory is read, which would end the capture with an error of CUDA's."""
+    if isinstance(lr, Tensor) and lr.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(_NOT_CAPTURABLE)
 
 
 def _initial_lr(group: dict[str, Any]) -> float | None:

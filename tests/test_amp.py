@@ -45,7 +45,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pl
         runner = Emulated(request.getfixturevalue("library"))
 
         class Recorder:
-            tuning = runner.tuning
+            tunings = runner.tunings
 
             def capacity(self, tensors: int) -> cuda.Capacity:
                 return runner.capacity(tensors)
@@ -120,6 +120,8 @@ def scaler_for(place: Place, scale: float) -> torch.amp.GradScaler:
 )
 def test_fused_unscaling_equals_gradscalers(place: Place, dtypes: tuple[torch.dtype, ...], scale: float) -> None:
     """Any scale with fp32 gradients, powers of two with others; an overflow in between halves the scale of both."""
+    if place.name == "cuda":  # where torch's GradScaler takes no bf16 gradients
+        dtypes = (torch.float32,)
     results = []
     for fused in (False, True):
         params = parameters(place, *dtypes)
@@ -139,19 +141,22 @@ def test_fused_unscaling_equals_gradscalers(place: Place, dtypes: tuple[torch.dt
 
 @pytest.mark.parametrize("options", [{}, {"optim_bits": 32}, {"weight_rounding": "compensated"}], ids=str)
 def test_an_overflow_changes_nothing(place: Place, options: dict[str, Any]) -> None:
-    """Not the parameters, the state, the update counts, nor what comes after."""
+    """Not the parameters, the state, the update counts, nor what comes after. By hand: on a GPU torch's GradScaler
+    takes no bf16 gradients."""
     params, copies = parameters(place, torch.bfloat16), parameters(place, torch.bfloat16)
     optimizer = Lion8bit(params, lr=1e-3, weight_decay=0.1, fused=True, **options)
     undisturbed = Lion8bit(copies, lr=1e-3, weight_decay=0.1, **options)
-    scaler = scaler_for(place, 2.0**10)
+    scale = 2.0**10
     for step in range(4):
         for overflow in (True, False) if step != 1 else (False,):
             before = contents(optimizer)
-            set_grads(params, step, scaler.get_scale(), inf=overflow)
-            scaler.step(optimizer)
+            set_grads(params, step, scale, inf=overflow)
+            optimizer.grad_scale = torch.full((), scale, device=place.device)
+            optimizer.found_inf = torch.full((), float(overflow), device=place.device)
+            optimizer.step()
             if overflow and step:
                 assert_same_contents(contents(optimizer), before)
-            scaler.update()
+                scale /= 2
         set_grads(copies, step)
         undisturbed.step()
         assert_same_contents(contents(optimizer), contents(undisturbed))
@@ -517,3 +522,23 @@ def test_gpu_captures_that_would_go_wrong_are_refused(fault: str) -> None:
     message = {"capturable": "capturable must be True", "lr": "got a CPU tensor", "first step": "must exist before"}
     with pytest.raises(RuntimeError, match=message[fault]), torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()
+
+
+def test_a_rate_on_the_gpu_is_not_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it would end the capture with an error that does not say what to do."""
+
+    class OnGpu(torch.Tensor):
+        device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
+
+        @classmethod
+        def __torch_function__(cls, function: Any, *rest: Any) -> Any:
+            raise AssertionError(f"the rate was read by {function}")
+
+    optimizer = Lion8bit([torch.ones(3, requires_grad=True)])
+    (param,) = optimizer.param_groups[0]["params"]
+    param.grad = torch.ones(3)
+    optimizer.param_groups[0]["lr"] = torch.tensor(1e-3).as_subclass(OnGpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for step in (optimizer.step, lambda: optimizer.step_param(param, optimizer.param_groups[0])):
+        with pytest.raises(RuntimeError, match="capturable must be True"):
+            step()

@@ -67,6 +67,10 @@ class Emulated:
     tuning: cuda.Tuning = DEFAULT
     log: list[tuple[cuda.Kernel, int, int]] = field(default_factory=list)
 
+    @property
+    def tunings(self) -> cuda.Tunings:
+        return cuda.Tunings(self.tuning, self.tuning)
+
     def capacity(self, tensors: int) -> cuda.Capacity:
         return cuda.LARGE if self.large else cuda.SMALL
 

@@ -22,6 +22,7 @@ from test_cuda import (
     FLAGS,
     SHARED,
     SHIFTS,
+    Batch,
     Emulated,
     Pair,
     build,
@@ -32,7 +33,8 @@ from test_cuda import (
 )
 
 from lion8bit import cuda
-from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING
+from lion8bit.batch import hyper_array
+from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Tensor
 
 pytest.importorskip("rich", reason="needs the extra named demo")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -43,30 +45,69 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 needs_disassembler = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("cuda", "nvidia")), reason="needs NVRTC and cuobjdump"
 )
+SPILLED = {80: 0, 89: 0, 90: 16, 120: 0}  # bytes at most; on an H200 three CUDA blocks that spill were measured faster
 VARIANTS = {  # that an emulator can tell apart: by threads, elements and what is loaded ahead
-    (tuning.threads, tuning.per_thread, tuning.ahead): tuning for tuning in gpu_tune.variants(cuda.Tuning()).values()
+    (tuning.threads, tuning.per_thread, tuning.ahead): tuning
+    for tuning in [gpu_tune.changed(cuda.Tuning(), name) for name in ("base", *gpu_tune.NAMES)]
 }
 
 
 def test_variants_differ_in_what_their_names_say() -> None:
-    """None is there twice, and all kinds of choice occur."""
-    tunings = gpu_tune.variants(cuda.Tuning(), 100)
-    assert len(set(tunings.values())) == len(tunings)
-    base = tunings.pop("base")
-    changed = {
-        name for tuning in tunings.values() for name in base._fields if getattr(tuning, name) != getattr(base, name)
-    }
-    assert changed == set(cuda.Tuning._fields)
-    assert 0.98 * 400 < tunings["one wave"].grid < 400
-    passes = [(1 << 29) // (256 * 8)]
-    packed = cuda._Packed(gpu_tune.CASES["fp32"].kernel(tunings["one wave"]), [0], passes, [0])
-    assert 0.98 * 400 < packed.grid <= 400, "one CUDA block more would be a second wave"
+    """Each GPU is compared with choices that differ from its own, and all kinds of choice occur."""
+    for base in {tuning for tunings in cuda.TUNINGS.values() for tuning in tunings}:
+        tunings = {name: gpu_tune.changed(base, name, 100) for name in gpu_tune.NAMES}
+        assert set(tunings.values()) - {base}
+        assert {
+            name for tuning in tunings.values() for name in base._fields if getattr(tuning, name) != getattr(base, name)
+        } == set(cuda.Tuning._fields)
+        wave = tunings["one wave"]
+        assert 0.98 * 100 * base.resident < wave.grid < 100 * base.resident
+        passes = [(1 << 29) // (wave.threads * wave.per_thread)]
+        packed = cuda._Packed(gpu_tune.CASES["fp32"].kernel(wave), [0], passes, [0])
+        assert 0.98 * 100 * base.resident < packed.grid <= 100 * base.resident, "one more would be a second wave"
+    changed = gpu_tune.changed(cuda.Tuning(), "16 elements, resident 3, load no_allocate 256B, store cs, cache ahead")
+    assert changed == cuda.Tuning(
+        per_thread=16, resident=3, load=".L1::no_allocate.L2::256B", store=".cs", ahead="cache"
+    )
+    assert gpu_tune.changed(cuda.Tuning(), "128 threads, passes 3") == cuda.Tuning(threads=128, passes=3)
+    for wrong in ("resident", "passes x", "load", "load fast", "16 bytes", "far ahead", ""):
+        with pytest.raises(ValueError, match="a change must be as in"):
+            gpu_tune.changed(cuda.Tuning(), wrong)
 
 
-def test_every_gpu_has_a_tuning() -> None:
+def test_every_gpu_has_tunings_that_the_emulator_runs() -> None:
     assert min(cuda.TUNINGS) == 75
-    assert cuda.tuning_for(75) == cuda.tuning_for(70) == cuda.TUNINGS[75]
-    assert cuda.tuning_for(max(cuda.TUNINGS) + 1) == cuda.TUNINGS[max(cuda.TUNINGS)]
+    assert cuda.tunings_for(75) == cuda.tunings_for(70) == cuda.TUNINGS[75]
+    assert cuda.tunings_for(100) == cuda.TUNINGS[90]
+    assert cuda.tunings_for(max(cuda.TUNINGS) + 1) == cuda.TUNINGS[max(cuda.TUNINGS)]
+    for tuning in itertools.chain(*cuda.TUNINGS.values()):
+        assert (tuning.threads, tuning.per_thread, tuning.ahead) in VARIANTS
+
+
+@pytest.mark.parametrize("capability", cuda.TUNINGS)
+def test_kernels_take_the_tuning_of_their_dtype(capability: int) -> None:
+    """Also where both are in one batch: passes are counted by each tensor's own."""
+    tunings = cuda.tunings_for(capability)
+
+    class Recorder:
+        def __init__(self) -> None:
+            self.tunings = tunings
+            self.launches: list[tuple[int, cuda.Tuning, int]] = []
+
+        def capacity(self, tensors: int) -> cuda.Capacity:
+            return cuda.SMALL
+
+        def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure) -> None:
+            self.launches.append((kernel.param_dtype, kernel.tuning, grid))
+
+    pairs = [Pair((1, 9 * 4096), dtype, dtype, 128) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    recorder = Recorder()
+    batch = Batch(torch.device("cpu"), (Tensor * len(pairs))(*(pair.row() for pair in pairs)))
+    cuda.step_(batch, hyper_array([hyper_for("decay", 128)]), torch.zeros(1, dtype=torch.int64), recorder)
+    assert recorder.launches == [
+        (dtype, tuning, 9 * 4096 // (tuning.threads * tuning.per_thread))
+        for dtype, tuning in enumerate([tunings.fp32, tunings.half, tunings.half])
+    ]
 
 
 def variant_library(cache: Path, tuning: cuda.Tuning) -> ctypes.CDLL:
@@ -107,9 +148,9 @@ def test_every_variant_equals_reference(
 
 
 @needs_disassembler
-def test_dry_run_compiles_variants_and_defaults_spill_nothing(tmp_path: Path) -> None:
+def test_dry_run_compiles_variants(tmp_path: Path) -> None:
     target = tmp_path / "tune.json"
-    names = ["16 elements", "registers ahead, no_allocate, cs", "cache ahead"]
+    names = ["16 elements, resident 3", "registers ahead, load no_allocate, store cs", "cache ahead"]
     command = [sys.executable, BENCHMARKS / "gpu_tune.py", "--dry", "--json", target, "--case", "fp32", "stochastic"]
     environment = {**os.environ, "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8", cuda.CACHE_VARIABLE: str(tmp_path)}
     done = subprocess.run(
@@ -120,14 +161,14 @@ def test_dry_run_compiles_variants_and_defaults_spill_nothing(tmp_path: Path) ->
     assert {row["variant"] for row in rows} == {"base", *names}
     assert {row["capability"] for row in rows} == set(gpu_tune.DRY_CAPABILITIES)
     assert all(row["registers"] > 30 for row in rows)
-    assert {row["local_bytes"] for row in rows if row["variant"] == "base"} == {0}
+    assert all(row["local_bytes"] <= SPILLED[row["capability"]] for row in rows if row["variant"] == "base")
 
 
 @needs_disassembler
 @pytest.mark.parametrize("capability", gpu_tune.DRY_CAPABILITIES)
-def test_kernels_that_need_the_most_registers_spill_nothing(capability: int) -> None:
+def test_kernels_that_need_the_most_registers_spill_little(capability: int) -> None:
     """Flags, device memory, mixed dtypes, residuals beside fp32 momentum: what `Kernel.resident` is about."""
-    tuning, every = cuda.tuning_for(capability), set(gpu_tune.sass.every_kernel(capability))
+    tuning, every = cuda.tunings_for(capability).half, set(gpu_tune.sass.every_kernel(capability))
     assert len(every) == 288
     for kernel in (
         cuda.Kernel(1, 0, True, 128, 1, True, cuda.LARGE, True, tuning),
@@ -138,7 +179,7 @@ def test_kernels_that_need_the_most_registers_spill_nothing(capability: int) -> 
         cuda.Kernel(1, 2, False, 128, 2, True, cuda.LARGE, True, tuning),
     ):
         assert kernel in every
-        assert gpu_tune.sass.spills(kernel, capability) == 0, kernel
+        assert gpu_tune.sass.spills(kernel, capability) <= SPILLED[capability], kernel
 
 
 @needs_disassembler
@@ -146,10 +187,11 @@ def test_kernels_that_need_the_most_registers_spill_nothing(capability: int) -> 
 def test_all_of_a_pass_is_asked_for_before_the_first_wait(case: str) -> None:
     """In the machine code all loads come before the first use of any, the scale's first of all."""
     sass, kind = gpu_tune.sass, gpu_tune.CASES[case]
-    image = cuda.compile_kernel(kind.kernel(cuda.tuning_for(90)), "sm_90")
-    path, _ = sass.hot_path(sass.parse(sass.inspect(image, "nvdisasm", "-c")), kind.accesses())
+    tuning = cuda.tunings_for(90).of(kind.dtype)
+    loads = kind.accesses(tuning.per_thread)
+    image = cuda.compile_kernel(kind.kernel(tuning), "sm_90")
+    path, _ = sass.hot_path(sass.parse(sass.inspect(image, "nvdisasm", "-c")), loads)
     accesses = [each.access for each in path if each.name in ("LDG", "I2F", "SHFL", "STG")]
-    loads = kind.accesses()
     count = sum(amount for (name, _), amount in loads.items() if name == "LDG")
     assert accesses[0] == ("LDG", 4)
     assert Counter(accesses[:count]) == Counter({key: amount for key, amount in loads.items() if key[0] == "LDG"})
@@ -159,13 +201,15 @@ class StandIn:
     """What `cuda.Device` is to `gpu_tune.py`, on the emulator; one tuning may have other bits."""
 
     def __init__(self, cache: Path, wrong: cuda.Tuning | None = None) -> None:
-        self.cache, self.wrong, self.tuning, self.seen = cache, wrong, cuda.Tuning(), set()
+        self.cache, self.wrong = cache, wrong
+        self.seen: set[cuda.Tuning] = set()
+        self.tunings = cuda.Tunings(cuda.Tuning(), cuda.Tuning())
 
     def capacity(self, tensors: int) -> cuda.Capacity:
         return cuda.SMALL
 
     def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure) -> None:
-        assert kernel.tuning == self.tuning
+        assert kernel.tuning == self.tunings.half == self.tunings.fp32
         self.seen.add(kernel.tuning)
         library = variant_library(self.cache, kernel.tuning)
         Emulated(library, tuning=kernel.tuning).run(kernel, grid, launch)
@@ -178,9 +222,8 @@ def test_other_bits_are_found_and_times_compared(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that runs on a GPU but its clock."""
-    every = gpu_tune.variants(cuda.Tuning())
-    names = ["base", "passes 4", "128 threads", "registers ahead", "no_allocate, cs"]
-    tunings = {name: every[name]._replace(grid=1) for name in names}
+    names = ["base", "passes 4", "128 threads", "registers ahead", "load no_allocate, store cs"]
+    tunings = {name: gpu_tune.changed(cuda.Tuning(grid=1), name) for name in names}
     cpu = torch.device("cpu")
     gpu = StandIn(request.config.cache.mkdir("emulator"), wrong=tunings["128 threads"])
     monkeypatch.setattr("lion8bit.optimizer.update_", lambda *arguments: cuda.step_(*arguments, gpu))
@@ -193,7 +236,7 @@ def test_other_bits_are_found_and_times_compared(
 
     def milliseconds(work: Callable[[], object], times: int) -> float:
         work()
-        return 1.0 + len(gpu.tuning.load)
+        return 1.0 + len(gpu.tunings.half.load)
 
     monkeypatch.setattr(gpu_tune, "milliseconds", milliseconds)
     settings = argparse.Namespace(log2=16, rounds=3, end=float("inf"), memory=2**15 * gpu_tune.BYTES_EACH)
@@ -203,8 +246,8 @@ def test_other_bits_are_found_and_times_compared(
     assert rows.keys() == sound.keys()
     assert [row["ms"]["repeats"] for row in rows.values()] == [3] * 4
     assert rows["passes 4"]["speed_over_base"] == 1.0
-    assert rows["no_allocate, cs"]["speed_over_base"] == 1 / (1 + len(".L1::no_allocate"))
-    assert list(rows)[-1] == "no_allocate, cs"
+    assert rows["load no_allocate, store cs"]["speed_over_base"] == 1 / (1 + len(".L1::no_allocate"))
+    assert list(rows)[-1] == "load no_allocate, store cs"
     assert rows["base"]["gb_per_s"] == pytest.approx(8.0625 * 2**15 / 1e6)
     assert (
         gpu_tune.time_table("stochastic", timed, [{"variant": name, "case": "stochastic"} for name in sound]).row_count

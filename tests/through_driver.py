@@ -38,7 +38,7 @@ def main() -> None:
         "current_device": lambda: 0,
         "current_stream": lambda index: SimpleNamespace(cuda_stream=STREAM),
         "device": lambda index: contextlib.nullcontext(),
-        "get_device_capability": lambda index: (9, 0),
+        "get_device_capability": lambda index: (8, 0),
         "is_current_stream_capturing": lambda: capturing[0],
     }
     for name, function in stand_in.items():
