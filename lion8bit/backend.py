@@ -24,6 +24,10 @@ class SlowBackendWarning(UserWarning):
 def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, control: Control | None = None) -> None:
     """One Lion step in place for every parameter of the batch, by the backend of its device.
 
+    ``batch.done`` has an item for each part of the step that has been applied, so a call that was interrupted can be
+    made again and goes on with the next part. Python runs signal handlers, Ctrl-C's too, between two instructions of
+    its own. There are none between a part and its item, because both happen inside of one `list.extend`.
+
     Args:
         batch: parameters of one device.
         hypers: constants of the groups.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from lion8bit.control import UpdateCounts
+from lion8bit.control import UpdateCounts, count_of
 from lion8bit.describe import describe, listed, look_again, replace
 from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols
 from lion8bit.sharding import is_dtensor, local, local_state, place_in_whole
@@ -38,6 +38,7 @@ class Entry:
     cols: int
     first: int  # index of the first element within the whole parameter, where this is a part of it
     row_stride: int  # elements of the whole parameter from the start of a row to that of the next
+    block_size: int
     seed: int
     hyper: int  # index into the step's Hypers
     state: dict[str, Any]
@@ -90,6 +91,8 @@ def make_entry(
             raise RuntimeError(f"state must be on the parameter's device {home}, got {tensor.device}")
         if tensor.numel() and not tensor.data_ptr():
             raise RuntimeError(f"state must have memory, got {name} without storage")
+        if tensor.is_neg():
+            raise ValueError(f"state must not be a negated view, got {name}; replace it by its resolve_neg()")
     if scales is not None and not scales.is_contiguous():
         raise ValueError(f"scales must be contiguous, got strides {scales.stride()}")
     first, row_stride = 0, cols
@@ -106,6 +109,7 @@ def make_entry(
         cols=cols,
         first=first,
         row_stride=row_stride,
+        block_size=block_size,
         seed=seed,
         hyper=hyper,
         state=state,
@@ -181,9 +185,39 @@ def _check_grad(grad: torch.Tensor, param: torch.Tensor) -> None:
 
 
 def _in_order(tensor: torch.Tensor, order: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    if memory_order(tensor) == order and tensor.data_ptr() % tensor.element_size() == 0:
+    if memory_order(tensor) == order and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0:
         return tensor
     return torch.empty_like(like, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def turns(entries: Sequence[Entry]) -> list[int]:
+    """For each entry how many others must be stepped before it, because they share memory with it; as a rule 0.
+
+    Threads would step the same elements at once. Parameters share memory where one is listed twice, or where modules
+    are tied by ``.data``.
+
+    Raises:
+        ValueError: such a parameter is one that a step has to copy.
+    """
+    found = [0] * len(entries)
+    places = [place for place, entry in enumerate(entries) if entry.param.numel()]
+    places.sort(key=lambda place: (str(entries[place].param.device), local(entries[place].source).data_ptr(), place))
+    group, end = places[:1], 0  # parameters that share memory, and where it ends
+    for place in places:
+        param, source = entries[place].param, local(entries[place].source)
+        first = entries[group[0]]
+        if place == group[0] or (first.param.device != param.device or source.data_ptr() >= end):
+            group, end = [place], 0
+        else:
+            if not (entries[place].in_place and first.in_place) and source.data_ptr() == local(first.source).data_ptr():
+                raise ValueError(
+                    f"parameters that share memory must be dense, got two of shapes {tuple(first.param.shape)} and "
+                    f"{tuple(param.shape)}; list each parameter once"
+                )
+            found[place] = len(group)
+            group.append(place)
+        end = max(end, source.data_ptr() + source.nbytes)
+    return found
 
 
 class Work(Protocol):
@@ -193,6 +227,7 @@ class Work(Protocol):
     table: Any  # ctypes array of `layout.Tensor`
     cuda_cache: dict[Any, Any]
     entries: list[Entry]  # row by row as the table
+    done: list[Any]  # of the present update, see `backend.update_`
 
     @property
     def grads(self) -> list[torch.Tensor]:
@@ -213,18 +248,40 @@ class Batch:
 
         Args:
             device: the one that all of them are on.
-            entries: as `make_entry` returned them, at least one; all or none of them paged.
+            entries: as `make_entry` returned them, at least one; all or none of them paged, all or none in place.
             grads: their gradients, likewise.
             places: which gradients of a step are these entries'; None where all are.
         """
         self.device = device
+        self.places = places
+        self.cuda_cache: dict[Any, Any] = {}
+        self.done: list[Any] = []
+        self.finished = False
+        self.paged = entries[0].paged
+        self.in_place = entries[0].in_place  # otherwise the entries hold copies, which `finish` lets go of
+        self.loads: list[Load] | None = None  # what `Pager` has cut it into
+        self._params = [entry.source for entry in entries]
+        self._states = [entry.state for entry in entries]
+        self._made_with: list[dict[str, Any]] = [
+            {"block_size": e.block_size, "seed": e.seed, "hyper": e.hyper, "paged": e.paged} for e in entries
+        ]
+        self._held: list[Any] = []
+        for name in STATE_TENSORS:
+            self._held += [[state for state in self._states if name in state], name]
+        self.sharded = [entry.param for entry in entries if is_dtensor(entry.source)]
+        self._changed = [tensor for tensor in self._params + self.sharded if not tensor.is_inference()]
+        self._counts: list[int] = []  # of updates before the present one: one for all, or one of each
+        self._following: list[int] = []  # likewise, after it
+        self._tabulate(entries, grads)
+        if self.in_place:
+            self._seen = describe(self._columns(self._params, self.grads))
+            self._misaligned = np.array([grad.element_size() - 1 for grad in self.grads], np.uint64)
+            self._nonempty = np.array([grad.numel() > 0 for grad in self.grads], np.bool_)
+
+    def _tabulate(self, entries: Sequence[Entry], grads: Sequence[torch.Tensor]) -> None:
         self.entries = list(entries)
         self.grads = list(grads)  # let go of by `finish`, so that zero_grad frees them
-        self.places = places
         self.table = (Tensor * len(self.entries))()
-        self.cuda_cache: dict[Any, Any] = {}
-        self.paged = self.entries[0].paged
-        self.loads: list[Load] | None = None  # what `Pager` has cut it into
         for row, entry, grad in zip(self.table, self.entries, self.grads, strict=True):
             row.param = entry.param.data_ptr()
             row.grad = grad.data_ptr()
@@ -233,22 +290,9 @@ class Batch:
             row.residual = 0 if entry.residual is None else entry.residual.data_ptr()
             row.rows, row.cols = entry.rows, entry.cols
             row.first, row.row_stride = entry.first & 0xFFFFFFFF, entry.row_stride & 0xFFFFFFFF
-            row.seed, row.step, row.hyper = entry.seed, entry.state["step"], entry.hyper
+            row.seed, row.hyper = entry.seed, entry.hyper
             row.param_dtype, row.grad_dtype = DTYPES[entry.param.dtype], DTYPES[grad.dtype]
         self.columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Tensor))
-        self._params = [entry.source for entry in self.entries]
-        self._states = [entry.state for entry in self.entries]
-        self._held: list[Any] = []
-        for name in STATE_TENSORS:
-            self._held += [[state for state in self._states if name in state], name]
-        self.sharded = [entry.param for entry in self.entries if is_dtensor(entry.source)]
-        self._changed = self._params + self.sharded
-        self._copied = [entry for entry in self.entries if entry.param is not local(entry.source)]
-        self.reusable = all(entry.in_place for entry in self.entries)
-        if self.reusable:
-            self._seen = describe(self._columns(self._params, self.grads))
-            self._misaligned = np.array([grad.element_size() - 1 for grad in self.grads], np.uint64)
-            self._nonempty = np.array([grad.numel() > 0 for grad in self.grads], np.bool_)
 
     def refresh(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
         """Takes in a step's parameters and gradients; False where more than gradients has changed.
@@ -258,11 +302,20 @@ class Batch:
         """
         if self.places is not None:
             params, grads = ([tensors[place] for place in self.places] for tensors in (params, grads))
-        if self.sharded and not all(map(is_, params, self._params)):  # below, only local tensors are looked at
+        compared = self.sharded or not self.in_place  # elsewhere, below
+        if compared and not all(map(is_, params, self._params)):
             return False
         try:
+            if not self.in_place:
+                return self._copy_again(grads)
             addresses = look_again(self._columns(params, grads), self._seen)
-        except (KeyError, TypeError, AttributeError, RuntimeError):  # `make_entry` says better what is wrong
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+        ):  # `make_entry` says better what is wrong
             return False
         if addresses is None:
             return False
@@ -272,28 +325,53 @@ class Batch:
         self.columns["grad"] = addresses
         return True
 
-    def advance(self) -> None:
-        """Counts an update of every parameter, in the state and in the table."""
-        step = self._states[0]["step"]
-        if replace(self._states, "step", step, step + 1):  # as a rule: one number for all
-            self.columns["step"] = (step + 1) & 0xFFFFFFFF
-            return
-        steps = [*map(itemgetter("step"), self._states)]
-        following = {step: step + 1 for step in steps}
-        for state, step in zip(self._states, steps, strict=True):
-            state["step"] = following[step]
-        self.columns["step"] = np.array(steps, np.int64) + 1  # modulo 2^32
+    def _copy_again(self, grads: list[torch.Tensor]) -> bool:
+        made = [
+            make_entry(param, grad, state, **options)
+            for param, grad, state, options in zip(self._params, grads, self._states, self._made_with, strict=True)
+        ]
+        self.cuda_cache, self.loads = {}, None
+        self._tabulate(*zip(*made, strict=True))
+        return not any(entry.in_place for entry in self.entries)
 
-    def advance_on(self, counts: UpdateCounts, live: Collection[dict[str, Any]]) -> None:
-        """Leaves it to the device to count this step's updates; ``live`` is the state of all parameters."""
+    def begin(self) -> None:
+        """Begins an update: the table has its number for each parameter; the state will when it has been applied.
+
+        Raises:
+            ValueError: a count of updates is no count.
+        """
+        self.done, self.finished = [], False
+        first = self._states[0]["step"]
+        uniform = replace(self._states, "step", first, first)  # as a rule: one number for all
+        self._counts = [first] if uniform else [*map(itemgetter("step"), self._states)]
+        following = {count: count + 1 for count in map(count_of, self._counts)}  # one object for all that are equal
+        self._following = [following[count_of(count)] for count in self._counts]
+        self.columns["step"] = np.array(self._following, np.int64)  # modulo 2^32
+
+    def begin_on(self, counts: UpdateCounts, live: Collection[dict[str, Any]]) -> None:
+        """Begins an update that the device counts; ``live`` is the state of all parameters."""
+        self.done, self.finished, self._counts, self._following = [], False, [], []
         self.columns["step"] = counts.places(self._states, live)
 
     def finish(self) -> None:
-        """Writes copied parameters back, tells autograd that the parameters have changed, lets go of the gradients."""
-        for entry in self._copied:
-            local(entry.source).copy_(entry.param)
+        """Counts the update, writes copied parameters back, tells autograd, lets go of the gradients.
+
+        Where it was interrupted, it may be called again.
+        """
+        if len(self._counts) == 1:
+            replace(self._states, "step", *self._counts, *self._following)
+        else:
+            for state, count in zip(self._states, self._following):
+                state["step"] = count
+        if not self.in_place:
+            for entry in self.entries:
+                if entry.param is not local(entry.source):
+                    local(entry.source).copy_(entry.param)
         torch.autograd.graph.increment_version(self._changed)
+        self.finished = True
         self.grads = []
+        if not self.in_place:
+            self.entries = []
 
     def _columns(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> list[Any]:
         """All tensors of a step as `describe` takes them, gradients first."""

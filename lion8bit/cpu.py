@@ -7,6 +7,7 @@ import os
 import sys
 from functools import cache
 from importlib import resources
+from itertools import starmap
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,7 +86,7 @@ def selected_kernel() -> int:
 
 
 def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, *, kernel: int | None = None) -> None:
-    """One Lion step in place for every parameter of the batch, on torch's number of threads.
+    """One Lion step in place for every parameter of the batch, on torch's number of threads; see `backend.update_`.
 
     Args:
         batch: parameters on the CPU, checked by `make_entry`.
@@ -101,6 +102,9 @@ def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, *, 
         raise RuntimeError(f"the native CPU kernel is not available: {library}")
     if kernel is None:
         kernel = selected_kernel()
-    skipped = library.lion8bit_update(batch.table, len(batch.table), hypers, kernel, max(1, torch.get_num_threads()))
-    if skipped:
-        counter += skipped
+    done = batch.done
+    if not done:
+        arguments = (batch.table, len(batch.table), hypers, kernel, max(1, torch.get_num_threads()))
+        done.extend(starmap(library.lion8bit_update, [arguments]))
+    if len(done) == 1 and done[0]:
+        done.extend(map(counter.add_, (done[0],)))

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from functools import cache
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -144,6 +145,7 @@ class Batch(Protocol):
     device: torch.device
     table: Any  # ctypes array of Tensor; only grad and step change in its lifetime
     cuda_cache: dict[Any, Any]
+    done: list[Any]  # see `backend.update_`
 
 
 class Runner(Protocol):
@@ -154,8 +156,8 @@ class Runner(Protocol):
     def capacity(self, tensors: int) -> Capacity:
         """How many tensors the launches of so many tensors should hold."""
 
-    def run(self, kernel: Kernel, grid: int, launch: ctypes.Structure) -> None:
-        """Runs the kernel on ``grid`` CUDA blocks; ``launch`` may change as soon as this returns."""
+    def run(self, kernel: Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
+        """Runs the kernel on ``grid`` CUDA blocks, and adds an item to ``done``; ``launch`` may change afterwards."""
 
 
 # ---- Packing -------------------------------------------------------------------------------------------------------
@@ -285,8 +287,8 @@ def step_(
     control: Control | None = None,
 ) -> None:
     """`update_` on a runner of the caller's choice."""
-    for packed in launches(batch, hypers, counter.data_ptr(), runner, control):
-        runner.run(packed.kernel, packed.grid, packed.launch)
+    for packed in launches(batch, hypers, counter.data_ptr(), runner, control)[len(batch.done) :]:
+        runner.run(packed.kernel, packed.grid, packed.launch, batch.done)
 
 
 # ---- Compiling -----------------------------------------------------------------------------------------------------
@@ -474,7 +476,7 @@ class Device:
         """The large launch where it is worth its longer parameters and the driver takes it."""
         return LARGE if self._large and tensors > SMALL.tensors else SMALL
 
-    def run(self, kernel: Kernel, grid: int, launch: ctypes.Structure) -> None:
+    def run(self, kernel: Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
         """Launches without synchronising; the driver copies ``launch`` before it returns."""
         from cuda.bindings import driver
 
@@ -484,8 +486,10 @@ class Device:
             stream = torch.cuda.current_stream(self._index).cuda_stream
             address = ctypes.addressof(arguments)
             threads = kernel.tuning.threads
-            returned = driver.cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, 0, stream, address, 0)
-            _driver(returned, "cuLaunchKernel")
+            call = (function, grid, 1, 1, threads, 1, 1, 0, stream, address, 0)
+            done.extend(starmap(driver.cuLaunchKernel, [call]))
+            if done[-1][0].value != 0:
+                _driver(done.pop(), "cuLaunchKernel")
 
     def load(self, kernel: Kernel) -> Any:
         """The kernel as a function of the driver's, compiled and loaded the first time; the device must be current."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # numpy does not import it by itself
 def gradients_of(params: list[Tensor]) -> list[Tensor]:
     """The gradients of the parameters that have one."""
     native = _native()
-    if native is None:
+    if native is None or type(params) is not list:
         return [grad for param in params if (grad := param.grad) is not None]
     grads: list[Any] = [None] * len(params)
     complete = native.gradients(params, "grad", grads) == len(params)

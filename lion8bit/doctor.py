@@ -284,7 +284,7 @@ def _difference(update: Update, device: torch.device) -> str | None:
             for i, case in enumerate(ours)
         ]
         batch = Batch(device, [entry for entry, _ in made], [grad for _, grad in made])
-        batch.advance()
+        batch.begin()
         update(batch, hypers, counter)
         batch.finish()
         for i, case in enumerate(expected):

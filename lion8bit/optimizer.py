@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lion8bit.backend import decides, update_
-from lion8bit.batch import STATE_TENSORS, Batch, Entry, check_state, hyper_array, make_entry
+from lion8bit.batch import STATE_TENSORS, Batch, Entry, check_state, hyper_array, make_entry, turns
 from lion8bit.control import Control, Rate, UpdateCounts
 from lion8bit.describe import gradients_of
 from lion8bit.layout import (
@@ -29,7 +30,7 @@ from lion8bit.layout import (
     rows_and_cols,
 )
 from lion8bit.loading import keeping_dtypes, pair
-from lion8bit.paging import Pager, bring_home, home, lives_on_host
+from lion8bit.paging import Load, Pager, bring_home, home, lives_on_host
 from lion8bit.reference import (
     check_block_size,
     check_rates,
@@ -47,6 +48,7 @@ from lion8bit.sharding import (
     is_flattened,
     keeps_blocks_whole,
     local,
+    resolved,
 )
 
 
@@ -258,14 +260,12 @@ class Lion8bit(torch.optim.Optimizer):
         layouts = [(hyper.block_size, hyper.weight_rounding) for hyper in hypers]
         key = (counts, layouts, [group["is_paged"] for group in groups])
         plan = self._plan
-        if plan is None or plan.sharded:  # elsewhere `refresh` finds that each parameter is still its own local tensor
-            grads = gradients(params, grads)
+        # Without DTensors `refresh` finds that each parameter is still its own local tensor.
+        grads = gradients(params, grads) if plan is None or plan.sharded else resolved(grads)
         if plan is None or not plan.refresh(key, self.state.values(), params, grads):
             self._plan = None
             batches = self._build(groups, params, gradients(params, grads), counts, hypers)
-            plan = _Plan(key, self.state.values(), batches)
-            if all(batch.reusable for batch in plan.batches):
-                self._plan = plan
+            self._plan = plan = _Plan(key, self.state.values(), batches)
         self._run(plan.batches, groups, hypers)
         for pager in self._pagers.values():
             pager.turn()
@@ -308,7 +308,7 @@ class Lion8bit(torch.optim.Optimizer):
             self._plans = {other: plan for other, plan in self._plans.items() if other in present - {param}}
             batches = self._build([group], [param], grads, [1], hypers)
             plan = _Plan(key, [self.state[param]], batches)
-            if batches[0].reusable:
+            if batches[0].in_place:
                 self._plans[param] = plan
         self._run(plan.batches, [group], hypers)
 
@@ -317,36 +317,58 @@ class Lion8bit(torch.optim.Optimizer):
         self.step_param(param, group)
 
     def _run(self, batches: Sequence[Batch], groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> None:
+        """Applies a step whole or not at all, also where Ctrl-C comes in between."""
+        try:
+            updates = self._updates(batches, groups, hypers)
+            try:
+                _apply(updates)
+            except BaseException:
+                while any(batch.done for batch, _ in updates):
+                    try:
+                        _apply(updates)  # what is missing
+                        break
+                    except KeyboardInterrupt:  # one is enough
+                        continue
+                raise
+        finally:
+            for batch in batches:
+                batch.grads = []
+
+    def _updates(
+        self, batches: Sequence[Batch], groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]
+    ) -> list[tuple[Batch, Callable[[], None]]]:
+        """What is to be done with each batch of a step; nothing is changed yet. A call goes on where it was left."""
         grad_scale, found_inf = self._from_scaler()
         if grad_scale is not None:
             for hyper in hypers:
                 hyper.flags |= UNSCALE
+        updates = []
         for batch in batches:
             counts = self._counts_on(batch.device, grad_scale is not None or found_inf is not None)
+            control: tuple[Control, ...] = ()
             if counts is None:
                 if found_inf is not None and found_inf.item():
-                    batch.grads = []
                     continue
                 _complete(hypers, groups, grad_scale)
-                batch.advance()
-                self._update(batch, hyper_array(hypers))
+                batch.begin()
             else:
-                batch.advance_on(counts, self.state.values())
+                batch.begin_on(counts, self.state.values())
                 rates = [_rate(group, batch.device) for group in groups]
-                control = Control(rates, _on(batch.device, grad_scale), _on(batch.device, found_inf), counts)
-                self._update(batch, hyper_array(hypers), control)
-            batch.finish()
+                control = (Control(rates, _on(batch.device, grad_scale), _on(batch.device, found_inf), counts),)
+            updates.append((batch, self._update_of(batch, hyper_array(hypers), *control)))
+        return updates
 
-    def _update(self, batch: Batch, hypers: ctypes.Array[Hyper], *control: Control) -> None:
+    def _update_of(self, batch: Batch, hypers: ctypes.Array[Hyper], *control: Control) -> Callable[[], None]:
         device, counter = batch.device, self._counter(batch.device)
         if not batch.paged:
-            update_(batch, hypers, counter, *control)
-            return
+            return partial(update_, batch, hypers, counter, *control)
         if device not in self._pagers:
             self._pagers[device] = Pager(device)
-        self._pagers[device].run(
-            batch, hypers, lambda load: update_(load, hypers, counter, *control), on_device=bool(control)
-        )
+
+        def update(load: Load) -> None:
+            update_(load, hypers, counter, *control)
+
+        return partial(self._pagers[device].run, batch, hypers, update, on_device=bool(control))
 
     def _from_scaler(self) -> tuple[Tensor | None, Tensor | None]:
         """The scale and the verdict of GradScaler, which sets both where this optimizer supports it."""
@@ -399,6 +421,7 @@ class Lion8bit(torch.optim.Optimizer):
         ordered: list[Tensor] = []
         for param, grad, owner in zip(params, grads, owners, strict=True):
             state = self.state.get(param, {})
+            state = state if type(state) is dict else dict(state)  # the kept plan reads dicts
             try:
                 group = groups[owner]
                 state = _with_residual(state, param, group) if state else _new_state(param, group)
@@ -421,15 +444,16 @@ class Lion8bit(torch.optim.Optimizer):
                 )
                 where = f"(parameter {index} of group {number}, shape {tuple(param.shape)})"
                 raise type(error)(f"{error} {where}") from error
+        places: dict[tuple[int, torch.device, bool, bool], list[int]] = {}
+        for place, (turn, entry) in enumerate(zip(turns(entries), entries, strict=True)):
+            places.setdefault((turn, entry.param.device, entry.paged, entry.in_place), []).append(place)
         for entry in entries:
             self.state[entry.source] = entry.state
-        places: dict[tuple[torch.device, bool], list[int]] = {}
-        for place, entry in enumerate(entries):
-            places.setdefault((entry.param.device, entry.paged), []).append(place)
         if len(places) == 1:
-            return [Batch(device, entries, ordered) for device, _ in places]
+            return [Batch(device, entries, ordered) for _, device, *_ in places]
         return [
-            Batch(device, [entries[i] for i in at], [ordered[i] for i in at], at) for (device, _), at in places.items()
+            Batch(device, [entries[i] for i in at], [ordered[i] for i in at], at)
+            for (_, device, *_), at in sorted(places.items(), key=lambda item: item[0][0])
         ]
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
@@ -440,7 +464,8 @@ class Lion8bit(torch.optim.Optimizer):
 
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._counters:
-            self._counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # or later steps outside of inference mode could not add to it
+                self._counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return self._counters[device]
 
     # ---- Looking inside ----------------------------------------------------------------------------------------------
@@ -646,6 +671,13 @@ _NOT_CAPTURABLE = (
     "each replay would repeat this step's learning rate and random numbers"
 )
 _PIECE = 1 << 22  # elements at a time where a parameter is looked at in fp32
+
+
+def _apply(updates: Iterable[tuple[Batch, Callable[[], None]]]) -> None:
+    for batch, update in updates:
+        if not batch.finished:
+            update()
+            batch.finish()
 
 
 class _Plan:

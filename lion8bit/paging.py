@@ -6,10 +6,14 @@ loads come in and the last ones go back, on CUDA streams of their own. Without s
 
 from __future__ import annotations
 
+import _thread
 import ctypes
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -64,6 +68,45 @@ def bring_home(tensor: Tensor, param: Tensor, group: dict[str, Any], copy: bool 
     if not copy and tensor.device == place["device"] and (tensor.is_pinned() or not place["pin_memory"]):
         return tensor
     return torch.empty_like(tensor, **place).copy_(tensor)
+
+
+def in_thread(work: Callable[[], None], device: torch.device) -> None:
+    """Does work in another thread, on the present stream of a device, and waits for it, whatever interrupts that.
+
+    Raises:
+        BaseException: what the work raised, or what the caller was interrupted by.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where nothing interrupts
+        work()
+        return
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    started: list[int] = []
+    ended = threading.Event()
+    failures: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            with torch.no_grad(), nullcontext() if stream is None else torch.cuda.stream(stream):
+                work()
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            ended.set()
+
+    interrupt: BaseException | None = None
+    while not ended.is_set():
+        try:
+            if not started:
+                started.extend(starmap(_thread.start_new_thread, [(body, ())]))
+            ended.wait()
+        except BaseException as error:
+            if not started:
+                raise
+            interrupt = error
+    if failures:
+        raise failures[0]
+    if interrupt is not None:
+        raise interrupt
 
 
 # ---- Queues of work --------------------------------------------------------------------------------------------------
@@ -214,6 +257,7 @@ class Load:
         self._batch, self._pieces = batch, pieces
         self._copies: list[tuple[Tensor, Tensor]] = []  # host, slot
         self._taken = 0
+        self.done: list[Any] = []
         for number, piece in enumerate(pieces):
             whole = batch.entries[piece.entry]
             elements = slice(piece.start, piece.start + piece.rows * piece.cols)
@@ -262,6 +306,7 @@ class Load:
 
     def refresh(self, on_device: bool) -> None:
         """Takes in what changes from step to step; ``on_device``: update counts are in device memory."""
+        self.done = []
         self._columns["grad"] = self._batch.columns["grad"][self._rows] + self._offsets
         steps = self._batch.columns["step"][self._rows]
         self._columns["step"] = steps | self._unfinished if on_device else steps
@@ -327,6 +372,8 @@ class Pager:
         """Updates a batch whose state is on the host.
 
         When all of it has been asked of the device, loads of the batch that came next in the last turn are fetched too.
+        It happens in a thread of its own, where Python does not raise KeyboardInterrupt: a half of it cannot be undone.
+        Called again for the same update, it does nothing.
 
         Args:
             batch: on this device.
@@ -334,16 +381,24 @@ class Pager:
             update: one step of a load, by a backend.
             on_device: update counts are in device memory, so that only one piece of each parameter must count.
         """
-        if self._latest is not None and batch.reusable:
+        if batch.done:
+            return
+        if self._latest is not None and batch.in_place:
             self._seen[self._latest] = batch
         self._latest = batch
         if batch.loads is None:
             batch.loads = self._cut(batch, hypers)
-        try:
-            self._stream(batch.loads, batch, update, on_device)
-        except BaseException:
-            self._ahead.clear()
-            raise
+        loads = batch.loads
+
+        def stream() -> None:
+            try:
+                self._stream(loads, batch, update, on_device)
+                batch.done.append(batch)
+            except BaseException:
+                self._ahead.clear()
+                raise
+
+        in_thread(stream, batch.device)
 
     def turn(self) -> None:
         """Ends an iteration: the batches that have run since the last call are expected again in this order."""

@@ -9,7 +9,7 @@ import torch
 
 from lion8bit.batch import Work
 from lion8bit.layout import Hyper, as_rows, blocks_per_row
-from lion8bit.reference import lion_step_
+from lion8bit.reference import lion_step
 
 PIECE = 1 << 17  # elements at a time: half a megabyte for each temporary, of which some ten live at once
 
@@ -24,23 +24,28 @@ def pieces(rows: int, cols: int, block_size: int) -> Iterator[tuple[slice, slice
 
 
 def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> None:
-    """One Lion step in place for every parameter of the batch, in plain torch.
+    """One Lion step in place for every parameter of the batch, in plain torch; see `backend.update_`.
 
     Args:
         batch: parameters on any device that torch has, checked by `make_entry`.
         hypers: constants of the groups.
         counter: [1] int64 on that device; the number of skipped elements is added to it.
     """
+    applied, seen = len(batch.done), 0
     for entry, grad_of_entry, row in zip(batch.entries, batch.grads, batch.table, strict=True):
+        writes = 3 + (entry.scales is not None) + (entry.residual is not None)  # of a piece
         hyper = hypers[entry.hyper]
         param, grad, momentum = (
             as_rows(t, entry.order).view(entry.rows, entry.cols) for t in (entry.param, grad_of_entry, entry.momentum)
         )
         residual = None if entry.residual is None else as_rows(entry.residual, entry.order).view(entry.rows, entry.cols)
         for vertical, horizontal in pieces(entry.rows, entry.cols, hyper.block_size):
+            seen += writes
+            if seen <= applied:
+                continue
             first = horizontal.start // hyper.block_size
             blocks = slice(first, first + blocks_per_row(horizontal.stop - horizontal.start, hyper.block_size))
-            counter += lion_step_(
+            skipped, targets, values = lion_step(
                 param[vertical, horizontal],
                 grad[vertical, horizontal],
                 momentum[vertical, horizontal],
@@ -52,3 +57,4 @@ def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> 
                 first=row.first + vertical.start * row.row_stride + horizontal.start,
                 row_stride=row.row_stride,
             )
+            batch.done.extend(map(torch.Tensor.copy_, (*targets, counter), (*values, counter + skipped)))

@@ -223,6 +223,16 @@ def to_compensated(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lion_step_(
+    param: Tensor, grad: Tensor, momentum: Tensor, scales: Tensor | None, hyper: Hyper, **more: Any
+) -> Tensor:
+    """`lion_step` in place; returns the number of elements skipped, a 0-dim int64 tensor."""
+    skipped, targets, values = lion_step(param, grad, momentum, scales, hyper, **more)
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
+    return skipped
+
+
+def lion_step(
     param: Tensor,
     grad: Tensor,
     momentum: Tensor,
@@ -234,8 +244,8 @@ def lion_step_(
     step: int = 1,
     first: int = 0,
     row_stride: int | None = None,
-) -> Tensor:
-    """One Lion step in place on rows of a parameter::
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """What one Lion step makes of rows of a parameter::
 
         g    = grad, times unscale, negated with maximize, plus weight_decay*param where decay is coupled
         c    = blend*m + (1-blend)*g
@@ -246,17 +256,18 @@ def lion_step_(
     block whose gradients are all zero keeps its codes: its scale decays in their place, see `decayed_scale`.
 
     Args:
-        param: [rows, cols] fp32, bf16 or fp16; updated in place.
+        param: [rows, cols] fp32, bf16 or fp16.
         grad: [rows, cols] fp32, bf16 or fp16.
-        momentum: [rows, cols] int8 codes, or fp32 where ``scales`` is None; updated in place.
-        scales: [rows, blocks_per_row] fp32 or None; updated in place.
+        momentum: [rows, cols] int8 codes, or fp32 where ``scales`` is None.
+        scales: [rows, blocks_per_row] fp32 or None.
         hyper: the group's constants.
-        residual: [rows, cols] int8, what compensated weights hold below a bf16 ``param``; updated in place.
+        residual: [rows, cols] int8, what compensated weights hold below a bf16 ``param``.
         seed, step, first, row_stride: what stochastic rounding is a function of, see `random_bits`; by default these
             rows are a whole parameter.
 
     Returns:
-        The number of elements skipped, a 0-dim int64 tensor.
+        The number of elements skipped, a 0-dim int64 tensor; those of the tensors above that change; and in the same
+        order their new values, which `torch.Tensor.copy_` is to write.
     """
     p, g = param.float() if residual is None else from_compensated(param, residual), grad.float()
     m = momentum if scales is None else decode(momentum, scales, hyper.block_size)
@@ -281,12 +292,10 @@ def lion_step_(
         averaged = torch.where(finite, averaged, m)
         skipped = (~finite).sum()
 
-    if param.dtype == torch.float32:
-        param.copy_(moved)
-    elif residual is not None:
-        for part, value in zip((param, residual), to_compensated(moved)):
-            part.copy_(value)
-    else:
+    targets, values = [param], [moved]
+    if residual is not None:
+        targets, values = [param, residual], [*to_compensated(moved)]
+    elif param.dtype != torch.float32:
         random = None
         if hyper.weight_rounding == _STOCHASTIC:
             rows, cols = param.shape
@@ -294,9 +303,9 @@ def lion_step_(
             random = random_bits(
                 (rows, cols), seed=seed, step=step, first=first, row_stride=stride, device=param.device
             )
-        param.copy_((to_bfloat16 if param.dtype == torch.bfloat16 else to_float16)(moved, random))
+        values = [(to_bfloat16 if param.dtype == torch.bfloat16 else to_float16)(moved, random)]
     if scales is None:
-        momentum.copy_(averaged)
+        targets, values = [*targets, momentum], [*values, averaged]
     else:
         new_codes, new_scales = encode(averaged, hyper.block_size)
         decayed = decayed_scale(scales, hyper.beta)
@@ -304,9 +313,8 @@ def lion_step_(
         if bool(idle.any()):
             spread = idle.repeat_interleave(hyper.block_size, dim=1)[:, : momentum.shape[1]]
             new_codes = torch.where(spread, momentum, new_codes)
-        momentum.copy_(new_codes)
-        scales.copy_(torch.where(idle, decayed, new_scales))
-    return skipped
+        targets, values = [*targets, momentum, scales], [*values, new_codes, torch.where(idle, decayed, new_scales)]
+    return skipped, targets, values
 
 
 # ---- Public faces of the format -------------------------------------------------------------------------------------

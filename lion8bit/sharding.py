@@ -88,12 +88,17 @@ def place_in_whole(param: Any) -> tuple[tuple[int, int], int, int]:
 
 def gradients(params: Sequence[Any], grads: list[Any]) -> list[Tensor]:
     """Of gradients what is in this process's memory, placed as the parameters; communicates where they are not so."""
-    if {*map(type, grads)} <= {Tensor}:
-        return grads
-    return [
-        grad if type(grad) is Tensor else _local_gradient(param, grad)
-        for param, grad in zip(params, grads, strict=True)
-    ]
+    if not {*map(type, grads)} <= {Tensor}:
+        grads = [
+            grad if type(grad) is Tensor else _local_gradient(param, grad)
+            for param, grad in zip(params, grads, strict=True)
+        ]
+    return resolved(grads)
+
+
+def resolved(grads: list[Tensor]) -> list[Tensor]:
+    """Gradients whose memory holds what they mean: torch negates lazily (``is_neg``), the kernels read memory."""
+    return [grad.resolve_neg() for grad in grads] if True in map(Tensor.is_neg, grads) else grads
 
 
 def _local_gradient(param: Any, grad: Any) -> Tensor:

@@ -50,9 +50,9 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pl
             def capacity(self, tensors: int) -> cuda.Capacity:
                 return runner.capacity(tensors)
 
-            def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure) -> None:
+            def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
                 where.launches.append((kernel, grid, type(launch).from_buffer_copy(launch)))
-                runner.run(kernel, grid, launch)
+                runner.run(kernel, grid, launch, done)
 
         def step_(batch: Any, hypers: Any, counter: torch.Tensor, control: Any = None) -> None:
             cuda.step_(batch, hypers, counter, Recorder(), control)
@@ -440,7 +440,7 @@ def replayed(place: Place, optimizer: Lion8bit, request: pytest.FixtureRequest) 
 
     def replay() -> None:
         for kernel, grid, launch in recorded:
-            emulator.run(kernel, grid, launch)
+            emulator.run(kernel, grid, launch, [])
 
     return replay
 

@@ -55,6 +55,10 @@ class Batch:
     table: Any
     cuda_cache: dict[Any, Any] = field(default_factory=dict)
 
+    @property
+    def done(self) -> list[Any]:
+        return []  # each step is a whole one
+
 
 @dataclass
 class Emulated:
@@ -74,7 +78,7 @@ class Emulated:
     def capacity(self, tensors: int) -> cuda.Capacity:
         return cuda.LARGE if self.large else cuda.SMALL
 
-    def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure) -> None:
+    def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
         self.log.append((kernel, launch.count, grid))  # type: ignore[attr-defined]
         assert ctypes.sizeof(launch) == self.library.launch_bytes(int(self.large))
         if self.large:
@@ -86,6 +90,7 @@ class Emulated:
             )
         if error:
             raise RuntimeError(f"the emulator reports: {ERRORS.get(error, error)}")
+        done.append(grid)
 
 
 def defined(tuning: cuda.Tuning) -> list[str]:

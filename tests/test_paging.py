@@ -359,7 +359,7 @@ def test_the_next_parameters_of_a_backward_pass_are_fetched_ahead(fetched: list[
         assert batch.loads is not None
         begun = fetched[: fetched.index(batch.loads[0])].count(None)
         assert begun < updates or not known, "it is fetched before the last update of the parameter before it"
-        updates, known = updates + len(batch.loads), batch.reusable
+        updates, known = updates + len(batch.loads), batch.in_place
 
 
 def test_another_order_than_expected(fetched: list[Load]) -> None:
@@ -435,7 +435,9 @@ def test_gradient_release() -> None:
     assert_same_contents(*results)
 
 
-def test_a_warmed_step_only_copies() -> None:
+def test_a_warmed_step_only_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paging, "in_thread", lambda work, device: work())  # modes belong to a thread
+
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             called.add(str(func))

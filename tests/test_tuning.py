@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_kernels_take_the_tuning_of_their_dtype(capability: int) -> None:
         def capacity(self, tensors: int) -> cuda.Capacity:
             return cuda.SMALL
 
-        def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure) -> None:
+        def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
             self.launches.append((kernel.param_dtype, kernel.tuning, grid))
 
     pairs = [Pair((1, 9 * 4096), dtype, dtype, 128) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
@@ -208,11 +209,11 @@ class StandIn:
     def capacity(self, tensors: int) -> cuda.Capacity:
         return cuda.SMALL
 
-    def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure) -> None:
+    def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
         assert kernel.tuning == self.tunings.half == self.tunings.fp32
         self.seen.add(kernel.tuning)
         library = variant_library(self.cache, kernel.tuning)
-        Emulated(library, tuning=kernel.tuning).run(kernel, grid, launch)
+        Emulated(library, tuning=kernel.tuning).run(kernel, grid, launch, done)
         if kernel.tuning == self.wrong:
             ctypes.c_uint16.from_address(launch.tensors[0].param).value ^= 1  # type: ignore[attr-defined]
 

@@ -52,7 +52,7 @@ def main() -> None:
         try:  # ctypes would only print what a callback raises
             kernel = next(kernel for kernel, known in gpu._functions.items() if int(known) == function)
             assert (threads, stream) == (kernel.tuning.threads, STREAM)
-            emulated.run(kernel, grid, cuda.launch_type(kernel.capacity).from_address(address))
+            emulated.run(kernel, grid, cuda.launch_type(kernel.capacity).from_address(address), [])
         except BaseException as error:
             raised.append(error)
 
