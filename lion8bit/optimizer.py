@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -90,6 +91,10 @@ class Lion8bit(torch.optim.Optimizer):
             each replay. The first step must come before the capture.
         fused: `torch.amp.GradScaler` leaves unscaling, and skipping after an overflow, to the kernel: no pass over the
             gradients to unscale them, and no waiting for the GPU.
+        seed: of stochastic rounding, from 0 on; parameter i of a group takes ``seed + i``, so groups of n parameters
+            must be n apart. None numbers all parameters of all optimizers in this process in the order in which they
+            are given: a script that is run again has the same random bits, and no two parameters have equal ones. It
+            is kept in checkpoints. Ranks that train replicas must make their optimizers in the same order, or pass it.
         is_paged: keep the state of parameters on a GPU in pinned host memory. A step streams it through a buffer of
             48 MiB and has the same bits. Parameters of fewer than 65,536 elements keep theirs on the GPU. Where
             parameters are on the CPU, nothing changes. Not for DTensors on a GPU, in CUDA graphs or under
@@ -121,6 +126,7 @@ class Lion8bit(torch.optim.Optimizer):
         capturable: bool = False,
         fused: bool = False,
         is_paged: bool = False,
+        seed: int | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -138,6 +144,7 @@ class Lion8bit(torch.optim.Optimizer):
             "capturable": capturable,
             "fused": fused,
             "is_paged": is_paged,
+            "seed": seed,
         }
         _check_options(defaults)
         self._plan: _Plan | None = None
@@ -188,10 +195,15 @@ class Lion8bit(torch.optim.Optimizer):
         """Adds a group of parameters with options of its own; see `torch.optim.Optimizer.add_param_group`."""
         if isinstance(param_group, dict):
             _check_options({**self.defaults, **param_group})
+        given = {*param_group}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["betas"] = tuple(group["betas"])  # a configuration file's list may be of a class that cannot be saved
         group.setdefault("format_version", FORMAT_VERSION)
+        if group["seed"] is None:
+            group["seed"] = _first_number(len(group["params"]))
+        elif "seed" not in given:
+            group["seed"] += sum(len(other["params"]) for other in self.param_groups[:-1])
         if group["decouple_lr"]:
             group.setdefault("initial_lr", float(group["lr"]))  # before a warm-up changes it
         for i, param in enumerate(group["params"]):
@@ -217,6 +229,11 @@ class Lion8bit(torch.optim.Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             group.setdefault("format_version", FORMAT_VERSION)
+        number = 0
+        for group in self.param_groups:
+            if group["seed"] is None:  # of state from before there were seeds
+                group["seed"] = number
+            number += len(group["params"])
         self._plan = None
         self._plans = {}
         self.__dict__.setdefault("_counters", {})
@@ -258,7 +275,7 @@ class Lion8bit(torch.optim.Optimizer):
         """Steps ``counts`` parameters of each group, all that have gradients."""
         hypers = [_hyper(group) for group in groups]
         layouts = [(hyper.block_size, hyper.weight_rounding) for hyper in hypers]
-        key = (counts, layouts, [group["is_paged"] for group in groups])
+        key = (counts, layouts, [(group["is_paged"], group["seed"], len(group["params"])) for group in groups])
         plan = self._plan
         # Without DTensors `refresh` finds that each parameter is still its own local tensor.
         grads = gradients(params, grads) if plan is None or plan.sharded else resolved(grads)
@@ -300,7 +317,8 @@ class Lion8bit(torch.optim.Optimizer):
         if not any(group is present for present in self.param_groups):
             group = self._group_of(param)
         hypers = [_hyper(group)]
-        key = (id(group), hypers[0].block_size, hypers[0].weight_rounding, group["is_paged"])
+        layout = hypers[0].block_size, hypers[0].weight_rounding
+        key = (id(group), layout, group["is_paged"], group["seed"], len(group["params"]))
         states = [self.state[param]] if param in self.state else []
         plan, grads = self._plans.get(param), gradients([param], [param.grad])
         if plan is None or not plan.refresh(key, states, [param], grads):
@@ -414,7 +432,7 @@ class Lion8bit(torch.optim.Optimizer):
         hypers: Sequence[Hyper],
     ) -> list[Batch]:
         """Checks parameters, gradients and state, makes the state that is missing; a batch for each device."""
-        numbers = {id(param): n for n, param in enumerate(p for group in self.param_groups for p in group["params"])}
+        numbers = {id(param): group["seed"] + n for group in groups for n, param in enumerate(group["params"])}
         owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
         self._settle_pages()
         entries: list[Entry] = []
@@ -424,14 +442,15 @@ class Lion8bit(torch.optim.Optimizer):
             state = state if type(state) is dict else dict(state)  # the kept plan reads dicts
             try:
                 group = groups[owner]
-                state = _with_residual(state, param, group) if state else _new_state(param, group)
-                state = _at_home(state, param, group)
+                with torch.inference_mode(False), torch.no_grad():  # or only inference mode could write to it
+                    state = _with_residual(state, param, group) if state else _new_state(param, group)
+                    state = _at_home(state, param, group)
                 entry, ordered_grad = make_entry(
                     param,
                     grad,
                     state,
                     block_size=hypers[owner].block_size,
-                    seed=numbers.get(id(param), 0),
+                    seed=numbers[id(param)] & 0xFFFFFFFF,
                     hyper=owner,
                     paged=lives_on_host(param, group),
                 )
@@ -670,6 +689,7 @@ _NOT_CAPTURABLE = (
     "capturable must be True while a CUDA graph is captured, got False; "
     "each replay would repeat this step's learning rate and random numbers"
 )
+_numbers = itertools.count()  # of the parameters in this process
 _PIECE = 1 << 22  # elements at a time where a parameter is looked at in fp32
 
 
@@ -708,6 +728,12 @@ def _ready(groups: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]
         grads += found
         counts.append(len(found))
     return params, grads, counts
+
+
+def _first_number(count: int) -> int:
+    """The first of so many numbers that no other parameters have."""
+    first, *_ = itertools.islice(_numbers, max(1, count))
+    return first
 
 
 def _hyper(group: dict[str, Any], lr: float | None = None) -> Hyper:
@@ -853,6 +879,9 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"min_8bit_size must be at least 0, got {options['min_8bit_size']}")
     if options["optim_bits"] not in (8, 32):
         raise ValueError(f"optim_bits must be 8 or 32, got {options['optim_bits']!r}")
+    seed = options["seed"]
+    if seed is not None and (type(seed) is not int or seed < 0):
+        raise ValueError(f"seed must be an int of at least 0 or None, got {seed!r}")
     rounding = options["weight_rounding"]
     if rounding not in ("auto", *WEIGHT_ROUNDING):
         raise ValueError(f"weight_rounding must be 'auto' or one of {(*WEIGHT_ROUNDING,)}, got {rounding!r}")

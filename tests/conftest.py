@@ -5,12 +5,20 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lion8bit import Lion8bit
+
 LONG = ("test_cuda.py", "test_visit.py", "test_benchmarks.py", "test_fuzz.py", "test_distributed.py", "test_tuning.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take the longest come first, so that two processes end at about the same time."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.fixture(autouse=True)
+def same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimizers that a test compares have the same random bits: each numbers its parameters from 0."""
+    monkeypatch.setitem(Lion8bit.__init__.__kwdefaults__, "seed", 0)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import gc
 import sys
+import warnings
+from collections import UserDict
 from collections.abc import Callable
 from operator import is_
 from typing import Any
@@ -16,7 +18,8 @@ import torch
 from cases import assert_same
 
 import lion8bit.describe
-from lion8bit import Lion8bit, cpu
+import lion8bit.optimizer as optimizer_module
+from lion8bit import Lion8bit, cpu, fuse_into_backward
 from lion8bit.describe import describe, gradients_of, look_again, replace
 
 LOOKS = {"native": lion8bit.describe._native(), "portable": None}
@@ -386,3 +389,118 @@ def test_a_gradient_off_its_alignment_is_copied(look: str) -> None:
     give_gradients(params, 1)
     optimizer.step()
     assert all(batch.in_place for batch in optimizer._plan.batches)
+
+
+# ---- What memory does not tell ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["step", "step_param", "release"])
+def test_negated_views_are_read_as_what_they_are(look: str, way: str) -> None:
+    """torch negates lazily (imaginary parts of conjugates): gradients, also in the kept plan, and parameters."""
+    results = []
+    for view in (torch._neg_view, torch.neg):
+        generator = torch.Generator().manual_seed(0)
+        values = [torch.randn(shape, generator=generator) for shape in ((100, 200), (1,), (64, 64))]
+        params = [torch.nn.Parameter(value) for value in (*values[:2], view(values[2]))]
+        optimizer = Lion8bit(params, lr=1e-3, weight_decay=0.1)
+        handle = fuse_into_backward(torch.nn.ParameterList(params), optimizer) if way == "release" else None
+        for step in range(4):
+            grads = [torch.randn(param.shape, generator=generator) for param in params]
+            grads = [grad if step == 2 else view(grad) for grad in grads]
+            if handle is not None:
+                torch.autograd.backward(params, grads)
+                optimizer.step()
+                continue
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+                if way == "step_param":
+                    optimizer.step_param(param, optimizer.param_groups[0])
+            if way == "step":
+                optimizer.step()
+        results.append([*(param.detach().resolve_neg() for param in params), *map(optimizer.momentum, params)])
+    assert all(map(torch.equal, *results))
+
+
+def test_negated_state_is_refused() -> None:
+    params, optimizer = make()
+    give_gradients(params, 0)
+    optimizer.step()
+    optimizer.state[params[0]]["scales"] = torch._neg_view(optimizer.state[params[0]]["scales"])
+    give_gradients(params, 1)
+    with pytest.raises(ValueError, match="state must not be a negated view, got scales"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("how", ["listed twice", "tied by .data", "a part of another"])
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_parameters_on_one_memory_are_stepped_in_turn(how: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never at the same time by several threads, which would lose updates."""
+    batches = []
+    whole = torch.nn.Parameter(torch.zeros(256, 128))
+    other = whole if how == "listed twice" else torch.nn.Parameter(torch.zeros(256, 128))
+    if how == "tied by .data":
+        other.data = whole.data
+    if how == "a part of another":
+        other.data = whole.data[128:]
+    apart = torch.nn.Parameter(torch.zeros(64, 128))
+    for param in (whole, other, apart):
+        param.grad = torch.ones_like(param)
+    optimizer = Lion8bit([whole, other, apart], lr=0.25, optim_bits=bits)
+    update_ = optimizer_module.update_
+    monkeypatch.setattr(optimizer_module, "update_", lambda batch, *a: (batches.append(batch), update_(batch, *a)))
+    for _ in range(2):
+        optimizer.step()
+    expected = torch.full((256, 128), -1.0)
+    expected[: 128 if how == "a part of another" else 0] = -0.5
+    assert torch.equal(whole, expected) and torch.equal(apart, torch.full((64, 128), -0.5))
+    assert [len(batch.places) for batch in batches] == [2, 1, 2, 1] and batches[:2] == batches[2:]
+
+
+def test_parameters_that_share_memory_and_must_be_copied_are_refused() -> None:
+    param = torch.nn.Parameter(torch.zeros(64, 128, 2)[..., 0])
+    param.grad = torch.ones_like(param)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = Lion8bit([param, param])
+    with pytest.raises(ValueError, match=r"parameters that share memory must be dense, got two of shapes \(64, 128\)"):
+        optimizer.step()
+    columns = torch.zeros(64, 128, 2)
+    params = [torch.nn.Parameter(columns[..., i]) for i in range(2)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    Lion8bit(params, lr=0.5).step()  # these have no element in common
+    assert bool((columns == -0.5).all())
+
+
+def test_groups_and_state_may_be_of_other_classes(look: str) -> None:
+    """torch's own optimizers take a tuple of parameters and any mapping as their state."""
+    params, optimizer = make()
+    for step in range(4):
+        give_gradients(params, step)
+        optimizer.step()
+        for group in optimizer.param_groups:
+            group["params"] = tuple(group["params"])
+        if step == 1:
+            optimizer.state[params[0]] = UserDict(optimizer.state[params[0]])  # type: ignore[assignment]
+    assert [optimizer.state[param]["step"] for param in params if optimizer.state.get(param)]
+    assert optimizer.state[params[0]]["step"] == 4
+
+
+def test_a_parameter_that_is_copied_does_not_cost_the_others_their_plan(look: str) -> None:
+    """Only its own table is made anew in each step, and its copies do not outlive the step."""
+    gaps = torch.nn.Parameter(torch.zeros(64, 80, 2)[..., 0])
+    params = [gaps, *(torch.nn.Parameter(torch.zeros(64, 80)) for _ in range(3))]
+    optimizer = Lion8bit(params, lr=1e-3)
+    plans = []
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        plans.append(optimizer._plan)
+    assert plans[0] is plans[1] is plans[2]
+    assert [(len(batch.places), batch.in_place, len(batch.entries)) for batch in plans[0].batches] == [
+        (1, False, 0),
+        (3, True, 3),
+    ]
+    assert all(torch.equal(param, params[1]) for param in params)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import pickle
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -856,3 +858,76 @@ def test_an_option_spoilt_after_construction_changes_nothing(option, value, warm
     with pytest.raises(ValueError):
         optimizer.step()
     assert_same_all(snapshot(optimizer), before)
+
+
+# ---- Seeds -----------------------------------------------------------------------------------------------------------
+
+
+def rounded_alike(optimizers: Sequence[Lion8bit]) -> list[tuple[int, int]]:
+    """Steps all parameters, which begin alike, with the same gradient; the pairs that end with the same bits."""
+    params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
+    for step in range(2):
+        grad = torch.randn(params[0].shape, generator=torch.Generator().manual_seed(step))
+        for param in params:
+            param.grad = grad.to(param.dtype)
+        for optimizer in optimizers:
+            optimizer.step()
+    pairs = itertools.combinations(range(len(params)), 2)
+    return [(i, j) for i, j in pairs if torch.equal(params[i], params[j])]
+
+
+def equal_params(count: int) -> list[torch.nn.Parameter]:
+    value = torch.randn(16, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    return [torch.nn.Parameter(value.clone()) for _ in range(count)]
+
+
+def test_no_two_parameters_of_a_process_have_the_same_random_bits() -> None:
+    """One optimizer for all, one for each, several groups, groups that come later; and the numbers run on."""
+    params = equal_params(9)
+    together = Lion8bit([{"params": params[:2]}, {"params": params[2:4]}], lr=1e-5, seed=None)
+    apart = [Lion8bit([param], lr=1e-5, seed=None) for param in params[4:8]]
+    together.add_param_group({"params": params[8:]})
+    assert rounded_alike([together, *apart]) == []
+    first = together.param_groups[0]["seed"]
+    assert [group["seed"] - first for group in together.param_groups] == [0, 2, 8]
+    assert [optimizer.param_groups[0]["seed"] - first for optimizer in apart] == [4, 5, 6, 7]
+
+
+def test_a_seed_repeats_the_random_bits() -> None:
+    """Of an optimizer, parameter by parameter; of a group of its own; also through a checkpoint."""
+    params = equal_params(8)
+    one, other = (Lion8bit([{"params": p[:2]}, {"params": p[2:]}], lr=1e-5, seed=5) for p in (params[:4], params[4:]))
+    assert [group["seed"] for group in one.param_groups] == [5, 7]
+    assert rounded_alike([one, other]) == [(i, i + 4) for i in range(4)]
+    params = equal_params(3)
+    by_group = Lion8bit([{"params": [param], "seed": seed} for param, seed in zip(params, (3, 9, 3))], lr=1e-5)
+    assert rounded_alike([by_group]) == [(0, 2)]
+    resumed = Lion8bit([{"params": [param]} for param in equal_params(3)], seed=None)
+    resumed.load_state_dict(by_group.state_dict())
+    assert [group["seed"] for group in resumed.param_groups] == [3, 9, 3]
+    saved = by_group.state_dict()
+    for group in saved["param_groups"]:
+        del group["seed"]
+    resumed.load_state_dict(saved)
+    assert [group["seed"] for group in resumed.param_groups] == [0, 1, 2], "as before there were seeds"
+    for seed in (-1, 1.0, "1", True):
+        with pytest.raises(ValueError, match="seed must be"):
+            Lion8bit(equal_params(1), seed=seed)
+
+
+def test_random_bits_follow_a_parameter_that_leaves_its_group() -> None:
+    """The kept plan gives those that a new one gives."""
+    results = []
+    for keep in (True, False):
+        params = equal_params(3)
+        optimizer = Lion8bit(params, lr=1e-5)
+        params[0].requires_grad_(False)
+        for step in range(3):
+            for param in params[1:]:
+                param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
+            if step == 2:
+                del optimizer.param_groups[0]["params"][0]
+                optimizer._plan = optimizer._plan if keep else None
+            optimizer.step()
+        results.append(params)
+    assert all(map(torch.equal, *results))
