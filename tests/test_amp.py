@@ -288,7 +288,7 @@ def test_the_decay_is_the_hosts_for_any_numbers(place: Place) -> None:
         groups, lrs = [], []
         for i, (rate, decay, initial) in enumerate(draws.tolist()):
             lrs.append(torch.tensor(rate, device=place.device))
-            extra = {"decouple_lr": True, "initial_lr": initial if i % 6 else 0.0} if i % 2 else {}
+            extra = {"decouple_lr": True, "peak_lr": initial if i % 6 else 0.0} if i % 2 else {}
             lr = lrs[-1] if capturable else float(lrs[-1])
             groups.append({"params": [torch.ones(3, device=place.device)], "lr": lr, "weight_decay": decay, **extra})
         optimizer = Lion8bit(groups, capturable=capturable)
@@ -297,6 +297,19 @@ def test_the_decay_is_the_hosts_for_any_numbers(place: Place) -> None:
         optimizer.step()
         results.append(contents(optimizer))
     assert_same_contents(*results)
+
+
+@on_device
+@pytest.mark.parametrize("lr, decay, expected", [(-3e-21, 0.0, 1.0), (-0.5, 0.1, 1.0), (0.75, 2.0, -0.75)])
+def test_the_device_refuses_no_rate(place: Place, lr: float, decay: float, expected: float) -> None:
+    """It cannot raise: a rate below 0 counts as 0, and so does a factor on the parameter."""
+    param = torch.ones(100, device=place.device, requires_grad=True)
+    rate = torch.tensor(0.0, device=place.device)
+    optimizer = Lion8bit([param], lr=rate, weight_decay=decay, capturable=True)
+    rate.fill_(lr)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert_same(param.detach(), torch.full_like(param, expected), "parameter")
 
 
 def test_counts_survive_everything(place: Place) -> None:
