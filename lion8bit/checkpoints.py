@@ -115,7 +115,7 @@ def export_state_dict(optimizer: Lion8bit, peer: torch.optim.Optimizer | None = 
         group |= {name: own[name] for name in _SHARED_OPTIONS if name in own and name in group}
         group |= {"beta1": beta1, "beta2": beta2} if "beta1" in group else {"betas": (beta1, beta2)}
         if own["decouple_lr"] and "beta1" in group:
-            group["max_lr"] = own["peak_lr"]
+            group["max_lr"] = own.get("peak_lr", own["lr"])
     return {"state": state, "param_groups": groups}
 
 

@@ -286,11 +286,13 @@ def test_the_decay_is_the_hosts_for_any_numbers(place: Place) -> None:
     draws = torch.rand(60, 3, generator=generator, dtype=torch.float64)
     for capturable in (False, True):
         groups, lrs = [], []
-        for i, (rate, decay, initial) in enumerate(draws.tolist()):
+        for i, (rate, decay, peak) in enumerate(draws.tolist()):
             lrs.append(torch.tensor(rate, device=place.device))
-            extra = {"decouple_lr": True, "peak_lr": initial if i % 6 else 0.0} if i % 2 else {}
+            extra: dict[str, Any] = {"weight_decay": decay}
+            if i % 2:
+                extra = {"weight_decay": decay * peak, "decouple_lr": True, "peak_lr": peak if i % 3 else 0.0}
             lr = lrs[-1] if capturable else float(lrs[-1])
-            groups.append({"params": [torch.ones(3, device=place.device)], "lr": lr, "weight_decay": decay, **extra})
+            groups.append({"params": [torch.ones(3, device=place.device)], "lr": lr, **extra})
         optimizer = Lion8bit(groups, capturable=capturable)
         for group in groups:
             group["params"][0].grad = torch.zeros(3, device=place.device)
