@@ -278,9 +278,10 @@ template <class Launch> LION8BIT_FN Decision decide(const Launch& launch, const 
     Decision decision = {launch.hypers[tensor.hyper], 0, false};
     Hyper& hyper = decision.hyper;
     const Rate& rate = launch.rates[tensor.hyper];
-    if (rate.lr) {  // the formulas of make_hyper in lion8bit/layout.py
-        hyper.lr = *rate.lr;
-        hyper.decay = static_cast<float>(1.0 - static_cast<double>(hyper.lr) / rate.divisor * rate.weight_decay);
+    if (rate.lr) {  // the formulas of make_hyper in lion8bit/layout.py; what the host refuses below 0 counts as 0
+        hyper.lr = *rate.lr < 0.0f ? 0.0f : *rate.lr;
+        const double decay = 1.0 - static_cast<double>(hyper.lr) / rate.divisor * rate.weight_decay;
+        hyper.decay = decay < 0.0 ? 0.0f : static_cast<float>(decay);
     }
     if (launch.grad_scale) hyper.unscale = static_cast<float>(1.0 / static_cast<double>(*launch.grad_scale));
     decision.step = static_cast<uint32_t>(counter_of(launch, tensor).updates) + 1;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -46,11 +47,21 @@ def decides(device_type: str) -> bool:
     return select(device_type)[0] == "cuda"
 
 
+_missing: dict[str, str] = {}  # why, by type of device, as last warned of
+
+
+def look_again() -> None:
+    """Has the next step look for backends that were missing; called by each new optimizer."""
+    if _missing:
+        cpu.forget_missing()
+        select.cache_clear()
+
+
 @cache
 def select(device_type: str) -> tuple[str, Update]:
     """The backend for a type of device: its name ("cpu", "cuda" or "portable") and its `update_`.
 
-    Warns `SlowBackendWarning` where the fast one is missing.
+    Warns `SlowBackendWarning` where the fast one is missing, once for each reason.
     """
     reason: str | None = None
     if device_type == "cpu":
@@ -63,7 +74,16 @@ def select(device_type: str) -> tuple[str, Update]:
         reason = cuda.unavailable_reason()
         if reason is None:
             return "cuda", cuda.update_
-    if reason is not None:
+    if reason is not None and _missing.get(device_type) != reason:
+        _missing[device_type] = reason
         what = f"lion8bit steps on {device_type} in plain torch, which is slow: {reason}"
-        warnings.warn(f"{what}; `lion8bit doctor` tells what to do", SlowBackendWarning, stacklevel=4)
+        warnings.warn(f"{what}; `lion8bit doctor` tells what to do", SlowBackendWarning, stacklevel=_outside())
     return "portable", portable.update_
+
+
+def _outside() -> int:
+    """The ``stacklevel`` in the caller of the first frame that is neither this package's nor torch's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("lion8bit", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -12,7 +12,8 @@ from lion8bit.layout import FORMAT_VERSION, blocks_per_row
 from lion8bit.optimizer import Lion8bit, _new_state
 from lion8bit.reference import dequantize, quantize
 
-_SHARED_OPTIONS = ("lr", "betas", "weight_decay", "initial_lr", "maximize", "decouple_lr")  # mean the same to all
+# Mean the same to all.
+_SHARED_OPTIONS = ("lr", "betas", "weight_decay", "initial_lr", "maximize", "decouple_lr", "peak_lr")
 _NOT_MOMENTUM = {"step", "group", "kahan_comp", "error_bits"}
 _BITSANDBYTES_WRAPPER = "__bnb_optimizer_quant_state__"
 _BITSANDBYTES_BLOCKS = (256, 2048)  # now and formerly
@@ -28,9 +29,10 @@ def convert_state_dict(state_dict: dict[str, Any], optimizer: Lion8bit) -> dict[
     to load that with another ``block_size`` or ``optim_bits``: plain loading returns to the saved options.
 
     The momentum is exact where it is kept in fp32 or already has the wanted format, else within the bound of
-    `quantize`. Of each saved group the options lr, betas, weight_decay, initial_lr, maximize and decouple_lr are taken
-    over where it has them (betas not into ``momentum_first``, where they mean something else); all others stay as they
-    are. What peers keep to correct 16-bit weights (``kahan_comp``, ``error_bits``) is dropped.
+    `quantize`. Of each saved group the options lr, betas, weight_decay, initial_lr, maximize, decouple_lr and peak_lr
+    (torch-optimi's max_lr) are taken over where it has them (betas not into ``momentum_first``, where they mean
+    something else); all others stay as they are. What peers keep to correct 16-bit weights (``kahan_comp``,
+    ``error_bits``) is dropped.
 
     Args:
         state_dict: what the other optimizer's ``state_dict()`` returned; left as it is.
@@ -112,18 +114,20 @@ def export_state_dict(optimizer: Lion8bit, peer: torch.optim.Optimizer | None = 
             beta1, beta2 = beta1 * beta2, beta1
         group |= {name: own[name] for name in _SHARED_OPTIONS if name in own and name in group}
         group |= {"beta1": beta1, "beta2": beta2} if "beta1" in group else {"betas": (beta1, beta2)}
-        if own["decouple_lr"] and "max_lr" in group:
-            group["max_lr"] = own["initial_lr"]
+        if own["decouple_lr"] and "beta1" in group:
+            group["max_lr"] = own.get("peak_lr", own["lr"])
     return {"state": state, "param_groups": groups}
 
 
 def _adopt(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in group.items() if name not in ("params", "param_names")}
     taken = {name: saved[name] for name in ("params", "param_names", *_SHARED_OPTIONS) if name in saved}
+    if "decouple_lr" in saved:
+        kept.pop("peak_lr", None)  # of another rate
     if "beta1" in saved:  # torch-optimi
         taken["betas"] = (saved["beta1"], saved["beta2"])
         if saved["decouple_lr"]:
-            taken["initial_lr"] = saved["max_lr"]
+            taken["peak_lr"] = saved["max_lr"]
     if saved.get("momentum_first", False) != group["momentum_first"]:
         taken.pop("betas", None)
     return {**kept, **taken}

@@ -48,6 +48,12 @@ def load_library() -> ctypes.CDLL | str:
     return library
 
 
+def forget_missing() -> None:
+    """Has the library looked for again if it was not there: it may have been installed since."""
+    if isinstance(load_library(), str):
+        load_library.cache_clear()
+
+
 def _provide_openmp() -> None:
     """Has OpenMP's functions in sight of a library that is linked with none, so that it takes the threads of torch.
 

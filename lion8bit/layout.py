@@ -63,7 +63,7 @@ def make_hyper(
     weight_rounding: str = "nearest",
     momentum_first: bool = False,
     decoupled_weight_decay: bool = True,
-    initial_lr: float | None = None,
+    peak_lr: float | None = None,
     cautious: bool = False,
     maximize: bool = False,
 ) -> Hyper:
@@ -71,12 +71,13 @@ def make_hyper(
 
     With ``momentum_first`` the momentum takes the gradient in before the update is formed from it,
     ``m = beta1*m + (1-beta1)*g; c = beta2*m + (1-beta2)*g``, which is Lion with blend ``beta1*beta2`` and decay
-    ``beta1``. ``initial_lr`` asks for weight decay that does not scale with the peak learning rate: the parameter is
-    multiplied by ``1 - weight_decay*lr/initial_lr`` instead of ``1 - weight_decay*lr``.
+    ``beta1``. ``peak_lr`` asks for weight decay that does not scale with the peak learning rate: the parameter is
+    multiplied by ``1 - weight_decay*lr/peak_lr`` instead of ``1 - weight_decay*lr``.
     """
+    weight_decay = float(weight_decay)
     beta1, beta2 = (float(beta) for beta in betas)
     blend, beta = (beta1 * beta2, beta1) if momentum_first else (beta1, beta2)
-    divisor, decoupled = decay_terms(weight_decay, decoupled_weight_decay, initial_lr)
+    divisor, decoupled = decay_terms(weight_decay, decoupled_weight_decay, peak_lr)
     coupled = not decoupled_weight_decay and weight_decay != 0
     return Hyper(
         lr=lr,
@@ -87,19 +88,17 @@ def make_hyper(
         beta=beta,
         one_minus_beta=1.0 - beta,
         unscale=1.0,
-        flags=MAXIMIZE * maximize | COUPLED_DECAY * coupled | CAUTIOUS * cautious,
-        block_size=block_size,
+        flags=MAXIMIZE * bool(maximize) | COUPLED_DECAY * coupled | CAUTIOUS * bool(cautious),
+        block_size=int(block_size),
         weight_rounding=WEIGHT_ROUNDING[weight_rounding],
     )
 
 
-def decay_terms(
-    weight_decay: float, decoupled_weight_decay: bool, initial_lr: float | None = None
-) -> tuple[float, float]:
+def decay_terms(weight_decay: float, decoupled_weight_decay: bool, peak_lr: float | None = None) -> tuple[float, float]:
     """(divisor, weight decay) of the factor on the parameter, ``decay = 1 - lr / divisor * weight_decay``."""
-    if not decoupled_weight_decay or initial_lr == 0:
+    if not decoupled_weight_decay or peak_lr == 0:
         return 1.0, 0.0
-    return (1.0 if initial_lr is None else initial_lr), weight_decay
+    return (1.0 if peak_lr is None else peak_lr), weight_decay
 
 
 class Tensor(ctypes.Structure):

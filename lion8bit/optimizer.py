@@ -7,13 +7,14 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lion8bit.backend import decides, update_
+from lion8bit.backend import decides, look_again, update_
 from lion8bit.batch import STATE_TENSORS, Batch, Entry, check_state, hyper_array, make_entry, turns
 from lion8bit.control import Control, Rate, UpdateCounts
 from lion8bit.describe import gradients_of
@@ -33,10 +34,16 @@ from lion8bit.layout import (
 from lion8bit.loading import keeping_dtypes, pair
 from lion8bit.paging import Load, Pager, bring_home, home, lives_on_host
 from lion8bit.reference import (
+    MAX_FLOAT,
+    as_number,
     check_block_size,
+    check_decay,
+    check_flag,
     check_rates,
     dequantize,
     from_compensated,
+    is_integer,
+    quantize,
     to_bfloat16,
     to_compensated,
     to_float16,
@@ -82,8 +89,9 @@ class Lion8bit(torch.optim.Optimizer):
         momentum_first: take the gradient into the momentum before the update is formed from it,
             ``m = beta1*m + (1-beta1)*g; update = sign(beta2*m + (1-beta2)*g)``.
         decoupled_weight_decay: False adds ``weight_decay*p`` to the gradient instead of shrinking p.
-        decouple_lr: decay by ``1 - weight_decay*lr/initial_lr``, so that a schedule scales both alike but the peak
-            learning rate does not enter.
+        decouple_lr: decay by ``1 - weight_decay*lr/peak_lr``, so that a schedule scales both alike but the peak
+            learning rate does not enter. ``peak_lr`` is the group's own key: lr at construction, unless the group
+            brings another or it is set later.
         cautious: skip an update whose sign is not the gradient's (Liang et al., arXiv 2411.16085, without the
             rescaling by the share of kept updates, which would need a pass over the whole tensor).
         maximize: ascend.
@@ -130,7 +138,7 @@ class Lion8bit(torch.optim.Optimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": tuple(betas),
+            "betas": betas,
             "weight_decay": weight_decay,
             "block_size": block_size,
             "min_8bit_size": min_8bit_size,
@@ -147,6 +155,8 @@ class Lion8bit(torch.optim.Optimizer):
             "seed": seed,
         }
         _check_options(defaults)
+        defaults = {name: _plain(value) for name, value in defaults.items()}
+        look_again()
         self._plan: _Plan | None = None
         self._plans: dict[Tensor, _Plan] = {}  # of the parameters that are stepped alone
         self._counters: dict[torch.device, Tensor] = {}
@@ -164,7 +174,9 @@ class Lion8bit(torch.optim.Optimizer):
         of a step, stays. Betas are Lion's own unless they are among ``options``; Adam's do not carry over.
 
         Args:
-            params: as above. A ``lr`` or ``weight_decay`` that a group has of its own is taken for AdamW's as well.
+            params: as above, or the ``param_groups`` of the AdamW. What a group has of its own is taken for AdamW's
+                as well: rates (``lr``, and those that schedulers keep) and ``weight_decay`` are converted, and what
+                only Adam means is left out, such as ``betas``, ``eps`` and ``fused``.
             lr: AdamW's.
             weight_decay: AdamW's.
             factor: 3 to 10 is what the paper found; 5 is at most a factor of two away from both.
@@ -176,7 +188,7 @@ class Lion8bit(torch.optim.Optimizer):
 
         Source: Chen et al., arXiv 2302.06675, section 5.
         """
-        if not 0.0 < factor < math.inf:
+        if not 0.0 < as_number("factor", factor) < math.inf:
             raise ValueError(f"factor must be positive, got {factor}")
 
         def for_lion(settings: dict[str, Any]) -> dict[str, Any]:
@@ -185,36 +197,45 @@ class Lion8bit(torch.optim.Optimizer):
                     "decouple_lr must be False in from_adamw, got True; call Lion8bit itself, and pass AdamW's "
                     "lr * weight_decay as its weight_decay"
                 )
-            scales = {"lr": 1 / factor, "weight_decay": factor}
-            return {name: value * scales[name] if name in scales else value for name, value in settings.items()}
+            scales = {"weight_decay": factor, **dict.fromkeys(_RATES, 1 / factor)}
+            scaled = {name: scales[name] for name in settings if name in scales}
+            for name in scaled:
+                as_number(name, settings[name])
+            return {**settings, **{name: settings[name] * scale for name, scale in scaled.items()}}
 
-        groups = [for_lion(entry) if isinstance(entry, dict) else entry for entry in params]
+        def without_adams(group: dict[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in group.items() if name not in _ADAMS_OWN}
+
+        groups = [for_lion(without_adams(entry)) if isinstance(entry, dict) else entry for entry in params]
         return cls(groups, **for_lion({"lr": lr, "weight_decay": weight_decay, **options}))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters with options of its own; see `torch.optim.Optimizer.add_param_group`."""
         if isinstance(param_group, dict):
-            _check_options({**self.defaults, **param_group})
+            options = {**self.defaults, **param_group}
+            _check_options(options)
+            _device_lr(options)
         given = {*param_group}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group["betas"] = tuple(group["betas"])  # a configuration file's list may be of a class that cannot be saved
+        group |= {name: _plain(group[name]) for name in self.defaults}
         group.setdefault("format_version", FORMAT_VERSION)
         if group["seed"] is None:
             group["seed"] = _first_number(len(group["params"]))
         elif "seed" not in given:
             group["seed"] += sum(len(other["params"]) for other in self.param_groups[:-1])
-        if group["decouple_lr"]:
-            group.setdefault("initial_lr", float(group["lr"]))  # before a warm-up changes it
+        _peak_lr(group)  # before a warm-up changes lr
         for i, param in enumerate(group["params"]):
             try:
-                if param.dtype not in DTYPES:
-                    raise TypeError(f"parameters must be float32, bfloat16 or float16, got {param.dtype}")
                 if is_flattened(param) and group["optim_bits"] == 8:
                     raise TypeError(
                         "parameters must not be flattened to have 8-bit state, got those of FullyShardedDataParallel "
                         "(FSDP1), which cannot save it; use FSDP2's fully_shard, or optim_bits=32"
                     )
+                if not param.requires_grad:  # of any dtype, as in QLoRA; `step` checks what has a gradient
+                    continue
+                if param.dtype not in DTYPES:
+                    raise TypeError(f"parameters must be float32, bfloat16 or float16, got {param.dtype}")
                 _is_compensated(param, group)
                 lives_on_host(param, group)
             except (TypeError, ValueError) as error:
@@ -229,6 +250,8 @@ class Lion8bit(torch.optim.Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             group.setdefault("format_version", FORMAT_VERSION)
+            if group["decouple_lr"] and "initial_lr" in group:  # which was the key, and schedulers write to it
+                group.setdefault("peak_lr", float(group["initial_lr"]))
         number = 0
         for group in self.param_groups:
             if group["seed"] is None:  # of state from before there were seeds
@@ -275,7 +298,7 @@ class Lion8bit(torch.optim.Optimizer):
         """Steps ``counts`` parameters of each group, all that have gradients."""
         hypers = [_hyper(group) for group in groups]
         layouts = [(hyper.block_size, hyper.weight_rounding) for hyper in hypers]
-        key = (counts, layouts, [(group["is_paged"], group["seed"], len(group["params"])) for group in groups])
+        key = (counts, layouts, [(_PLACING(group), len(group["params"])) for group in groups])
         plan = self._plan
         # Without DTensors `refresh` finds that each parameter is still its own local tensor.
         grads = gradients(params, grads) if plan is None or plan.sharded else resolved(grads)
@@ -318,7 +341,7 @@ class Lion8bit(torch.optim.Optimizer):
             group = self._group_of(param)
         hypers = [_hyper(group)]
         layout = hypers[0].block_size, hypers[0].weight_rounding
-        key = (id(group), layout, group["is_paged"], group["seed"], len(group["params"]))
+        key = (id(group), layout, _PLACING(group), len(group["params"]))
         states = [self.state[param]] if param in self.state else []
         plan, grads = self._plans.get(param), gradients([param], [param.grad])
         if plan is None or not plan.refresh(key, states, [param], grads):
@@ -444,7 +467,7 @@ class Lion8bit(torch.optim.Optimizer):
                 group = groups[owner]
                 with torch.inference_mode(False), torch.no_grad():  # or only inference mode could write to it
                     state = _with_residual(state, param, group) if state else _new_state(param, group)
-                    state = _at_home(state, param, group)
+                    state = _at_home(_in_bits(state, param, group), param, group)
                 entry, ordered_grad = make_entry(
                     param,
                     grad,
@@ -691,6 +714,20 @@ _NOT_CAPTURABLE = (
 )
 _numbers = itertools.count()  # of the parameters in this process
 _PIECE = 1 << 22  # elements at a time where a parameter is looked at in fp32
+_PLACING = itemgetter("is_paged", "optim_bits", "min_8bit_size", "seed")  # what a plan is made with
+_FLAGS = (
+    "momentum_first",
+    "decoupled_weight_decay",
+    "decouple_lr",
+    "cautious",
+    "maximize",
+    "capturable",
+    "fused",
+    "is_paged",
+)
+_flags = itemgetter(*_FLAGS)
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # a group's, the last four written by torch's schedulers
+_ADAMS_OWN = ("betas", "eps", "amsgrad", "foreach", "fused", "differentiable")
 
 
 def _apply(updates: Iterable[tuple[Batch, Callable[[], None]]]) -> None:
@@ -738,23 +775,27 @@ def _first_number(count: int) -> int:
 
 def _hyper(group: dict[str, Any], lr: float | None = None) -> Hyper:
     """The kernels' constants of a group; ``lr`` in place of its own, which may be in device memory."""
-    if lr is None and _device_lr(group) is None:
+    options = group
+    if lr is not None or _device_lr(group) is not None:
+        options = {**group, "lr": 0.0 if lr is None else lr}
+    else:
         _refuse_capture(group["lr"])
-    _check_options(group)  # anyone may write to a group, and the kernels trust what they are given
-    if lr is None:
-        lr = float(group["lr"]) if _device_lr(group) is None else 0.0
-    return make_hyper(
-        lr=lr,
+    rate = _check_options(options)  # anyone may write to a group, and the kernels trust what they are given
+    peak_lr = _peak_lr(group)
+    hyper = make_hyper(
+        lr=rate,
         betas=group["betas"],
         weight_decay=group["weight_decay"],
         block_size=group["block_size"],
         weight_rounding="stochastic" if group["weight_rounding"] == "auto" else group["weight_rounding"],
         momentum_first=group["momentum_first"],
         decoupled_weight_decay=group["decoupled_weight_decay"],
-        initial_lr=_initial_lr(group),
+        peak_lr=peak_lr,
         cautious=group["cautious"],
         maximize=group["maximize"],
     )
+    check_decay(hyper.decay, rate, group["weight_decay"], peak_lr)
+    return hyper
 
 
 def _refuse_capture(lr: float | Tensor) -> None:
@@ -763,13 +804,13 @@ def _refuse_capture(lr: float | Tensor) -> None:
         raise RuntimeError(_NOT_CAPTURABLE)
 
 
-def _initial_lr(group: dict[str, Any]) -> float | None:
+def _peak_lr(group: dict[str, Any]) -> float | None:
+    """The rate at which a step decays by the whole weight decay; not ``initial_lr``, which schedulers write to."""
     if not group["decouple_lr"]:
         return None
-    initial_lr = group.setdefault("initial_lr", group["lr"])
-    if isinstance(initial_lr, Tensor):  # a scheduler's: read once
-        group["initial_lr"] = initial_lr = float(initial_lr)
-    return float(initial_lr)
+    if "peak_lr" not in group:
+        group["peak_lr"] = max(0.0, as_number("lr", group["lr"]))
+    return as_number("peak_lr", group["peak_lr"])
 
 
 def _device_lr(group: dict[str, Any]) -> Tensor | None:
@@ -783,7 +824,7 @@ def _device_lr(group: dict[str, Any]) -> Tensor | None:
 
 
 def _rate(group: dict[str, Any], device: torch.device) -> Rate:
-    divisor, weight_decay = decay_terms(group["weight_decay"], group["decoupled_weight_decay"], _initial_lr(group))
+    divisor, weight_decay = decay_terms(group["weight_decay"], group["decoupled_weight_decay"], _peak_lr(group))
     return Rate(_on(device, _device_lr(group)), divisor, weight_decay)
 
 
@@ -806,8 +847,7 @@ def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     # All ranks must choose alike, so the choice depends on the whole parameter. Rows of a DTensor run along shape[0].
     piece, block_size, place = local(param), group["block_size"], home(param, group)
     like = {"memory_format": torch.contiguous_format, **place} if is_dtensor(param) else place
-    wide = group["optim_bits"] == 32 or param.numel() < group["min_8bit_size"]
-    if wide or not keeps_blocks_whole(param, block_size):
+    if _keeps_fp32(param, group):
         momentum = torch.zeros_like(piece, dtype=torch.float32, requires_grad=False, **like)
         return _with_residual({"step": 0, "momentum": as_part_of(param, momentum, param.shape)}, param, group)
     codes = torch.full_like(piece, ZERO_CODE, dtype=torch.int8, requires_grad=False, **like)
@@ -822,6 +862,33 @@ def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         "scales": as_part_of(param, scales, (all_rows, blocks_per_row(all_cols, block_size))),
     }
     return _with_residual(state, param, group)
+
+
+def _asks_fp32(param: Tensor, group: dict[str, Any]) -> bool:
+    return bool(group["optim_bits"] == 32 or param.numel() < group["min_8bit_size"])
+
+
+def _keeps_fp32(param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether new state of the parameter has its momentum in fp32."""
+    return _asks_fp32(param, group) or not keeps_blocks_whole(param, group["block_size"])
+
+
+def _in_bits(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    """The state decoded, or encoded, where the group's ``optim_bits`` or ``min_8bit_size`` has changed."""
+    block_size = group["block_size"]
+    if "codes" in state and _asks_fp32(param, group):
+        momentum = dequantize(local(state["codes"]), local(state["scales"]), block_size)
+        new = {"momentum": as_part_of(param, momentum, param.shape)}
+    elif "momentum" in state and not _keeps_fp32(param, group):
+        codes, scales = quantize(local(state["momentum"]), block_size)
+        rows, cols = rows_and_cols(param.shape)
+        new = {
+            "codes": as_part_of(param, codes, param.shape),
+            "scales": as_part_of(param, scales, (rows, blocks_per_row(cols, block_size))),
+        }
+    else:
+        return state
+    return {**new, **{name: value for name, value in state.items() if name not in ("codes", "scales", "momentum")}}
 
 
 def _is_compensated(param: Tensor, group: dict[str, Any]) -> bool:
@@ -872,16 +939,33 @@ def _nbytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else local(tensor).numel() * tensor.element_size()
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    check_rates(options if _device_lr(options) is None else {**options, "lr": 0.0})
+def _plain(value: Any) -> Any:
+    """An option in Python's own types: `torch.load` refuses numpy's numbers and the lists of configuration files."""
+    if isinstance(value, np.generic):
+        return value.item()
+    is_pair = isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, str)
+    return tuple(map(_plain, value)) if is_pair else value
+
+
+def _check_options(options: dict[str, Any]) -> float:
+    """Raises ValueError unless every option is of its kind and in its range; lr as a number."""
+    lr = check_rates(options)
+    if options["decouple_lr"] and not 0.0 <= as_number("peak_lr", options.get("peak_lr", 0.0)) <= MAX_FLOAT:
+        raise ValueError(f"peak_lr must be at least 0, and finite in float32, got {options['peak_lr']}")
     check_block_size(options["block_size"])
-    if options["min_8bit_size"] < 0:
-        raise ValueError(f"min_8bit_size must be at least 0, got {options['min_8bit_size']}")
-    if options["optim_bits"] not in (8, 32):
-        raise ValueError(f"optim_bits must be 8 or 32, got {options['optim_bits']!r}")
+    size, bits = options["min_8bit_size"], options["optim_bits"]
+    if not is_integer(size) or size < 0:
+        raise ValueError(f"min_8bit_size must be an integer of at least 0, got {size!r}")
+    if not is_integer(bits) or bits not in (8, 32):
+        raise ValueError(f"optim_bits must be 8 or 32, got {bits!r}")
     seed = options["seed"]
-    if seed is not None and (type(seed) is not int or seed < 0):
-        raise ValueError(f"seed must be an int of at least 0 or None, got {seed!r}")
+    if seed is not None and (not is_integer(seed) or seed < 0):
+        raise ValueError(f"seed must be an integer of at least 0 or None, got {seed!r}")
+    flags = _flags(options)
+    if flags.count(True) + flags.count(False) != len(flags):
+        for name in _FLAGS:
+            check_flag(name, options[name])
     rounding = options["weight_rounding"]
     if rounding not in ("auto", *WEIGHT_ROUNDING):
         raise ValueError(f"weight_rounding must be 'auto' or one of {(*WEIGHT_ROUNDING,)}, got {rounding!r}")
+    return lr

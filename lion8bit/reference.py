@@ -7,8 +7,7 @@ with, and the update rule that the project's original listing defines in prose.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,6 +35,10 @@ DITHER_MASK = 0xFF  # the scale's bits that hold the dither
 MIN_SCALE = 2.0**-100  # a block whose largest magnitude is below it is stored as zeros
 RECIPROCAL_RANGE = float(np.float32(1 / RANGE_SQUARED))
 OVERFLOW = 2.0**120  # gradients of this magnitude and above are treated as infinite
+MAX_FLOAT = float(np.finfo(np.float32).max)
+# Rounding may end a schedule below 0: in double by some 1e-16 of its peak, summed up in fp32 by some 1e-5 of it, which
+# is 1e-9 at a peak of 1e-4. No schedule means such a rate: it hardly moves a weight.
+ROUNDED_RATE = 1e-9
 
 _STOCHASTIC = WEIGHT_ROUNDING["stochastic"]
 _MASK32 = 0xFFFFFFFF
@@ -396,24 +399,69 @@ def dequantize(codes: Tensor, scales: Tensor, block_size: int = 128) -> Tensor:
 
 def check_block_size(block_size: int) -> None:
     """Raises ValueError unless the format has this block size."""
-    if block_size not in BLOCK_SIZES:
+    if not is_integer(block_size) or block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
 
 
-def check_rates(options: dict[str, Any]) -> None:
-    """Raises ValueError unless lr, betas and weight_decay are in their ranges."""
-    lr, betas, weight_decay = options["lr"], options["betas"], options["weight_decay"]
+def as_number(name: str, value: Any) -> float:
+    """The value as a float; ValueError where it is text, a truth value or no number."""
+    if type(value) is float:
+        return value
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be a number, got the text {value!r}; YAML reads 1e-4 as text: write 1.0e-4")
+    real = not isinstance(value, (bool, np.bool_))
+    if isinstance(value, Tensor):
+        real = value.is_floating_point() and value.numel() == 1
+    try:
+        if real:
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def is_integer(value: Any) -> bool:
+    return type(value) is int or isinstance(value, np.integer)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises ValueError unless the value is True or False; the text "False" would count as true."""
+    if value not in (True, False):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_rates(options: dict[str, Any]) -> float:
+    """Raises ValueError unless lr, betas and weight_decay are in their ranges.
+
+    Returns:
+        lr as a number; 0 where rounding alone has made it negative.
+    """
+    lr, betas = options["lr"], options["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    if not 0.0 <= float(lr) < math.inf:
-        raise ValueError(f"Invalid learning rate: {float(lr)} (lr must be finite and at least 0)")
-    if len(betas) != 2:
+    rate = as_number("lr", lr)
+    if not -ROUNDED_RATE < rate <= MAX_FLOAT:
+        raise ValueError(f"Invalid learning rate: {rate} (lr must be at least 0, and finite in float32)")
+    pair = type(betas) is tuple or (isinstance(betas, (Sequence, np.ndarray)) and not isinstance(betas, str))
+    if not pair or len(betas) != 2:
         raise ValueError(f"betas must be two numbers, got {betas!r}")
     for name, beta in zip(("beta1", "beta2"), betas, strict=True):
-        if not 0.0 <= beta < 1.0:
+        if not 0.0 <= as_number(name, beta) < 1.0:
             raise ValueError(f"Invalid {name}: {beta} (it must be in [0, 1))")
-    if not 0.0 <= weight_decay < math.inf:
-        raise ValueError(f"Invalid weight_decay: {weight_decay} (it must be finite and at least 0)")
+    weight_decay = as_number("weight_decay", options["weight_decay"])
+    if not 0.0 <= weight_decay <= MAX_FLOAT:
+        raise ValueError(f"Invalid weight_decay: {weight_decay} (it must be at least 0, and finite in float32)")
+    return rate if rate > 0.0 else 0.0
+
+
+def check_decay(decay: float, lr: float, weight_decay: float, peak_lr: float | None = None) -> None:
+    """Raises ValueError unless the factor on the parameter is in [0, 1]: another one flips or blows up all weights."""
+    if not 0.0 <= decay <= 1.0:
+        formula, peak = ("lr", "") if peak_lr is None else ("lr/peak_lr", f", peak_lr {peak_lr}")
+        raise ValueError(
+            f"Invalid weight_decay: {weight_decay} ({formula}*weight_decay must be at most 1, got {1.0 - decay} with "
+            f"lr {lr}{peak}; a step multiplies weights by 1 - {formula}*weight_decay)"
+        )
 
 
 # ---- Optimizers to compare with -------------------------------------------------------------------------------------
@@ -451,12 +499,15 @@ class Lion(torch.optim.Optimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         check_rates(defaults)
+        check_flag("maximize", maximize)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters with options of its own; see `torch.optim.Optimizer.add_param_group`."""
         if isinstance(param_group, dict):
-            check_rates({**self.defaults, **param_group})
+            options = {**self.defaults, **param_group}
+            check_rates(options)
+            check_flag("maximize", options["maximize"])
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -471,14 +522,22 @@ class Lion(torch.optim.Optimizer):
         """Performs one step; ``closure`` re-evaluates the model and returns the loss.
 
         Raises:
+            ValueError: an option out of its range; no parameter has been changed.
             RuntimeError: a gradient is sparse or complex; the parameters before it have been stepped.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        rates = []
         for group in self.param_groups:
-            lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+            lr = check_rates(group)
+            check_flag("maximize", group["maximize"])
+            decay = 1 - lr * float(group["weight_decay"])
+            check_decay(decay, lr, group["weight_decay"])
+            rates.append((lr, decay))
+        for group, (lr, decay) in zip(self.param_groups, rates, strict=True):
+            beta1, beta2 = map(float, group["betas"])
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -489,7 +548,7 @@ class Lion(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p, dtype=torch.float32)
                 g, m = p.grad.float() * (-1 if group["maximize"] else 1), state["momentum"]
                 c = m * beta1 + g * (1 - beta1)
-                p.copy_(p.float() * (1 - lr * group["weight_decay"]) - lr * c.sign())
+                p.copy_(p.float() * decay - lr * c.sign())
                 m.copy_(m * beta2 + g * (1 - beta2))
         return loss
 

@@ -286,17 +286,32 @@ def test_the_decay_is_the_hosts_for_any_numbers(place: Place) -> None:
     draws = torch.rand(60, 3, generator=generator, dtype=torch.float64)
     for capturable in (False, True):
         groups, lrs = [], []
-        for i, (rate, decay, initial) in enumerate(draws.tolist()):
+        for i, (rate, decay, peak) in enumerate(draws.tolist()):
             lrs.append(torch.tensor(rate, device=place.device))
-            extra = {"decouple_lr": True, "initial_lr": initial if i % 6 else 0.0} if i % 2 else {}
+            extra: dict[str, Any] = {"weight_decay": decay}
+            if i % 2:
+                extra = {"weight_decay": decay * peak, "decouple_lr": True, "peak_lr": peak if i % 3 else 0.0}
             lr = lrs[-1] if capturable else float(lrs[-1])
-            groups.append({"params": [torch.ones(3, device=place.device)], "lr": lr, "weight_decay": decay, **extra})
+            groups.append({"params": [torch.ones(3, device=place.device)], "lr": lr, **extra})
         optimizer = Lion8bit(groups, capturable=capturable)
         for group in groups:
             group["params"][0].grad = torch.zeros(3, device=place.device)
         optimizer.step()
         results.append(contents(optimizer))
     assert_same_contents(*results)
+
+
+@on_device
+@pytest.mark.parametrize("lr, decay, expected", [(-3e-21, 0.0, 1.0), (-0.5, 0.1, 1.0), (0.75, 2.0, -0.75)])
+def test_the_device_refuses_no_rate(place: Place, lr: float, decay: float, expected: float) -> None:
+    """It cannot raise: a rate below 0 counts as 0, and so does a factor on the parameter."""
+    param = torch.ones(100, device=place.device, requires_grad=True)
+    rate = torch.tensor(0.0, device=place.device)
+    optimizer = Lion8bit([param], lr=rate, weight_decay=decay, capturable=True)
+    rate.fill_(lr)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert_same(param.detach(), torch.full_like(param, expected), "parameter")
 
 
 def test_counts_survive_everything(place: Place) -> None:

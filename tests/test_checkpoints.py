@@ -204,6 +204,7 @@ def test_decoupled_rate_of_optimi_enters() -> None:
         torch.testing.assert_close(twin, param, rtol=1e-6, atol=1e-7)
     back = optimi.Lion(params, lr=1.0, decouple_lr=True)
     back.load_state_dict(export_state_dict(ours, back))
+    assert ours.param_groups[0]["peak_lr"] == 6e-3 and "initial_lr" not in ours.param_groups[0]
     assert {key: back.param_groups[0][key] for key in ("lr", "max_lr", "beta1", "beta2", "decouple_lr")} == {
         "lr": 3e-3,
         "max_lr": 6e-3,

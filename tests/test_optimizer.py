@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import itertools
 import pickle
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import assert_same
 from torch import nn
+from torch.optim import lr_scheduler
 
 import lion8bit
 from lion8bit import Lion, Lion8, Lion8bit, backend, cpu, portable, reference
@@ -135,9 +138,9 @@ def test_portable_backend_equals_native(monkeypatch: pytest.MonkeyPatch) -> None
         assert optimizers[0].nonfinite_count() == optimizers[1].nonfinite_count() == 3 * 5
 
 
-@pytest.mark.parametrize("lr, bad", [(1e39, 0.0), (1e-3, float("nan")), (1e-3, float("-inf"))])
+@pytest.mark.parametrize("lr, bad", [(3.4e38, 0.0), (1e-3, float("nan")), (1e-3, float("-inf"))])
 def test_portable_backend_equals_native_beyond_numbers(lr: float, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rate that is infinite in fp32, or momentum that is no number, moves the parameter as the kernel does."""
+    """The largest rates, or momentum that is no number, move the parameter as the kernel does."""
     finals = []
     for update in (backend.update_, portable.update_):
         monkeypatch.setattr("lion8bit.optimizer.update_", update)
@@ -176,20 +179,59 @@ def test_portable_temporaries_do_not_grow_with_the_parameter(monkeypatch: pytest
     assert 0 < largest <= 8 * portable.PIECE  # 64-bit integers of one piece
 
 
-def test_fallback_warns_once_and_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "the wheel was built without a C++ compiler")
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str | None]]:
+    """Why there is no native kernel, as the one item of a list."""
+    reason: list[str | None] = ["the wheel was built without a C++ compiler"]
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: reason[0])
+    monkeypatch.setattr(backend, "_missing", {})
     backend.select.cache_clear()
-    try:
-        param = leaf(torch.randn(5000))
+    yield reason
+    backend.select.cache_clear()
+
+
+def step_here(optimizer: Lion8bit, param: torch.Tensor) -> None:
+    optimizer.step()
+
+
+def step_param_here(optimizer: Lion8bit, param: torch.Tensor) -> None:
+    optimizer.step_param(param, optimizer.param_groups[0])
+
+
+def backward_here(optimizer: Lion8bit, param: torch.Tensor) -> None:
+    module = nn.Module()
+    module.weight = param
+    lion8bit.fuse_into_backward(module, optimizer)
+    param.sum().backward()
+
+
+@pytest.mark.parametrize("way", [step_here, step_param_here, backward_here])
+def test_fallback_warns_once_of_the_callers_line(way, no_compiler) -> None:
+    param = nn.Parameter(torch.randn(5000))
+    param.grad = torch.ones_like(param)
+    optimizer = Lion8bit([param])
+    with pytest.warns(lion8bit.SlowBackendWarning, match=r"without a C\+\+ compiler.*lion8bit doctor") as caught:
+        way(optimizer, param)
+    lines, first = inspect.getsourcelines(way)
+    assert [(warning.filename, warning.lineno) for warning in caught] == [(__file__, first + len(lines) - 1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_a_missing_backend_is_looked_for_by_the_next_optimizer(no_compiler) -> None:
+    params = [leaf(torch.randn(5000)) for _ in range(3)]
+    for param in params:
         param.grad = torch.ones_like(param)
-        optimizer = Lion8bit([param])
-        with pytest.warns(lion8bit.SlowBackendWarning, match=r"without a C\+\+ compiler.*lion8bit doctor"):
-            optimizer.step()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            optimizer.step()
-    finally:
-        backend.select.cache_clear()
+    with pytest.warns(lion8bit.SlowBackendWarning):
+        Lion8bit(params[:1]).step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Lion8bit(params[1:2]).step()
+        assert backend.select("cpu")[0] == "portable"
+        no_compiler[0] = None
+        Lion8bit(params[2:]).step()
+    assert backend.select("cpu")[0] == "cpu"
 
 
 def test_groups_have_their_own_options() -> None:
@@ -324,6 +366,97 @@ def test_decouple_lr() -> None:
     assert torch.allclose(param, torch.full_like(param, 2.0 * 0.9 * 0.95))
 
 
+PEAK, STEPS, DECAY = 1e-3, 12, 0.25
+
+
+def halves(step: int) -> float:
+    return 0.5**step
+
+
+# All of them stay at or below PEAK, the rate at construction.
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, halves),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 3),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 5]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, end_factor=0.0, total_iters=STEPS - 2),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.7),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.7)], [5]
+    ),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, STEPS - 2, 2.0),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, STEPS - 2),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.7)]
+    ),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, PEAK / 10, PEAK, 4),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 5),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, PEAK, total_steps=STEPS),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, PEAK / 2, 5),
+}
+BY_RATE = {"lr": PEAK, "weight_decay": DECAY / PEAK}
+DECAYING: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "decouple_lr": lambda params: Lion8bit(params, lr=PEAK, weight_decay=DECAY, decouple_lr=True),
+    "tensor lr": lambda params: Lion8bit(
+        params, lr=torch.tensor(PEAK, dtype=torch.float64), weight_decay=DECAY, decouple_lr=True
+    ),
+    "Lion8bit": lambda params: Lion8bit(params, **BY_RATE),
+    "Lion": lambda params: Lion(params, **BY_RATE),
+}
+
+
+def test_every_scheduler_of_torch_is_known() -> None:
+    found = [c for c in vars(lr_scheduler).values() if inspect.isclass(c) and issubclass(c, lr_scheduler.LRScheduler)]
+    assert {c.__name__ for c in found} - {"LRScheduler", "_LRScheduler"} <= SCHEDULERS.keys()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of schedulers that call each other's step
+@pytest.mark.parametrize("optimizer_name", DECAYING)
+@pytest.mark.parametrize("scheduler_name", SCHEDULERS)
+def test_the_decay_follows_every_scheduler(scheduler_name: str, optimizer_name: str) -> None:
+    """weight_decay*lr/peak at each step: none writes over the peak, and none makes the decay negative or larger."""
+    param = leaf(torch.ones(8))
+    optimizer = DECAYING[optimizer_name]([param])
+    schedule = SCHEDULERS[scheduler_name](optimizer)
+    (group,) = optimizer.param_groups
+    rates = []
+    for _ in range(STEPS):
+        param.data.fill_(1.0)
+        param.grad = torch.zeros_like(param)
+        rates.append(max(0.0, float(group["lr"])))
+        optimizer.step()
+        expected = 1.0 - DECAY * rates[-1] / PEAK
+        assert 1.0 - DECAY - 1e-7 <= expected <= 1.0
+        torch.testing.assert_close(param.detach(), torch.full_like(param, expected), rtol=0.0, atol=1e-7)
+        schedule.step(*[1.0] * (scheduler_name == "ReduceLROnPlateau"))
+    assert len({*rates}) > 1
+
+
+@pytest.mark.parametrize("optimizer_name", DECAYING)
+def test_a_schedule_starts_from_the_rate_that_is_set(optimizer_name: str) -> None:
+    optimizer = DECAYING[optimizer_name]([leaf(torch.ones(8))])
+    (group,) = optimizer.param_groups
+    assert "initial_lr" not in group
+    group["lr"] = PEAK / 2
+    lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    assert group["lr"] == group["initial_lr"] == PEAK / 2
+    assert group.get("peak_lr", PEAK) == pytest.approx(PEAK)
+
+
+def test_the_peak_is_the_groups_own_where_it_has_one() -> None:
+    params = [leaf(torch.ones(8)) for _ in range(3)]
+    groups = [{"params": params[:1], "peak_lr": 2e-3}, {"params": params[1:2], "lr": 0.0}, {"params": params[2:]}]
+    optimizer = Lion8bit(groups, lr=1e-3, weight_decay=0.5, decouple_lr=True)
+    optimizer.param_groups[1]["lr"] = 1e-3
+    optimizer.param_groups[2]["decouple_lr"] = False
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert [param[0].item() for param in params] == pytest.approx([0.75, 1.0, 1.0 - 5e-4])
+
+
 def test_cautious_keeps_only_updates_along_the_gradient() -> None:
     param = leaf(torch.zeros(5000))
     optimizer = Lion8bit([param], lr=1.0, cautious=True, betas=(0.9, 0.99))
@@ -454,10 +587,37 @@ def test_adamw_settings_keep_the_decay_of_a_step() -> None:
     assert float(group["lr"]) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"maximize": True, "amsgrad": True}])
+def test_groups_of_the_adamw_that_is_replaced(scheduled: bool, flags: dict[str, bool]) -> None:
+    params = [leaf(torch.ones(3)) for _ in range(2)]
+    adamw = torch.optim.AdamW([{"params": params[:1], "name": "a"}, {"params": params[1:], "lr": 2e-3}], **flags)
+    if scheduled:
+        lr_scheduler.OneCycleLR(adamw, [1e-2, 2e-2], 10)
+        lr_scheduler.SequentialLR(adamw, [lr_scheduler.ConstantLR(adamw), lr_scheduler.ConstantLR(adamw)], [5])
+    before = [{**group} for group in adamw.param_groups]
+    optimizer = Lion8bit.from_adamw(adamw.param_groups, lr=1e-3, weight_decay=0.01, betas=(0.95, 0.98))
+    assert adamw.param_groups == before
+    for group, theirs in zip(optimizer.param_groups, before, strict=True):
+        assert group["betas"] == (0.95, 0.98)
+        assert not group.keys() & {"eps", "amsgrad", "foreach", "differentiable"}
+        assert group["fused"] is False and group["maximize"] is flags.get("maximize", False)
+        assert group.get("name") == theirs.get("name") and group["params"] == theirs["params"]
+        for name in {"lr", "initial_lr", "max_lr", "min_lr"} & theirs.keys():
+            assert group[name] == pytest.approx(theirs[name] / 5)
+        assert group["weight_decay"] == pytest.approx(theirs["weight_decay"] * 5)
+    lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    for group, theirs in zip(optimizer.param_groups, before, strict=True):
+        assert group["lr"] == pytest.approx(theirs.get("initial_lr", theirs["lr"]) / 5)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"factor": 0}, "factor must be positive, got 0"),
+        ({"factor": "5"}, "factor must be a number, got the text '5'"),
+        ({"lr": "1e-3"}, "lr must be a number, got the text '1e-3'"),
+        ({"weight_decay": None}, "weight_decay must be a number, got None"),
         ({"factor": float("inf")}, "factor must be positive, got inf"),
         ({"decouple_lr": True}, "decouple_lr must be False in from_adamw"),
         ({"lr": -1.0}, "Invalid learning rate"),
@@ -528,20 +688,169 @@ def test_all_bad_keeps_everything_finite() -> None:
         ({"min_8bit_size": -1}, "min_8bit_size"),
         ({"optim_bits": 4}, "optim_bits must be 8 or 32"),
         ({"weight_rounding": "up"}, "weight_rounding must be"),
+        # Finite in double, infinite in float32.
+        ({"lr": 1e39}, "Invalid learning rate: 1e\\+39"),
+        ({"lr": torch.tensor(1e300, dtype=torch.float64)}, "Invalid learning rate: 1e\\+300"),
+        ({"weight_decay": 1e42}, "Invalid weight_decay: 1e\\+42"),
+        # Of another kind.
+        ({"lr": "1e-4"}, "lr must be a number, got the text '1e-4'; YAML reads .* write 1.0e-4"),
+        ({"lr": None}, "lr must be a number, got None"),
+        ({"lr": True}, "lr must be a number, got True"),
+        ({"lr": torch.tensor(1)}, "lr must be a number, got tensor"),
+        ({"lr": torch.tensor(float("nan"))}, "Invalid learning rate: nan"),
+        ({"lr": np.float32("inf")}, "Invalid learning rate: inf"),
+        ({"lr": [1e-4]}, "lr must be a number, got \\[0.0001\\]"),
+        ({"lr": 10**400}, "lr must be a number"),
+        ({"betas": 0.9}, "betas must be two numbers, got 0.9"),
+        ({"betas": None}, "betas must be two numbers, got None"),
+        ({"betas": "0.9"}, "betas must be two numbers, got '0.9'"),
+        ({"betas": {0.9, 0.99}}, "betas must be two numbers"),
+        ({"betas": (0.9, 0.95, 0.99)}, "betas must be two numbers"),
+        ({"betas": ("0.9", 0.99)}, "beta1 must be a number, got the text '0.9'"),
+        ({"betas": (0.9, None)}, "beta2 must be a number, got None"),
+        ({"weight_decay": "0.1"}, "weight_decay must be a number, got the text '0.1'"),
+        ({"weight_decay": float("nan")}, "Invalid weight_decay: nan"),
+        ({"maximize": "False"}, "maximize must be True or False, got 'False'"),
+        ({"maximize": None}, "maximize must be True or False, got None"),
+        ({"cautious": "no"}, "cautious must be True or False, got 'no'"),
+        ({"decouple_lr": 2}, "decouple_lr must be True or False, got 2"),
+        ({"block_size": 128.0}, "block_size must be one of .* got 128.0"),
+        ({"block_size": "128"}, "block_size must be one of .* got '128'"),
+        ({"min_8bit_size": "4096"}, "min_8bit_size must be an integer of at least 0, got '4096'"),
+        ({"min_8bit_size": None}, "min_8bit_size must be an integer"),
+        ({"optim_bits": "8"}, "optim_bits must be 8 or 32, got '8'"),
+        ({"optim_bits": 8.0}, "optim_bits must be 8 or 32, got 8.0"),
+        ({"weight_rounding": None}, "weight_rounding must be"),
     ],
 )
-def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("optimizer_class", [Lion8bit, Lion])
+def test_options_out_of_range(options: dict[str, Any], message: str, optimizer_class: Any) -> None:
+    """In the constructor, in a group, in a group that is added, and written into a group later."""
+    if optimizer_class is Lion and not options.keys() <= {"lr", "betas", "weight_decay", "maximize"}:
+        return
     param = leaf(torch.randn(5))
     with pytest.raises(ValueError, match=message):
-        Lion8bit([param], **options)
+        optimizer_class([param], **options)
     with pytest.raises(ValueError, match=message):
-        Lion8bit([{"params": [param], **options}])
+        optimizer_class([{"params": [param], **options}])
+    optimizer = optimizer_class([param])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [leaf(torch.randn(5))], **options})
+    param.grad = gradient_like(param)
+    before = snapshot(optimizer)
+    optimizer.param_groups[0] |= options
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert len(optimizer.param_groups) == 1
+    assert_same_all(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_numbers_of_numpy_are_numbers(later: bool) -> None:
+    """At construction they become Python's, which `torch.load` takes."""
+    options: dict[str, Any] = {
+        "lr": np.float64(0.5),
+        "betas": np.array([0.5, 0.75]),
+        "weight_decay": np.float32(0.5),
+        "block_size": np.int64(64),
+        "min_8bit_size": np.int32(10),
+        "optim_bits": np.int8(32),
+        "maximize": np.True_,
+    }
+    plain = {"lr": 0.5, "betas": (0.5, 0.75), "weight_decay": 0.5, "block_size": 64, "min_8bit_size": 10}
+    plain |= {"optim_bits": 32, "maximize": True}
+    params = [leaf(torch.ones(5000)) for _ in range(2)]
+    if later:
+        ours = Lion8bit(params[:1])
+        ours.param_groups[0] |= options
+    else:
+        ours = Lion8bit(params[:1], **options)
+        saved = through_torch_save(ours.state_dict())["param_groups"][0]
+        assert {name: saved[name] for name in plain} == plain
+        assert all(type(saved[name]) is type(value) for name, value in plain.items())
+        through_torch_save(ours.defaults)
+    for param, optimizer in zip(params, (ours, Lion8bit(params[1:], **plain)), strict=True):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert_same(params[0].detach(), params[1].detach(), "parameter")
+
+
+SMALL_STEPS = {
+    "Lion8bit": lambda lr: {"lr": lr, "weight_decay": 2.0},
+    "decouple_lr": lambda lr: {"lr": lr, "weight_decay": 0.5, "decouple_lr": True, "peak_lr": 0.25},
+    "step_param": lambda lr: {"lr": lr, "weight_decay": 2.0},
+    "Lion": lambda lr: {"lr": lr, "weight_decay": 2.0},
+}
+
+
+@pytest.mark.parametrize("kind", SMALL_STEPS)
+def test_a_decay_beyond_the_whole_weight_is_refused(kind: str) -> None:
+    """A factor below 0 would turn the signs of all weights. At construction lr may still be a schedule's factor."""
+    optimizer_class = Lion if kind == "Lion" else Lion8bit
+    params = [leaf(torch.randn(5)) for _ in range(2)]
+    groups = [{"params": params[:1], **SMALL_STEPS[kind](0.1)}, {"params": params[1:], **SMALL_STEPS[kind](0.75)}]
+    optimizer = optimizer_class(groups)
+    for param in params:
+        param.grad = gradient_like(param)
+    before = snapshot(optimizer)
+    what = "lr/peak_lr" if kind == "decouple_lr" else "lr"
+    with pytest.raises(
+        ValueError, match=rf"Invalid weight_decay: .*{what}\*weight_decay must .* 1.5 with lr 0.75"
+    ) as e:
+        optimizer.step_param(params[1], groups[1]) if kind == "step_param" else optimizer.step()
+    assert ("peak_lr 0.25" in str(e.value)) == (kind == "decouple_lr")
+    assert_same_all(snapshot(optimizer), before)
+    optimizer.param_groups[1]["lr"] = 0.5  # exactly all of it
+    optimizer.step()
+    assert_same(params[1].detach(), -0.5 * params[1].grad.sign(), "parameter")
+
+
+@pytest.mark.parametrize("lr", [-3e-21, -9e-10, torch.tensor(-3e-21), -0.0])
+@pytest.mark.parametrize("optimizer_class", [Lion8bit, Lion])
+def test_rates_that_rounding_made_negative_count_as_zero(lr: Any, optimizer_class: Any) -> None:
+    param = leaf(torch.randn(5))
+    optimizer = optimizer_class([param], weight_decay=0.1)
+    optimizer.param_groups[0]["lr"] = lr
+    param.grad = gradient_like(param)
+    before = param.detach().clone()
+    optimizer.step()
+    assert_same(param.detach(), before, "parameter")
+    optimizer.param_groups[0]["lr"] = -1e-9
+    with pytest.raises(ValueError, match="Invalid learning rate: -1e-09"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 def test_other_parameter_dtypes_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=r"parameters must be float32, bfloat16 or float16.*parameter 1 of group 0"):
         Lion8bit([leaf(torch.randn(5)), leaf(torch.randn(5, dtype=dtype))])
+
+
+FROZEN = [torch.uint8, torch.int8, torch.bool, torch.float64, torch.float8_e4m3fn, torch.complex64]
+
+
+@pytest.mark.parametrize("dtype", FROZEN, ids=str)
+def test_frozen_parameters_may_have_any_dtype(dtype: torch.dtype) -> None:
+    """As the base of QLoRA, which `model.parameters()` hands over too; refused once it has a gradient."""
+    frozen = nn.Parameter(torch.zeros(64, 64).to(dtype), requires_grad=False)
+    adapter = nn.Parameter(torch.zeros(64, 80))
+    optimizer = Lion8bit([frozen, adapter], lr=0.5, weight_rounding="compensated")
+    for _ in range(2):
+        adapter.grad = torch.ones_like(adapter)
+        optimizer.step()
+        assert optimizer.memory_report()["parameters"] == 64 * 144
+    saved = through_torch_save(optimizer.state_dict())
+    assert saved["state"].keys() == {1}
+    optimizer.load_state_dict(saved)
+    adapter.grad = torch.ones_like(adapter)
+    optimizer.step()
+    assert bool((adapter == -1.5).all())
+    if dtype.is_floating_point or dtype.is_complex:
+        before = snapshot(optimizer)[1:]
+        frozen.requires_grad_().grad = torch.zeros_like(frozen)
+        with pytest.raises(TypeError, match=r"parameters must be dense float32.*parameter 0 of group 0"):
+            optimizer.step()
+        assert_same_all(snapshot(optimizer)[1:], before)
 
 
 def sparse(param: torch.Tensor) -> torch.Tensor:
@@ -620,6 +929,47 @@ def test_a_changed_block_size_is_refused() -> None:
     optimizer.param_groups[0]["block_size"] = 64
     with pytest.raises(ValueError, match=r"scales must be float32 \(70, 4\) at block_size 64"):
         optimizer.step()
+
+
+NARROWED = [({"optim_bits": 8}, {"optim_bits": 32}), ({"min_8bit_size": 0}, {"min_8bit_size": 10**6})]
+
+
+@pytest.mark.parametrize("layout", ["matrix", "channels last", "ragged rows"])
+@pytest.mark.parametrize("narrow, wide", NARROWED)
+@pytest.mark.parametrize("alone", [False, True])
+def test_changed_bits_take_effect(layout: str, narrow: dict[str, int], wide: dict[str, int], alone: bool) -> None:
+    """To fp32 exactly, back to codes as `quantize` makes them; the count and the residual stay."""
+    param = leaf(LAYOUTS[layout]().bfloat16())
+    optimizer = Lion8bit([param], lr=1e-3, weight_rounding="compensated", **narrow)
+    (group,) = optimizer.param_groups
+
+    def step() -> None:
+        param.grad = gradient_like(param)
+        optimizer.step_param(param, group) if alone else optimizer.step()
+
+    step()
+    step()
+    for options in (wide, narrow):
+        momentum = optimizer.momentum(param)
+        group |= options
+        twin = leaf(param.detach().clone())
+        expected = Lion8bit([twin], lr=1e-3, weight_rounding="compensated", **options)
+        expected.state[twin] = {
+            "step": optimizer.state[param]["step"],
+            "residual": optimizer.state[param]["residual"].clone(),
+            **dict(zip(("codes", "scales"), lion8bit.quantize(momentum), strict=True)),
+        }
+        if options is wide:
+            expected.state[twin] = {**expected.state[twin], "momentum": momentum}
+            del expected.state[twin]["codes"], expected.state[twin]["scales"]
+        for _ in range(2):
+            step()
+            twin.grad = param.grad.clone()
+            expected.step()
+        assert optimizer.state[param].keys() == expected.state[twin].keys()
+        assert_same(param.detach(), twin.detach(), "parameter")
+        assert_same(optimizer.momentum(param), expected.momentum(twin), "momentum")
+        assert optimizer.state[param]["step"] == expected.state[twin]["step"]
 
 
 def test_a_scheduler_gone_wrong_changes_nothing() -> None:
@@ -788,6 +1138,24 @@ def test_older_pickles_get_newer_options() -> None:
     assert fresh.param_groups[0]["cautious"] is False and fresh.param_groups[0]["format_version"] == 2
 
 
+def test_older_checkpoints_keep_the_peak_in_initial_lr() -> None:
+    param = leaf(torch.ones(5000))
+    optimizer = Lion8bit([param], lr=1e-3, weight_decay=0.5, decouple_lr=True)
+    assert optimizer.param_groups[0]["peak_lr"] == 1e-3
+    saved = optimizer.state_dict()
+    (group,) = saved["param_groups"]
+    group |= {"lr": 5e-4, "initial_lr": torch.tensor(2e-3)}
+    del group["peak_lr"]
+    resumed = Lion8bit([param], lr=1.0, decouple_lr=True)
+    for state in (saved, lion8bit.convert_state_dict(saved, resumed)):
+        resumed.load_state_dict(through_torch_save(state))
+        assert resumed.param_groups[0]["peak_lr"] == pytest.approx(2e-3)
+        param.data.fill_(1.0)
+        param.grad = torch.zeros_like(param)
+        resumed.step()
+        torch.testing.assert_close(param.detach(), torch.full_like(param, 0.875))
+
+
 # ---- Looking inside -------------------------------------------------------------------------------------------------
 
 
@@ -843,7 +1211,7 @@ def test_a_parameter_transposed_in_place_is_noticed() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("block_size", 512), ("betas", (0.9, 1.5)), ("optim_bits", 4), ("weight_rounding", "up")],
+    [("block_size", 512), ("betas", (0.9, 1.5)), ("optim_bits", 4), ("weight_rounding", "up"), ("lr", "1e-4")],
 )
 @pytest.mark.parametrize("warm", [False, True])
 def test_an_option_spoilt_after_construction_changes_nothing(option, value, warm: bool) -> None:
