@@ -313,7 +313,8 @@ class Lion8bit(torch.optim.Optimizer):
         grads = gradients([param], [param.grad])  # may communicate, so it must not make other threads wait
         with self._lock:
             hypers = [_hyper(group)]
-            key = (id(group), hypers[0].block_size, hypers[0].weight_rounding, group["is_paged"])
+            number = self._index.numbers[id(param)]  # the seed
+            key = (id(group), number, hypers[0].block_size, hypers[0].weight_rounding, group["is_paged"])
             states = [self.state[param]] if param in self.state else []
             plan = self._plans.get(param)
             if plan is None or not plan.refresh(key, states, [param], grads):
