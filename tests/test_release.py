@@ -22,6 +22,9 @@ import lion8bit.optimizer
 from lion8bit import Lion, Lion8bit, fuse_into_backward
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 class Model(nn.Module):
     """Tied embedding, a frozen layer, blocks that may be checkpointed."""
 
@@ -385,7 +388,7 @@ def test_work_is_linear_in_the_number_of_parameters(
         monkeypatch.setattr("lion8bit.optimizer.decides", lambda device_type: True)
         monkeypatch.setattr("lion8bit.optimizer.update_", lambda *arguments: None)
     work: dict[int, list[int]] = {}
-    for count in (50, 200):
+    for count in (25, 100):
         model = nn.ParameterList(nn.Parameter(torch.zeros(4, 5)[:, : 4 if gaps else 5]) for _ in range(count))
         optimizer = Lion8bit(model.parameters(), fused=counted_on == "device")
         fuse_into_backward(model, optimizer)
@@ -399,8 +402,8 @@ def test_work_is_linear_in_the_number_of_parameters(
             work[count].append(meter.run(loss.backward))
             optimizer.step()
             assert {state["step"] for state in optimizer.state.values()} <= {0, iteration, iteration + 1}
-    ratios = [more / less for less, more in zip(work[50], work[200], strict=True)]
-    assert max(ratios) < 5, f"four times the parameters take {ratios} times the work"
+    ratios = [more / less for less, more in zip(work[25], work[100], strict=True)]
+    assert max(ratios) < 4.2, f"four times the parameters take {ratios} times the work"
 
 
 # ---- step_param -----------------------------------------------------------------------------------------------------
