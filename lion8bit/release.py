@@ -21,8 +21,7 @@ _handles: weakref.WeakSet[GradientRelease] = weakref.WeakSet()
 class GradientRelease:
     """The hooks that `fuse_into_backward` has put on a model's parameters.
 
-    The optimizer keeps this handle alive, and the handle's hooks hold neither of the two: parameters are freed although
-    they have hooks, and where the optimizer is freed its hooks are removed.
+    The optimizer holds this handle, whose hooks hold neither of the two. They are removed when the optimizer is freed.
     """
 
     def __init__(self, model: nn.Module, optimizer: Lion8bit) -> None:
@@ -99,6 +98,8 @@ class GradientRelease:
 
     def _notice_new_backward(self) -> None:
         """Forgets what a backward pass has stepped that failed before its end: the next one is another iteration."""
+        if torch.compiler.is_compiling():  # compiled autograd takes no callbacks
+            return
         if self._backward() is not None:  # this one, or the one that this one is nested in
             return
         if not self._looked_for_ddp and _has_process_group():
@@ -127,14 +128,14 @@ class GradientRelease:
         for param in stepped:
             if param.grad is not None:
                 raise RuntimeError(
-                    f"{self._names[param]} must have no gradient once the backward pass has stepped it, got one that "
-                    "was written later, as DistributedDataParallel writes averages; load a checkpoint and go on "
-                    "without gradient release, or with FSDP2's fully_shard"
+                    f"{self._names[param]} must have no gradient when step() is called after a backward pass has "
+                    "stepped it, got one that came later; all gradients must be complete in the first backward pass "
+                    "outside accumulate(), so average them with FSDP2's fully_shard and not after it"
                 )
 
 
 class _Backward:
-    """Lives as long as a backward pass: autograd calls it at the end, or drops it where the pass fails."""
+    """Lives as long as a backward pass: autograd calls it at the end, and frees it uncalled where the pass fails."""
 
     def __init__(self, handle: GradientRelease) -> None:
         self._handle = handle
@@ -153,7 +154,7 @@ def _remove(handle: weakref.ref[GradientRelease], hooks: list[Any]) -> None:
     for hook in hooks:
         hook.remove()
     alive = handle()
-    if alive is not None:  # the optimizer is not, perhaps
+    if alive is not None:
         _handles.discard(alive)
         alive._names, alive._stepped = {}, set()
 
@@ -166,7 +167,13 @@ def fuse_into_backward(model: nn.Module, optimizer: Lion8bit) -> GradientRelease
     only what still has a gradient, such as parameters outside ``model`` or unfrozen later.
 
     One backward pass is one step; micro-batches but the last go under ``accumulate()`` of the handle. Activation
-    checkpointing and FSDP2's ``fully_shard`` work.
+    checkpointing and FSDP2's ``fully_shard`` work. A graph that was made before the pass that steps cannot be used
+    after it, because the weights have changed: autograd says "modified by an inplace operation".
+
+    After a backward pass that failed half way, training goes on with the next batch. The parameters that the failed
+    pass has reached have been stepped.
+
+    Neither the model nor the optimizer is kept alive. An optimizer that nobody holds any more gives way to a new one.
 
     Do not clip by the norm of all gradients: it is known only when most of them have been used and freed. This goes
     unnoticed, `clip_grad_norm_` just finds no gradients. (The size of Lion's update does not depend on a gradient's.)
@@ -181,9 +188,10 @@ def fuse_into_backward(model: nn.Module, optimizer: Lion8bit) -> GradientRelease
     Raises:
         TypeError: the model is wrapped in DistributedDataParallel or FullyShardedDataParallel, or the optimizer in
             something.
-        ValueError: the model holds no trainable parameter of the optimizer.
-        RuntimeError: later, in ``backward()`` where a parameter gets a second gradient before ``optimizer.step()``, and
-            in ``optimizer.step()`` where a GradScaler has scaled the gradients.
+        ValueError: the model holds no trainable parameter of the optimizer, or one that is fused already.
+        RuntimeError: later, in ``backward()`` where DistributedDataParallel has wrapped the model meanwhile, or a
+            parameter gets a second gradient before ``optimizer.step()``; and in ``optimizer.step()`` where a parameter
+            has got a gradient after it was stepped, or a GradScaler has scaled the gradients.
     """
     return GradientRelease(model, optimizer)
 
