@@ -389,6 +389,7 @@ class Meter:
             return trace
 
         before, self.count = sys.gettrace(), 0
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks at this in settrace
         sys.settrace(trace)
         try:
             work()
