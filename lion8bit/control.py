@@ -53,6 +53,7 @@ class UpdateCounts:
         self._device = device
         self._tables: list[Tensor] = []  # the last one is in use
         self._held: dict[int, _Held] = {}  # by identity of the state
+        self._free: list[int] = []  # places of the last table
 
     @property
     def table(self) -> Tensor:
@@ -64,7 +65,7 @@ class UpdateCounts:
 
         Args:
             states: those that are stepped.
-            live: all of the optimizer's; others are forgotten when new ones come.
+            live: all of the optimizer's, these among them; others are forgotten when new ones come.
 
         Raises:
             RuntimeError: a count would go to the device in a CUDA graph, and so in each of its replays.
@@ -78,6 +79,11 @@ class UpdateCounts:
                 )
             self._adopt(changed, live)
         return [self._held[id(state)].place for state in states]
+
+    def forget(self, live: Collection[dict[str, Any]]) -> None:
+        """Lets go of states that are not among these, and makes their places free."""
+        for key in self._held.keys() - {*map(id, live)}:
+            self._free.append(self._held.pop(key).place)
 
     def settle(self) -> None:
         """Brings ``state["step"]`` up to date; waits for the device."""
@@ -94,17 +100,17 @@ class UpdateCounts:
 
     def _adopt(self, changed: Sequence[dict[str, Any]], live: Collection[dict[str, Any]]) -> None:
         adopted = {id(state): state for state in changed}
-        alive = {*map(id, live), *adopted}
-        self._held = {key: held for key, held in self._held.items() if key in alive}
-        if not self._tables or len(alive) > len(self.table):
+        new = len(adopted.keys() - self._held.keys())
+        if new > len(self._free) or new + len(self._held) > len(live):  # not for each: it is a pass over all
+            self.forget(live)
+        if new > len(self._free):
             self.settle()
-            self._tables.append(torch.zeros(2 * len(alive), 2, dtype=torch.int64, device=self._device))
+            self._tables.append(torch.zeros(2 * len(live), 2, dtype=torch.int64, device=self._device))
+            self._free = [*reversed(range(len(self.table)))]
             adopted |= {key: held.state for key, held in self._held.items()}
             self._held = {}
-        used = {held.place for held in self._held.values()}
-        free = (place for place in range(len(self.table)) if place not in used)
         for key, state in adopted.items():
-            place = self._held[key].place if key in self._held else next(free)
+            place = self._held[key].place if key in self._held else self._free.pop()
             state["step"] = count_of(state["step"])
             self._held[key] = _Held(state, place, state["step"])
         places = torch.tensor([self._held[key].place for key in adopted], device=self._device)

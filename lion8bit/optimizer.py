@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import threading
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate, chain
 from operator import is_, itemgetter
 from typing import Any
 
@@ -159,6 +162,8 @@ class Lion8bit(torch.optim.Optimizer):
         look_again()
         self._plan: _Plan | None = None
         self._plans: dict[Tensor, _Plan] = {}  # of the parameters that are stepped alone
+        self._index = _Index([])
+        self._lock = threading.RLock()  # autograd has a thread for each device, and each may call `step_param`
         self._counters: dict[torch.device, Tensor] = {}
         self._update_counts: dict[torch.device, UpdateCounts] = {}
         self._pagers: dict[torch.device, Pager] = {}
@@ -259,8 +264,12 @@ class Lion8bit(torch.optim.Optimizer):
             number += len(group["params"])
         self._plan = None
         self._plans = {}
+        self._index = _Index([])
+        self.__dict__.setdefault("_lock", threading.RLock())
         self.__dict__.setdefault("_counters", {})
         self.__dict__.setdefault("_update_counts", {})
+        for counts in self._update_counts.values():
+            counts.forget(self.state.values())
         self.__dict__.setdefault("_pagers", {})
 
     # ---- Stepping --------------------------------------------------------------------------------------------------
@@ -328,30 +337,33 @@ class Lion8bit(torch.optim.Optimizer):
     def step_param(self, param: Tensor, group: dict[str, Any]) -> None:
         """Steps one parameter alone, for trainers that step while gradients arrive.
 
+        Several threads may step different parameters at the same time.
+
         Args:
             param: with its gradient; without one nothing happens.
-            group: the one that holds it. A group from before `load_state_dict`, which makes new ones, will do.
+            group: not used, because trainers may pass one from before `load_state_dict`, which makes new groups: the
+                options are those of the group that holds ``param``.
 
         Raises:
             ValueError: ``param`` is in no group; and what `step` raises.
         """
         if param.grad is None:
             return
-        if not any(group is present for present in self.param_groups):
-            group = self._group_of(param)
-        hypers = [_hyper(group)]
-        layout = hypers[0].block_size, hypers[0].weight_rounding
-        key = (id(group), layout, _PLACING(group), len(group["params"]))
-        states = [self.state[param]] if param in self.state else []
-        plan, grads = self._plans.get(param), gradients([param], [param.grad])
-        if plan is None or not plan.refresh(key, states, [param], grads):
-            present = {param for group in self.param_groups for param in group["params"]}
-            self._plans = {other: plan for other, plan in self._plans.items() if other in present - {param}}
-            batches = self._build([group], [param], grads, [1], hypers)
-            plan = _Plan(key, [self.state[param]], batches)
-            if batches[0].in_place:
-                self._plans[param] = plan
-        self._run(plan.batches, [group], hypers)
+        group = self._group_of(param)
+        grads = gradients([param], [param.grad])  # may communicate, so it must not make other threads wait
+        with self._lock:
+            hypers = [_hyper(group)]
+            layout = hypers[0].block_size, hypers[0].weight_rounding
+            key = (id(group), self._seed(param), layout, _PLACING(group))
+            states = [self.state[param]] if param in self.state else []
+            plan = self._plans.get(param)
+            if plan is None or not plan.refresh(key, states, [param], grads):
+                self._plans.pop(param, None)
+                batches = self._build([group], [param], grads, [1], hypers)
+                plan = _Plan(key, [self.state[param]], batches)
+                if batches[0].in_place:
+                    self._plans[param] = plan
+            self._run(plan.batches, [group], hypers)
 
     def step_parameter(self, param: Tensor, group: dict[str, Any], index: int) -> None:
         """`step_param` with the parameter's index in its group, as some trainers call it."""
@@ -455,7 +467,7 @@ class Lion8bit(torch.optim.Optimizer):
         hypers: Sequence[Hyper],
     ) -> list[Batch]:
         """Checks parameters, gradients and state, makes the state that is missing; a batch for each device."""
-        numbers = {id(param): group["seed"] + n for group in groups for n, param in enumerate(group["params"])}
+        self._take_index(params)
         owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
         self._settle_pages()
         entries: list[Entry] = []
@@ -473,7 +485,7 @@ class Lion8bit(torch.optim.Optimizer):
                     grad,
                     state,
                     block_size=hypers[owner].block_size,
-                    seed=numbers[id(param)] & 0xFFFFFFFF,
+                    seed=self._seed(param),
                     hyper=owner,
                     paged=lives_on_host(param, group),
                 )
@@ -499,10 +511,27 @@ class Lion8bit(torch.optim.Optimizer):
         ]
 
     def _group_of(self, param: Tensor) -> dict[str, Any]:
-        for group in self.param_groups:
-            if any(other is param for other in group["params"]):
-                return group
-        raise ValueError(f"param must be one of this optimizer's parameters, got shape {tuple(param.shape)}")
+        self._take_index([param])
+        if id(param) not in self._index.numbers:
+            raise ValueError(
+                f"param must be one of this optimizer's parameters, got shape {tuple(param.shape)}; "
+                "call add_param_group first, or remove() of a gradient release that still steps it"
+            )
+        return self.param_groups[self._index.place(param)[0]]
+
+    def _seed(self, param: Tensor) -> int:
+        """Of a parameter in the index."""
+        owner, number = self._index.place(param)
+        seed: int = self.param_groups[owner]["seed"]
+        return seed + number & 0xFFFFFFFF
+
+    def _take_index(self, params: Sequence[Tensor]) -> None:
+        """Makes the index of the groups anew, unless it knows where these parameters are."""
+        with self._lock:
+            if not self._index.holds(self.param_groups, params):
+                self._index = _Index(self.param_groups)
+                present = {*chain.from_iterable(self._index.lists)}
+                self._plans = {param: plan for param, plan in self._plans.items() if param in present}
 
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._counters:
@@ -751,6 +780,39 @@ class _Plan:
         if key != self.key or len(states) != len(self.states) or not all(map(is_, states, self.states)):
             return False
         return all(batch.refresh(params, grads) for batch in self.batches)
+
+
+class _Index:
+    """Where parameters are in an optimizer's groups, so that stepping one takes no pass over all of them."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        self.lists = [group["params"] for group in groups]
+        self._sizes = [*map(len, self.lists)]
+        self._ends = [*accumulate(self._sizes)]
+        self.numbers = {id(param): number for number, param in enumerate(chain.from_iterable(self.lists))}
+
+    def place(self, param: Tensor) -> tuple[int, int]:
+        """The parameter's group, and its number there.
+
+        Raises:
+            KeyError: it is in none.
+        """
+        number = self.numbers[id(param)]
+        owner = bisect_right(self._ends, number)
+        return owner, number - self._ends[owner] + self._sizes[owner]
+
+    def holds(self, groups: Sequence[dict[str, Any]], params: Sequence[Tensor]) -> bool:
+        """Whether these parameters are still where they were; False too where it does not know one."""
+        lists = [group["params"] for group in groups]
+        if len(lists) != len(self.lists) or not all(map(is_, lists, self.lists)) or [*map(len, lists)] != self._sizes:
+            return False
+        for param in params:
+            if id(param) not in self.numbers:
+                return False
+            owner, number = self.place(param)
+            if lists[owner][number] is not param:
+                return False
+        return True
 
 
 def _ready(groups: Sequence[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor], list[int]]:

@@ -412,6 +412,25 @@ def test_counts_move_to_more_room() -> None:
     assert len({*counts.places(more, more)}) == len(more)
 
 
+@on_device
+def test_counts_let_go_of_state_that_was_replaced(place: Place) -> None:
+    params = parameters(place, torch.float32)
+    optimizer = Lion8bit(params, lr=1e-3, fused=True)
+    set_grads(params, 0)
+    optimizer.step()
+    replaced = [
+        weakref.ref(tensor)
+        for state in optimizer.state.values()
+        for tensor in state.values()
+        if isinstance(tensor, torch.Tensor)
+    ]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert len(replaced) == 4 and not any(each() is not None for each in replaced)
+    set_grads(params, 1)
+    optimizer.step()
+    assert {state["step"] for state in optimizer.state_dict()["state"].values()} == {2}
+
+
 class NoWaiting(TorchDispatchMode):
     """Fails where a value is read from a tensor, for which a GPU would have to be waited for."""
 
