@@ -5,11 +5,13 @@ It imports torch and the standard library; transformers, rich and matplotlib onl
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -239,7 +241,9 @@ def _widths(config: Any, module: nn.Module, blocks: Sequence[str]) -> tuple[Widt
     ), ""
 
 
-def load_model(model: int | str | os.PathLike[str] | nn.Module, lora: int | None = None) -> Model:
+def load_model(
+    model: int | str | os.PathLike[str] | nn.Module, lora: int | None = None, trust_remote_code: bool = False
+) -> Model:
     """The `Model` of anything that `estimate` takes.
 
     Raises:
@@ -251,7 +255,7 @@ def load_model(model: int | str | os.PathLike[str] | nn.Module, lora: int | None
         return _with_lora(replace(typical_model(model), name=f"{model:,} parameters"), lora)
     text = os.fspath(model)
     if Path(text).exists():
-        return _from_hugging_face(Path(text), lora)
+        return _from_hugging_face(Path(text), lora, trust_remote_code)
     count = parse_count(text)
     if count is not None:
         return _with_lora(replace(typical_model(count), name=text.strip()), lora)
@@ -277,7 +281,7 @@ def _with_lora(model: Model, lora: int | None) -> Model:
     return replace(model, blocks=(adapted(model.blocks[0]),) * len(model.blocks), rest=rest)
 
 
-def _from_hugging_face(path: Path, lora: int | None) -> Model:
+def _from_hugging_face(path: Path, lora: int | None, trust_remote_code: bool) -> Model:
     file = path if path.is_file() else path / "config.json"
     if not file.is_file():
         raise PlanError(f"model must be a folder with a config.json, got {path}; give the folder of a saved model")
@@ -286,12 +290,24 @@ def _from_hugging_face(path: Path, lora: int | None) -> Model:
     except ImportError:
         raise PlanError(f"model {path} needs transformers; run: pip install transformers") from None
     try:
-        config = transformers.AutoConfig.from_pretrained(file, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            file if path.is_file() else path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         architectures = [getattr(transformers, name, None) for name in config.architectures or ()]
-        cls = next((found for found in architectures if found is not None), transformers.AutoModelForCausalLM)
+        cls = next((found for found in architectures if hasattr(found, "_from_config")), None)
         with torch.device("meta"):
-            module = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
+            if cls is not None:
+                module = cls._from_config(config)
+            else:
+                own = getattr(config, "auto_map", {})
+                name = next((name for name in own if name.startswith("AutoModel")), "AutoModelForCausalLM")
+                module = getattr(transformers, name).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration can be wrong in as many ways as there are models
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise PlanError(
+                f"model must be of a type that transformers has itself, got {path}, which brings code of its own; "
+                "if you trust that code, pass --trust-remote-code (trust_remote_code=True)"
+            ) from error
         reason = str(error).strip().splitlines() or [""]
         raise PlanError(
             f"model must be of a type that transformers {transformers.__version__} builds, got {file}: {reason[0]}; "
@@ -300,14 +316,28 @@ def _from_hugging_face(path: Path, lora: int | None) -> Model:
     return replace(model_of(module, config, lora), name=str(path))
 
 
+@contextlib.contextmanager
+def _working_directory_last() -> Iterator[None]:
+    """Modules of the working directory can be imported, but none that is found elsewhere is replaced by one of them."""
+    added = [os.getcwd()]
+    sys.path += added
+    try:
+        yield
+    finally:
+        sys.path[:] = [path for path in sys.path if path is not added[0]]
+
+
 def _from_factory(text: str, lora: int | None) -> Model:
     name, attribute = text.split(":") if ":" in text else text.rsplit(".", 1)
     try:
-        factory: Any = importlib.import_module(name)
+        with _working_directory_last():
+            factory: Any = importlib.import_module(name)
         for part in attribute.split("."):
             factory = getattr(factory, part)
-    except (ImportError, AttributeError) as error:
-        raise PlanError(f"model must be importable as package.module:factory, got {text}: {error}") from error
+    except Exception as error:  # the module may do anything
+        raise PlanError(
+            f"model must be importable as package.module:factory, got {text}: {type(error).__name__}: {error}"
+        ) from error
     try:
         with torch.device("meta"):
             module = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
@@ -494,6 +524,7 @@ def estimate(
     reserve: float = 1.0,
     block_size: int = 128,
     min_8bit_size: int = 4096,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Plans the memory of training, by optimizer.
 
@@ -527,12 +558,13 @@ def estimate(
         vram: memory of one GPU in GiB, for the verdicts.
         reserve: GiB of it that stay free for the CUDA context, workspaces and fragmentation.
         block_size, min_8bit_size: of Lion8bit.
+        trust_remote_code: a folder may bring Python code of its own, which is then executed.
 
     Raises:
         PlanError: an argument out of its range, or a model that cannot be read; a ValueError.
     """
     _check(dtype=dtype, batch=batch, sequence=sequence, lora=lora, gpus=gpus, vram=vram, reserve=reserve)
-    found = load_model(model, lora)
+    found = load_model(model, lora, trust_remote_code)
     width = DTYPE_BYTES[dtype]
     rows = {}
     for key, method in methods("fp32" if lora else dtype, block_size, min_8bit_size).items():
@@ -746,13 +778,26 @@ def plan_bars(plan: Plan, columns: int) -> Any:
     return Group(grid, legend)
 
 
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_suffix(path: Path) -> None:
+    """A ValueError unless `plot_plan` can write a file of this name."""
+    if path.suffix.lower() not in PICTURES:
+        raise ValueError(f"path must end in one of {', '.join(PICTURES)}, got {path.name!r}")
+
+
 def plot_plan(plan: Plan, path: Path) -> None:
     """Draws the totals as horizontal bars, with a line where the memory of the GPU ends.
 
     Args:
         plan: what `estimate` returned.
         path: .png, .svg or .pdf file to write.
+
+    Raises:
+        ValueError: it ends in something else.
     """
+    check_suffix(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
