@@ -68,6 +68,7 @@ class Widths:
         saved: numbers per inner width that it saves; `SAVED`, and two more with a gate, as SwiGLU.
         layer_norms: widths of a layer's LayerNorms together.
         rms_norms: of norms computed in fp32 by torch's elementary operations, as the RMSNorm of transformers.
+        fp32_norms: of those whose weight is applied in fp32 too, as Gemma's.
         vocabulary: width of the logits; 0 for a model without.
         fused: queries, keys and values are one matrix product, and rotated: the values keep the whole product.
     """
@@ -81,12 +82,13 @@ class Widths:
     saved: int
     layer_norms: int
     rms_norms: int
+    fp32_norms: int
     vocabulary: int
     fused: bool = False
 
     def layer_bytes(self, width: int) -> int:
         """Bytes per token that a layer saves for its backward pass, computing in ``width`` bytes per number."""
-        norms = self.layer_norms * width + self.rms_norms * (width + 4)
+        norms = self.layer_norms * width + self.rms_norms * (width + 4) + self.fp32_norms * (4 + 4)
         attention = width * (self.hidden + (2 + self.fused) * (self.query + self.key)) + 4 * self.heads
         feed_forward = width * (self.hidden + self.saved * self.inner)
         return norms + attention + feed_forward
@@ -165,7 +167,7 @@ def typical_model(count: int) -> Model:
     block = [Weight(shape) for shape in 4 * [(hidden, hidden)] + 2 * [(inner, hidden)]]
     block += [Weight((hidden, inner)), Weight((hidden,)), Weight((hidden,))]
     rest = (Weight((vocabulary, hidden)), Weight((hidden,)), Weight((vocabulary, hidden)))
-    widths = Widths(layers, hidden, layers, hidden, hidden, inner, SAVED["silu"] + 2, 0, 2 * hidden, vocabulary)
+    widths = Widths(layers, hidden, layers, hidden, hidden, inner, SAVED["silu"] + 2, 0, 2 * hidden, 0, vocabulary)
     note = (
         f"a count is taken as a Llama of {layers} layers, width {hidden}, inner width {inner}, vocabulary {vocabulary}"
     )
@@ -279,7 +281,7 @@ def _widths(config: Any, module: nn.Module, stacks: Sequence[nn.ModuleList]) -> 
         raise _NotKnownError(f"the formula is for activation functions {', '.join(SAVED)}, not {function}")
 
     linear: list[tuple[int, int]] = []
-    layer_norms = rms_norms = 0
+    layer_norms = rms_norms = fp32_norms = 0
     for name, part in stacks[0][0].named_modules():
         own = [*part.parameters(recurse=False)]
         if features := _features(part):
@@ -289,6 +291,8 @@ def _widths(config: Any, module: nn.Module, stacks: Sequence[nn.ModuleList]) -> 
             width = query if last.startswith("q") else key if last.startswith("k") else hidden
             if isinstance(part, nn.LayerNorm):
                 layer_norms += width
+            elif re.fullmatch("(Gemma|Olmo).*RMSNorm", type(part).__name__):
+                fp32_norms += width
             elif type(part).__name__.endswith("RMSNorm"):
                 rms_norms += width
             else:
@@ -318,6 +322,7 @@ def _widths(config: Any, module: nn.Module, stacks: Sequence[nn.ModuleList]) -> 
         saved=SAVED[function] + 2 * (gate > 0),
         layer_norms=layer_norms,
         rms_norms=rms_norms,
+        fp32_norms=fp32_norms,
         vocabulary=config.vocab_size if _output(module) is not None else 0,
         fused=one and rotated,
     )
