@@ -354,14 +354,16 @@ def build_app() -> "typer.Typer":
         width h, queries q, keys k, inner width f, a heads, e bytes per number:
 
         layer = t * (norms + e*(h + 2q + 2k) + 4a + e*(h + 4f)),
-        2f for a feed-forward without a gate; norms = 2h*e,
-        or 2h*(e + 4) for an RMSNorm in fp32; gradients inside = t*e*(h + 2f);
+        2f for a feed-forward with GELU or SiLU and no gate; norms = n*e for each
+        of width n, or n*(e + 4) for an RMSNorm; gradients inside = t*e*(h + 2f);
         logits = t * vocabulary * (e + 12). Together all layers and the larger
         of gradients inside and logits; with checkpointing t*h*e per layer, and
         the larger of one layer with the gradients inside, and the logits.
 
         The total is that of the worst moment: gradients grow while activations
-        shrink.
+        shrink. Activations are known for decoders and encoders with one stack of
+        equal layers; for other models (experts, several towers) the total is
+        what is needed at least, and never "fits".
 
         "release" is lion8bit.fuse_into_backward, "24-bit" compensated weights,
         "host" momentum in the host's memory; "transient" is the largest gradient

@@ -143,9 +143,10 @@ def parse_count(text: str) -> int | None:
 def typical_model(count: int) -> Model:
     """The model that a mere count is taken for: a Llama whose width is 128 times its layers, vocabulary 32000.
 
-    Small ones have at least 4 layers, below 1024 a width that is a multiple of 32, and as vocabulary a thousandth of
-    the count, so that no part is out of proportion. The width is that for which the feed-forward width comes nearest to
-    8/3 of it; then the latter takes the value that meets the count, to within one column per layer.
+    Widths are multiples of 128, below 2048 of 8. There are at least 4 layers, and the vocabulary is at most a
+    thousandth of the count, so that no part of a small model is out of proportion. The width is that for which the
+    feed-forward width comes nearest to 8/3 of it; then the latter takes the value that meets the count, to within one
+    column per layer.
 
     Raises:
         PlanError: the count is below 1M, or above 100T.
@@ -162,7 +163,7 @@ def typical_model(count: int) -> Model:
         fixed = 2 * vocabulary * width + layers * (4 * width**2 + 2 * width) + width
         return (count - fixed) / (3 * layers * width)
 
-    hidden = min((*range(32, 1024, 32), *range(1024, 128_000, 128)), key=lambda w: abs(inner_width(w) / w - 8 / 3))
+    hidden = min((*range(32, 2048, 8), *range(2048, 128_000, 128)), key=lambda w: abs(inner_width(w) / w - 8 / 3))
     layers, inner = max(4, hidden // 128), round(inner_width(hidden))
     block = [Weight(shape) for shape in 4 * [(hidden, hidden)] + 2 * [(inner, hidden)]]
     block += [Weight((hidden, inner)), Weight((hidden,)), Weight((hidden,))]
@@ -640,13 +641,21 @@ def estimate(
     store its scores (FlashAttention) and without dropout. With t = batch * sequence tokens, width h, attention widths q
     and k, inner width f, a heads, L layers, a vocabulary of v, and e bytes per number,
 
-        layer = t * (norms + e*(h + 2q + 2k) + 4a + e*(h + 4f))     2f where the feed-forward is not gated
-        norms = 2h * e for LayerNorm, 2h * (e + 4) for RMSNorm, which transformers computes in fp32
+        layer = t * (norms + e*(h + 2q + 2k) + 4a + e*(h + s*f))     s = 4 with a gate, as SwiGLU
+        norms = n*e for a LayerNorm of width n, n*(e + 4) for an RMSNorm, which transformers computes in fp32
         inside = t * e*(h + 2f)                                      gradients inside of a layer
         logits = t * v * (e + 12)                                    themselves, fp32 softmax and its gradients
 
-    and activations are L*layer + max(inside, logits), or L*t*e*h + max(layer + inside, logits) with checkpointing. Not
-    counted: buffers, the workspaces of libraries, temporaries of an optimizer's step (fused AdamW, bitsandbytes,
+    and activations are L*layer + max(inside, logits), or L*t*e*h + max(layer + inside, logits) with checkpointing.
+    Without a gate, s is what the activation function saves: 2 for GELU and SiLU, `SAVED` has others. Where queries,
+    keys and values are one product and rotated, q + k more numbers are kept. A norm that applies its weight in fp32
+    (Gemma, OLMo 2) saves 8n.
+
+    Activations are known for decoders and encoders of Hugging Face with one stack of equal layers, where each weight of
+    a layer has its place in this formula. For other models (mixtures of experts, encoder-decoders, several towers) the
+    totals are without them, a least value, and ``fits`` is False or None.
+
+    Not counted: buffers, the workspaces of libraries, temporaries of an optimizer's step (fused AdamW, bitsandbytes,
     FlashLion and Lion8bit make none), and the 16-bit copies of fp32 weights under autocast.
 
     With ``gpus`` above 1 everything is per GPU under FSDP2, `fully_shard` on each block and on the whole: rank 0 holds
@@ -847,17 +856,24 @@ def plan_table(plan: Plan) -> Table:
     title = f"{plan.model}: {describe(plan)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("GiB", no_wrap=True)
-    for heading in ("weights", "grads", "state", "transient", "acts", "total"):
+    known = all(row.activations is not None for row in plan.rows.values())
+    for heading in ("weights", "grads", "state", "transient", *(["acts"] if known else []), "total"):
         table.add_column(heading, justify="right", no_wrap=True)
     if plan.vram is not None:
         table.add_column(f"in {plan.vram:g}", no_wrap=True)
     for row in plan.rows.values():
         cells = (row.weights, row.gradients, row.state, row.transient, row.activations, row.total)
-        texts = ["-" if size is None else f"{size / GIB:.1f}" for size in cells]
-        verdict = [] if row.fits is None else ["[green]fits[/]" if row.fits else "[red]no[/]"]
-        table.add_row(row.label, *texts, *verdict, style="bold" if row.label.startswith("Lion8bit") else None)
+        texts = [f"{size / GIB:.1f}" for size in cells if size is not None]
+        least = f"at least {texts[-1] if len(texts[-1]) < 4 else row.total // GIB} GiB"
+        verdict = {True: "[green]fits[/]", False: "[red]no[/]", None: least}[row.fits]
+        table.add_row(
+            row.label,
+            *texts,
+            *([] if plan.vram is None else [verdict]),
+            style="bold" if row.label.startswith("Lion8bit") else None,
+        )
     notes = [plan.note] if plan.note else []
-    notes.append("total: at the worst moment, which is named beside its bar")
+    notes.append(f"total{'' if known else ', at least'}: at the worst moment, which is named beside its bar")
     if plan.vram is not None:
         notes.append(f"{plan.reserve:g} GiB stay free for the CUDA context, workspaces and fragmentation")
     table.caption = "; ".join(notes)

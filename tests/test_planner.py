@@ -306,7 +306,7 @@ def test_peak_is_what_an_iteration_allocates(
 
 def test_activations_follow_the_published_count() -> None:
     """Korthikanti et al. have 34sbh + 5as²b for GPT; without dropout's masks (2sbh) and the scores, 32sbh."""
-    widths = planner.Widths(12, 768, 0, 768, 768, 3072, False, False, 0)
+    widths = planner.Widths(12, 768, 0, 768, 768, 3072, planner.SAVED["gelu"], 2 * 768, 0, 0, 0)
     assert widths.layer_bytes(2) == 32 * 768
     short, long = (estimate("7B", sequence=s, checkpointing=False).rows["lion8bit"].activations for s in (512, 2048))
     assert short is not None and long == 4 * short
@@ -360,8 +360,9 @@ def test_verdict_is_total_and_reserve() -> None:
     "model, message",
     [
         ("7X", "model must be a count such as 7B.*got '7X'"),
-        ("0", "model must be a count of at least 10,000,000"),
-        ("-7B", "model must be a count of at least 10,000,000"),
+        ("0", "model must be a count of 1,000,000 to 100,000,000,000,000"),
+        ("-7B", "model must be a count of 1,000,000 to"),
+        ("101T", "model must be a count of 1,000,000 to"),
         ("organisation/model", "have to be downloaded first"),
         ("no_such_package.module:factory", "model must be importable.*no_such_package"),
         ("torch.nn:NoSuchThing", "model must be importable.*NoSuchThing"),
