@@ -305,10 +305,13 @@ def hugging_face_task(
         transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise DemoInputError("model needs the transformers package; run: pip install transformers") from error
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise DemoInputError(
