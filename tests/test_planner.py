@@ -351,6 +351,8 @@ ENCODER |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 IMAGES = {"image_size": [64, 48], "patch_size": 8}
 OLDER = {"n_embd": 128, "n_layer": 8, "n_head": 4, "vocab_size": 300, "n_positions": 64}
 OLDER |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+RELU = {"hidden_size": 128, "ffn_dim": 344, "num_hidden_layers": 8, "num_attention_heads": 4, "vocab_size": 300}
+RELU |= {"word_embed_proj_dim": 128, "dropout": 0.0, "pad_token_id": 0}
 KNOWN: dict[
     str, tuple[str, str, dict[str, Any], int]
 ] = {  # class, model_type, configuration, tokens of the usual input
@@ -360,7 +362,7 @@ KNOWN: dict[
     "norms after layers": ("Olmo2ForCausalLM", "olmo2", {**DECODER, "max_position_embeddings": 96}, 96),
     "fused matrices": ("Phi3ForCausalLM", "phi3", {**DECODER, "max_position_embeddings": 96}, 96),
     "GELU in parts": ("GPT2LMHeadModel", "gpt2", OLDER, 64),
-    "ReLU": ("OPTForCausalLM", "opt", {**DECODER, "ffn_dim": 344, "word_embed_proj_dim": 128, "dropout": 0.0}, 2048),
+    "ReLU": ("OPTForCausalLM", "opt", RELU, 2048),
     "BERT": ("BertModel", "bert", {**ENCODER, "vocab_size": 300}, 512),
     "DistilBERT": (
         "DistilBertModel",
@@ -412,6 +414,7 @@ def test_activations_are_what_autograd_saves(name: str) -> None:
 
 EXPERTS = {**DECODER, "num_hidden_layers": 2, "moe_intermediate_size": 64}
 SPEECH = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+SPEECH |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0}
 UNKNOWN: dict[str, tuple[str, str, dict[str, Any], str]] = {  # class, model_type, configuration, what the note says
     "mixtral": ("MixtralForCausalLM", "mixtral", {**EXPERTS, "num_local_experts": 4}, "dense"),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "qwen3_moe", {**EXPERTS, "num_experts": 4}, "dense"),
