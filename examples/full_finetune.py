@@ -278,12 +278,12 @@ def run(settings: argparse.Namespace, device: torch.device, advance: Callable[[s
 
 
 def plan(model: nn.Module, settings: argparse.Namespace) -> tuple[int | None, str | None]:
-    """What `lion8bit estimate` says of this run: bytes and the moment of the peak; None where it knows no such run."""
+    """What `lion8bit estimate` says of this run: bytes and the moment of the peak; None where they are not known."""
     key = PLANNED.get((settings.optimizer, not settings.no_release, settings.paged))
     if key is None:
         return None, None
     row = estimate(model, batch=settings.batch, sequence=settings.sequence).rows[key]
-    return row.total, row.peak
+    return (None, None) if row.activations is None else (row.total, row.peak)
 
 
 def report(record: dict[str, Any]) -> str:
