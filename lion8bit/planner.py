@@ -268,7 +268,7 @@ def _widths(config: Any, module: nn.Module, stacks: Sequence[nn.ModuleList]) -> 
     shapes = {tuple(param.shape for param in layer.parameters()) for layer in stacks[0]}
     if len(shapes) > 1 or len(stacks[0]) != layers:
         raise _NotKnownError(f"the formula is for {layers} equal layers, each with weights of its own")
-    if not (getattr(module, "_supports_sdpa", True) or getattr(module, "_supports_flash_attn", True)):
+    if not getattr(module, "_supports_sdpa", True) or getattr(config, "_attn_implementation", None) == "eager":
         raise _NotKnownError("its attention stores its scores")
     if getattr(config, "attn_logit_softcapping", None):
         raise _NotKnownError("its attention caps its scores")
@@ -409,6 +409,7 @@ def _from_hugging_face(path: Path, lora: int | None, trust_remote_code: bool) ->
                 own = getattr(config, "auto_map", {})
                 name = next((name for name in own if name.startswith("AutoModel")), "AutoModelForCausalLM")
                 module = getattr(transformers, name).from_config(config, trust_remote_code=trust_remote_code)
+        config._attn_implementation = "sdpa"  # what training takes where the model supports it
     except Exception as error:  # a configuration can be wrong in as many ways as there are models
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise PlanError(

@@ -237,7 +237,7 @@ def test_typical_shape_is_that_of_llama(count: str, layers: int, width: int) -> 
     assert f"{layers} layers, width {width}" in estimate(count).note
 
 
-COUNTS = [round(10 ** (6 + 6 * i / 200)) for i in range(201)]  # 1M to 1T, each 7 % more than the one before
+COUNTS = [round(10 ** (6 + 6 * i / 120)) for i in range(121)]  # 1M to 1T, each 12 % more than the one before
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -424,6 +424,13 @@ UNKNOWN: dict[str, tuple[str, str, dict[str, Any], str]] = {  # class, model_typ
     "mamba": ("MambaForCausalLM", "mamba", {"hidden_size": 64, "num_hidden_layers": 2}, "num_attention_heads"),
     "albert": ("AlbertModel", "albert", {**ENCODER, "embedding_size": 32}, "one stack"),
     "deberta": ("DebertaV2Model", "deberta-v2", ENCODER, "stores its scores"),
+    "eager": ("LlamaForCausalLM", "llama", {**EXPERTS, "attn_implementation": "eager"}, "stores its scores"),
+    "gpt_neo": (
+        "GPTNeoForCausalLM",
+        "gpt_neo",
+        {"hidden_size": 64, "num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4},
+        "stores its scores",
+    ),
     "dinov2": ("Dinov2Model", "dinov2", {**ENCODER, **IMAGES}, "LayerScale"),
     "clip": ("CLIPModel", "clip", {}, "stacks of 12 and 12"),
     "qwen2_vl": (
