@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lion8bit import cpu
+from lion8bit.cli import try_to_write
 
 SCHEMA = 1
 PACKAGES = ("torch", "lion8bit", "numpy", "bitsandbytes", "lion-pytorch", "torch-optimi", "torchao")
@@ -184,6 +185,16 @@ def describe(record: dict[str, Any]) -> str:
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 
+def output_file(text: str) -> Path:
+    """A file to write, which is tried at once: after the measurement it would be too late."""
+    path = Path(text)
+    try:
+        try_to_write(path)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"must be a file that can be written, got {text} ({error})") from error
+    return path
+
+
 def parser(description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark.
 
@@ -194,7 +205,9 @@ def parser(description: str, epilog: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--json", type=Path, metavar="FILE", help="write every figure and the machine's record here")
+    result.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write every figure and the machine's record here"
+    )
     result.add_argument(
         "--quick", action="store_true", help="seconds instead of minutes: proves the script, not the figures"
     )
@@ -204,7 +217,7 @@ def parser(description: str, epilog: str) -> argparse.ArgumentParser:
 def plot_option(result: argparse.ArgumentParser) -> None:
     """Adds ``--plot`` to the parser of a benchmark that has something to see."""
     result.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg or .pdf; needs matplotlib)"
+        "--plot", type=output_file, metavar="FILE", help="draw the result (.png, .svg or .pdf; needs matplotlib)"
     )
 
 

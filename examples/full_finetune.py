@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from lion8bit import Lion8bit, fuse_into_backward
+from lion8bit.cli import try_to_write
 from lion8bit.demo import DemoInputError, first_line, limit_gpu_memory, read_text, resolve_device, state_bytes
 from lion8bit.planner import estimate
 
@@ -72,11 +73,14 @@ def load(settings: argparse.Namespace, device: torch.device) -> tuple[nn.Module,
         return build(SHAPES[settings.shape], device, seed=settings.seed), None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.bfloat16, local_files_only=True)
+    trusted = settings.trust_remote_code
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.model, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=trusted
+    )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
     try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(settings.model, local_files_only=True, trust_remote_code=trusted)
     except (OSError, ValueError, ImportError):
         tokenizer = None
     return model.to(device).train(), tokenizer
@@ -274,12 +278,12 @@ def run(settings: argparse.Namespace, device: torch.device, advance: Callable[[s
 
 
 def plan(model: nn.Module, settings: argparse.Namespace) -> tuple[int | None, str | None]:
-    """What `lion8bit estimate` says of this run: bytes and the moment of the peak; None where it knows no such run."""
+    """What `lion8bit estimate` says of this run: bytes and the moment of the peak; None where they are not known."""
     key = PLANNED.get((settings.optimizer, not settings.no_release, settings.paged))
     if key is None:
         return None, None
     row = estimate(model, batch=settings.batch, sequence=settings.sequence).rows[key]
-    return row.total, row.peak
+    return (None, None) if row.activations is None else (row.total, row.peak)
 
 
 def report(record: dict[str, Any]) -> str:
@@ -323,6 +327,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     source = options.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", type=Path, metavar="FOLDER", help="a causal model of Hugging Face, on this machine")
     source.add_argument("--shape", choices=list(SHAPES), help="random weights in this shape")
+    options.add_argument(
+        "--trust-remote-code", action="store_true", help="execute Python code that the model's folder brings"
+    )
     options.add_argument("--text", type=Path, metavar="FILE", help="default: the source of Python's help topics")
     options.add_argument("--optimizer", choices=OPTIMIZERS, default="lion8bit")
     options.add_argument("--paged", action="store_true", help="optimizer state in host memory")
@@ -344,6 +351,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.error(f"--memory-limit must be positive, got {settings.memory_limit}")
     if settings.paged and settings.optimizer not in ("lion8bit", "bitsandbytes"):
         options.error(f"--paged must go with lion8bit or bitsandbytes, got {settings.optimizer}")
+    for name, path in (("json", settings.json), ("save", settings.save and settings.save / "config.json")):
+        try:
+            if path is not None:
+                try_to_write(path)
+        except OSError as error:
+            options.error(f"--{name} must be a place that can be written to, got {getattr(settings, name)} ({error})")
     if settings.lr is None:
         settings.lr = LR["shape" if settings.model is None else "model"]
     return settings

@@ -52,6 +52,22 @@ def told(*errors: type[Exception], requirement: str = "") -> Iterator[None]:
         raise SystemExit(USAGE_ERROR) from error
 
 
+def try_to_write(path: Path) -> None:
+    """Makes the folder of a file, and opens the file as a writer will; what it holds stays, and a new one goes again.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return  # a pipe waits for its reader
+    new = not path.exists()
+    with path.open("ab"):
+        pass
+    if new:
+        path.unlink()
+
+
 def require_packages(names: Sequence[str], extra: str = "demo") -> None:
     """Ends the process, naming the remedy, if a package of an extra is missing.
 
@@ -211,6 +227,9 @@ def build_app() -> "typer.Typer":
             float | None, typer.Option(help="Learning rate of the three Lions. Default: by model.")
         ] = None,
         out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("demo-results"),
+        trust_remote_code: Annotated[
+            bool, typer.Option("--trust-remote-code", help="Execute Python code that the model's folder brings.")
+        ] = False,
         as_json: Annotated[
             bool,
             typer.Option("--json", help="Print JSON, and nothing else, to standard output."),
@@ -235,8 +254,10 @@ def build_app() -> "typer.Typer":
 
         from lion8bit import demo as lion8bit_demo
 
-        with told(OSError, requirement=f"out must be a folder that can be written to, got {out}"):
-            out.mkdir(parents=True, exist_ok=True)
+        writable = f"out must be a folder that can be written to, got {out}"
+        with told(OSError, requirement=writable):
+            for name in lion8bit_demo.FILES:
+                try_to_write(out / name)
         with (
             told(lion8bit_demo.DemoInputError),
             contextlib.redirect_stdout(sys.stderr),
@@ -252,15 +273,18 @@ def build_app() -> "typer.Typer":
                 eval_windows=eval_windows,
                 adamw_lr=adamw_lr,
                 lion_lr=lion_lr,
+                trust_remote_code=trust_remote_code,
                 on_progress=report,
             )
-        figure, record = lion8bit_demo.save_results(results, out)
+        console = Console()
         if as_json:
             typer.echo(json.dumps(results.to_dict(), indent=2))
         else:
-            console = Console()
             console.print(lion8bit_demo.result_table(results))
             console.print(results.conclusion)
+        with told(OSError, requirement=writable):
+            figure, record = lion8bit_demo.save_results(results, out)
+        if not as_json:
             console.print(f"{results.seconds:.0f} s. Wrote {figure} and {record}.", highlight=False)
 
     @app.command()
@@ -308,11 +332,17 @@ def build_app() -> "typer.Typer":
             int | None, typer.Option(help="Rank of adapters at all linear layers but the output's.")
         ] = None,
         batch: Annotated[int, typer.Option(help="Sequences per GPU and step.")] = 1,
-        sequence: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
+        sequence: Annotated[
+            int | None,
+            typer.Option(help="Tokens per sequence. Default: an image's, else 2048 or the most that the model takes."),
+        ] = None,
         checkpointing: Annotated[bool, typer.Option(help="Compute activations anew in the backward pass.")] = True,
         dtype: Annotated[str, typer.Option(help="Of weights and gradients: bf16, fp16 or fp32.")] = "bf16",
         reserve: Annotated[float, typer.Option(help="GiB for the CUDA context, workspaces and fragmentation.")] = 1.0,
         plot: Annotated[Path | None, typer.Option(help="Draw the totals into this file (.png, .svg, .pdf).")] = None,
+        trust_remote_code: Annotated[
+            bool, typer.Option("--trust-remote-code", help="Execute Python code that the model's folder brings.")
+        ] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes, and nothing else.")] = False,
     ) -> None:
         """Will it fit? Plan the memory of training with each optimizer.
@@ -324,14 +354,16 @@ def build_app() -> "typer.Typer":
         width h, queries q, keys k, inner width f, a heads, e bytes per number:
 
         layer = t * (norms + e*(h + 2q + 2k) + 4a + e*(h + 4f)),
-        2f for a feed-forward without a gate; norms = 2h*e,
-        or 2h*(e + 4) for an RMSNorm in fp32; gradients inside = t*e*(h + 2f);
+        2f for a feed-forward with GELU or SiLU and no gate; norms = n*e for each
+        of width n, or n*(e + 4) for an RMSNorm; gradients inside = t*e*(h + 2f);
         logits = t * vocabulary * (e + 12). Together all layers and the larger
         of gradients inside and logits; with checkpointing t*h*e per layer, and
         the larger of one layer with the gradients inside, and the logits.
 
         The total is that of the worst moment: gradients grow while activations
-        shrink.
+        shrink. Activations are known for decoders and encoders with one stack of
+        equal layers; for other models (experts, several towers) the total is
+        what is needed at least, and never "fits".
 
         "release" is lion8bit.fuse_into_backward, "24-bit" compensated weights,
         "host" momentum in the host's memory; "transient" is the largest gradient
@@ -345,9 +377,12 @@ def build_app() -> "typer.Typer":
         """
         from lion8bit import planner
 
+        drawable = f"plot must be a .png, .svg or .pdf to write, got {plot}"
         if plot is not None:
             require_packages(["matplotlib"])
-        sys.path.insert(0, "")  # a factory may be in the working directory
+            with told(OSError, ValueError, requirement=drawable):
+                planner.check_suffix(plot)
+                try_to_write(plot)
         with told(planner.PlanError):
             plan = planner.estimate(
                 model,
@@ -359,9 +394,10 @@ def build_app() -> "typer.Typer":
                 gpus=gpus,
                 vram=vram,
                 reserve=reserve,
+                trust_remote_code=trust_remote_code,
             )
         if plot is not None:
-            with told(OSError, ValueError, requirement=f"plot must be a .png, .svg or .pdf to write, got {plot}"):
+            with told(OSError, ValueError, requirement=drawable):
                 planner.plot_plan(plan, plot)
         if as_json:
             typer.echo(json.dumps(plan.to_dict(), indent=2))

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 HELD_OUT_SHARE = 0.1
 WARMUP_SHARE = 0.05
 FINAL_LR_SHARE = 0.1
+FILES = ("demo.png", "demo.json")
 EVALUATIONS = 6  # of the held-out loss during a run, besides the one before it; closer together at first
 HF_CONTEXT = 256  # tokens per window for Hugging Face models
 THREAD_TRIALS = 3  # training passes that decide the number of CPU threads
@@ -277,7 +278,9 @@ def byte_task(text: Path | None, device: torch.device, eval_windows: int) -> Tas
     )
 
 
-def hugging_face_task(folder: Path, text: Path | None, device: torch.device, eval_windows: int) -> Task:
+def hugging_face_task(
+    folder: Path, text: Path | None, device: torch.device, eval_windows: int, trust_remote_code: bool = False
+) -> Task:
     """Makes a task of a local Hugging Face causal language model, in bf16 on CUDA devices, else in fp32.
 
     Args:
@@ -285,6 +288,7 @@ def hugging_face_task(folder: Path, text: Path | None, device: torch.device, eva
         text: file to fine-tune on, or None for the source of Python's help topics.
         device: where to train.
         eval_windows: number of held-out windows.
+        trust_remote_code: the folder may bring Python code of its own, which is then executed.
 
     Returns:
         The task.
@@ -302,9 +306,18 @@ def hugging_face_task(folder: Path, text: Path | None, device: torch.device, eva
     except ImportError as error:
         raise DemoInputError("model needs the transformers package; run: pip install transformers") from error
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise DemoInputError(
+                f"model must be of a type that transformers has itself, got {folder}, which brings code of its own; "
+                "if you trust that code, pass --trust-remote-code"
+            ) from error
         raise DemoInputError(f"{wanted} ({first_line(error)})") from error
     ids = tokenizer(content.decode("utf-8", errors="replace"), add_special_tokens=False)["input_ids"]
     context = min(HF_CONTEXT, getattr(model.config, "max_position_embeddings", None) or HF_CONTEXT)
@@ -557,6 +570,7 @@ def run_demo(
     eval_windows: int = 48,
     adamw_lr: float | None = None,
     lion_lr: float | None = None,
+    trust_remote_code: bool = False,
     on_progress: Callable[[str, int, str], None] = lambda key, done, note: None,
 ) -> Results:
     """Runs every contender and measures it.
@@ -571,6 +585,7 @@ def run_demo(
         eval_windows: held-out windows per evaluation.
         adamw_lr: AdamW's peak learning rate; None for the model's default.
         lion_lr: peak learning rate of the three Lions; None for the model's default.
+        trust_remote_code: the model's folder may bring Python code of its own, which is then executed.
         on_progress: told a contender's key, its steps taken so far over all seeds, and a short note.
 
     Returns:
@@ -587,7 +602,7 @@ def run_demo(
     if model is None:
         task, adamw, lion = byte_task(text, where, eval_windows), ADAMW, LION
     else:
-        task, adamw, lion = hugging_face_task(model, text, where, eval_windows), HF_ADAMW, HF_LION
+        task, adamw, lion = hugging_face_task(model, text, where, eval_windows, trust_remote_code), HF_ADAMW, HF_LION
     adamw = dataclasses.replace(adamw, lr=adamw.lr if adamw_lr is None else adamw_lr)
     lion = dataclasses.replace(lion, lr=lion.lr if lion_lr is None else lion_lr)
 
@@ -886,7 +901,7 @@ def save_results(results: Results, folder: Path) -> tuple[Path, Path]:
         The paths of both.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    figure, record = folder / "demo.png", folder / "demo.json"
+    figure, record = (folder / name for name in FILES)
     plot(results, figure)
     record.write_text(json.dumps(results.to_dict(), indent=2, allow_nan=False) + "\n")
     return figure, record

@@ -566,23 +566,37 @@ class Lion8bit(torch.optim.Optimizer):
         return sum(int(counter.item()) for counter in self._counters.values())
 
     @torch.no_grad()
-    def frozen_fraction(self) -> float:
-        """Share of this process's weights that an update of ±lr cannot move, because rounding brings them back.
+    def frozen_fraction(self, lr: Sequence[float | Tensor] | None = None) -> float:
+        """Share of this process's trained weights that an update of ±lr cannot move, because rounding brings them back.
 
         Weights rounded stochastically move in expectation, and count as frozen only where fp32 itself cannot move them;
-        compensated weights, only where 24 bits cannot.
+        compensated weights, only where 24 bits cannot. Weights that require no gradient or hold no data (as on "meta")
+        do not count.
+
+        Args:
+            lr: a learning rate for each group; None for those of the groups, which after ``scheduler.step()`` are those
+                of the next step.
+
+        Returns:
+            Between 0 and 1; 0 where no weight counts.
+
+        Raises:
+            ValueError: ``lr`` has not one rate for each group.
         """
+        rates = [group["lr"] for group in self.param_groups] if lr is None else lr
+        if len(rates) != len(self.param_groups):
+            raise ValueError(f"lr must have {len(self.param_groups)} rates, one for each group, got {len(rates)}")
         self._settle_pages()
         frozen, total = 0, 0
-        for group in self.param_groups:
-            lr = float(group["lr"])
-            for param in group["params"]:
+        for group, lr_of_group in zip(self.param_groups, rates):
+            rate = float(lr_of_group)
+            for param in filter(_holds_trained_data, group["params"]):
                 flat, residual = local(param).detach().reshape(-1), self.state.get(param, {}).get("residual")
                 below = None if residual is None else local(residual).reshape(-1)
                 for start in range(0, flat.numel(), _PIECE):
                     piece = slice(start, start + _PIECE)
                     value = _fp32(flat[piece], None if below is None else below[piece].to(flat.device))
-                    moved = [_rounded(value + step, param.dtype, group["weight_rounding"]) for step in (lr, -lr)]
+                    moved = [_rounded(value + step, param.dtype, group["weight_rounding"]) for step in (rate, -rate)]
                     frozen += int(((moved[0] == value) & (moved[1] == value)).sum())
                 total += flat.numel()
         return frozen / total if total else 0.0
@@ -645,7 +659,9 @@ class Lion8bit(torch.optim.Optimizer):
             local(state["residual"]).copy_(residual)
 
     def memory_report(self) -> dict[str, float]:
-        """Bytes held in this process for the parameters that this optimizer steps, of DTensors the local parts.
+        """Bytes held in this process for the parameters that this optimizer trains, of DTensors the local parts.
+
+        Parameters that require no gradient count only in ``state_bytes``, with state from before they were frozen.
 
         Returns:
             ``parameters`` (elements), ``parameter_bytes``, ``gradient_bytes``, ``state_bytes`` (all state tensors),
@@ -654,15 +670,16 @@ class Lion8bit(torch.optim.Optimizer):
             the devices).
         """
         params = [param for group in self.param_groups for param in group["params"]]
+        trained = [param for param in params if param.requires_grad]
         stepped = [param for param in params if self.state.get(param)]
         held = {param: sum(_nbytes(self.state[param].get(name)) for name in STATE_TENSORS) for param in stepped}
         groups = {param: group for group in self.param_groups for param in group["params"]}
         state_bytes = sum(held.values())
         count = sum(local(param).numel() for param in stepped)
         return {
-            "parameters": sum(local(param).numel() for param in params),
-            "parameter_bytes": sum(_nbytes(param) for param in params),
-            "gradient_bytes": sum(_nbytes(param.grad) for param in params),
+            "parameters": sum(local(param).numel() for param in trained),
+            "parameter_bytes": sum(_nbytes(param) for param in trained),
+            "gradient_bytes": sum(_nbytes(param.grad) for param in trained),
             "state_bytes": state_bytes,
             "state_bytes_per_parameter": state_bytes / count if count else 0.0,
             "paged_bytes": sum(held[param] for param in stepped if lives_on_host(param, groups[param])),
@@ -998,7 +1015,16 @@ def _rounded(x: Tensor, dtype: torch.dtype, weight_rounding: str) -> Tensor:
 
 
 def _nbytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else local(tensor).numel() * tensor.element_size()
+    return 0 if tensor is None or tensor.is_meta else local(tensor).numel() * tensor.element_size()
+
+
+def _holds_trained_data(param: Tensor) -> bool:
+    """Whether a parameter is trained and its weights can be read in this process."""
+    if not param.requires_grad or param.dtype not in DTYPES or param.is_meta:
+        return False
+    piece = local(param)
+    plain = type(piece).__torch_dispatch__ is Tensor.__torch_dispatch__  # a wrapper's storage is empty, or of others
+    return plain and (not piece.numel() or piece.untyped_storage().nbytes() > 0)
 
 
 def _plain(value: Any) -> Any:

@@ -5,11 +5,13 @@ It imports torch and the standard library; transformers, rich and matplotlib onl
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,7 +29,13 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-SMALLEST_COUNT = 10**7  # the shape that is assumed for a mere count would be a caricature below
+SMALLEST_COUNT, LARGEST_COUNT = 10**6, 10**14  # a shape that is assumed for others would mean nothing
+USUAL_SEQUENCE = 2048  # tokens, where nobody and nothing says otherwise
+
+# Numbers per inner width that a feed-forward network without a gate saves for its backward pass: the activation's input
+# and its result, which the second matrix needs; of ReLU only the result; of those that are written out in elementary
+# operations also their intermediate results.
+SAVED = {"relu": 1, "gelu": 2, "gelu_pytorch_tanh": 2, "silu": 2, "swish": 2, "quick_gelu": 3, "gelu_new": 5}
 
 Shape = tuple[int, ...]
 
@@ -57,9 +65,12 @@ class Widths:
         heads: attention heads.
         query, key: widths of all heads' queries, and of their keys (and values).
         inner: width inside the feed-forward network.
-        gated: it has two input matrices, as SwiGLU.
-        rms_norm: norms are computed in fp32 by torch's elementary operations, as the RMSNorm of transformers.
+        saved: numbers per inner width that it saves; `SAVED`, and two more with a gate, as SwiGLU.
+        layer_norms: widths of a layer's LayerNorms together.
+        rms_norms: of norms computed in fp32 by torch's elementary operations, as the RMSNorm of transformers.
+        fp32_norms: of those whose weight is applied in fp32 too, as Gemma's.
         vocabulary: width of the logits; 0 for a model without.
+        fused: queries, keys and values are one matrix product, and rotated: the values keep the whole product.
     """
 
     layers: int
@@ -68,15 +79,18 @@ class Widths:
     query: int
     key: int
     inner: int
-    gated: bool
-    rms_norm: bool
+    saved: int
+    layer_norms: int
+    rms_norms: int
+    fp32_norms: int
     vocabulary: int
+    fused: bool = False
 
     def layer_bytes(self, width: int) -> int:
         """Bytes per token that a layer saves for its backward pass, computing in ``width`` bytes per number."""
-        norms = 2 * self.hidden * (width + 4 if self.rms_norm else width)
-        attention = width * (self.hidden + 2 * self.query + 2 * self.key) + 4 * self.heads
-        feed_forward = width * (self.hidden + (4 if self.gated else 2) * self.inner)
+        norms = self.layer_norms * width + self.rms_norms * (width + 4) + self.fp32_norms * (4 + 4)
+        attention = width * (self.hidden + (2 + self.fused) * (self.query + self.key)) + 4 * self.heads
+        feed_forward = width * (self.hidden + self.saved * self.inner)
         return norms + attention + feed_forward
 
     def inside_bytes(self, width: int) -> int:
@@ -99,6 +113,7 @@ class Model:
         tied: the largest parameter is the embedding and the output layer in one.
         widths: of a transformer; None where the activations are not known.
         note: why they are not, or what was assumed.
+        sequence: tokens of its usual input.
     """
 
     name: str
@@ -107,6 +122,7 @@ class Model:
     tied: bool = False
     widths: Widths | None = None
     note: str = ""
+    sequence: int = USUAL_SEQUENCE
 
     @property
     def weights(self) -> list[Weight]:
@@ -127,31 +143,35 @@ def parse_count(text: str) -> int | None:
 def typical_model(count: int) -> Model:
     """The model that a mere count is taken for: a Llama whose width is 128 times its layers, vocabulary 32000.
 
-    The number of layers is that for which the feed-forward width comes nearest to 8/3 of the model's; then it takes the
-    value that meets the count, to within one column per layer.
+    Widths are multiples of 128, below 2048 of 8. There are at least 4 layers, and the vocabulary is at most a
+    thousandth of the count, so that no part of a small model is out of proportion. The width is that for which the
+    feed-forward width comes nearest to 8/3 of it; then the latter takes the value that meets the count, to within one
+    column per layer.
 
     Raises:
-        PlanError: the count is below 10M.
+        PlanError: the count is below 1M, or above 100T.
     """
-    if count < SMALLEST_COUNT:
+    if not SMALLEST_COUNT <= count <= LARGEST_COUNT:
         raise PlanError(
-            f"model must be a count of at least {SMALLEST_COUNT:,} parameters, got {count:,}; for a smaller model give "
-            "its folder or a factory"
+            f"model must be a count of {SMALLEST_COUNT:,} to {LARGEST_COUNT:,} parameters, got {count:,}; for another "
+            "model give its folder or a factory"
         )
-    vocabulary = 32000
+    vocabulary = min(32000, count // 1000)
 
-    def inner_width(layers: int) -> float:
-        width = 128 * layers
+    def inner_width(width: int) -> float:
+        layers = max(4, width // 128)
         fixed = 2 * vocabulary * width + layers * (4 * width**2 + 2 * width) + width
         return (count - fixed) / (3 * layers * width)
 
-    layers = min(range(1, 1000), key=lambda n: abs(inner_width(n) / (128 * n) - 8 / 3))
-    hidden, inner = 128 * layers, round(inner_width(layers))
+    hidden = min((*range(32, 2048, 8), *range(2048, 128_000, 128)), key=lambda w: abs(inner_width(w) / w - 8 / 3))
+    layers, inner = max(4, hidden // 128), round(inner_width(hidden))
     block = [Weight(shape) for shape in 4 * [(hidden, hidden)] + 2 * [(inner, hidden)]]
     block += [Weight((hidden, inner)), Weight((hidden,)), Weight((hidden,))]
     rest = (Weight((vocabulary, hidden)), Weight((hidden,)), Weight((vocabulary, hidden)))
-    widths = Widths(layers, hidden, layers, hidden, hidden, inner, True, True, vocabulary)
-    note = f"a count is taken as a Llama of {layers} layers, width {hidden}, inner width {inner}, vocabulary 32000"
+    widths = Widths(layers, hidden, layers, hidden, hidden, inner, SAVED["silu"] + 2, 0, 2 * hidden, 0, vocabulary)
+    note = (
+        f"a count is taken as a Llama of {layers} layers, width {hidden}, inner width {inner}, vocabulary {vocabulary}"
+    )
     return Model("", (tuple(block),) * layers, rest, widths=widths, note=note)
 
 
@@ -165,11 +185,13 @@ def model_of(module: nn.Module, config: Any = None, lora: int | None = None) -> 
             gradient.
     """
     names: list[str] = []  # of the blocks
+    stacks: list[nn.ModuleList] = []
     for name, part in module.named_modules():
         if isinstance(part, nn.ModuleList) and len(part) > 1 and not _owner(name, names):
             names += [f"{name}.{index}" for index in range(len(part))]
+            stacks.append(part)
     units: dict[str, list[Weight]] = {name: [] for name in [*names, ""]}
-    output = getattr(module, "get_output_embeddings", lambda: None)()
+    output = _output(module)
     seen: set[torch.Tensor] = set()
     for name, part in module.named_modules():
         unit = units[_owner(name, names)]
@@ -184,8 +206,14 @@ def model_of(module: nn.Module, config: Any = None, lora: int | None = None) -> 
     rest = tuple(units.pop(""))
     tied = len(seen) < len(list(module.named_parameters(remove_duplicate=False)))
     blocks = tuple(tuple(unit) for unit in units.values() if unit)
-    widths, note = _widths(config, module, names)
-    return Model(type(module).__name__, blocks, rest, tied, widths, note)
+    if not hasattr(config, "get_text_config"):  # not one of Hugging Face's
+        return Model(type(module).__name__, blocks, rest, tied, None, f"activations are known for {_HUGGING_FACE} only")
+    widths, note = None, ""
+    try:
+        widths = _widths(config.get_text_config(), module, stacks)
+    except _NotKnownError as error:
+        note = f"activations are not known for {config.model_type}: {error}"
+    return Model(type(module).__name__, blocks, rest, tied, widths, note, _sequence(config, module))
 
 
 def _owner(name: str, blocks: Sequence[str]) -> str:
@@ -206,40 +234,122 @@ def _features(part: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _widths(config: Any, module: nn.Module, blocks: Sequence[str]) -> tuple[Widths | None, str]:
-    """The `Widths` that a configuration tells, or None and why there are none."""
-    if config is None:
-        return None, "activations are known for models with a Hugging Face configuration only"
-    config = config.get_text_config()
-    asked = ("num_local_experts", "num_experts", "n_routed_experts")
-    if getattr(config, "is_encoder_decoder", False) or any(getattr(config, name, None) for name in asked):
-        return (
-            None,
-            f"activations are not known for {config.model_type}: the formula is for dense decoders and encoders",
-        )
+_HUGGING_FACE = "models with a Hugging Face configuration"
+_TOKENS = (
+    "cls_token",
+    "class_embedding",
+    "distillation_token",
+    "register_tokens",
+    "detection_tokens",
+)  # not of patches
+
+
+class _NotKnownError(Exception):
+    """Why the activations of a model are not known."""
+
+
+def _widths(config: Any, module: nn.Module, stacks: Sequence[nn.ModuleList]) -> Widths:
+    """The `Widths` of a model that is one stack of equal transformer layers, all of whose weights are accounted for.
+
+    Raises:
+        _NotKnownError: it is another one.
+    """
+    experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    if getattr(config, "is_encoder_decoder", False) or any(getattr(config, name, None) for name in experts):
+        raise _NotKnownError("the formula is for dense decoders and encoders")
     needed = ("num_hidden_layers", "hidden_size", "num_attention_heads")
-    missing = [name for name in needed if not isinstance(getattr(config, name, None), int)]
-    if missing:
-        return None, f"activations are not known for {config.model_type}: its configuration has no {missing[0]}"
+    for name in needed:
+        if not isinstance(getattr(config, name, None), int):
+            raise _NotKnownError(f"its configuration has no {name}")
     layers, hidden, heads = (getattr(config, name) for name in needed)
-    first = dict(module.named_modules()).get(blocks[0]) if blocks else None
-    linear = [found for part in (first.modules() if first else ()) if (found := _features(part))]
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    if len(stacks) != 1:
+        numbers = " and ".join(str(len(stack)) for stack in stacks) or "none"
+        raise _NotKnownError(f"the formula is for one stack of layers, this has stacks of {numbers}")
+    shapes = {tuple(param.shape for param in layer.parameters()) for layer in stacks[0]}
+    if len(shapes) > 1 or len(stacks[0]) != layers:
+        raise _NotKnownError(f"the formula is for {layers} equal layers, each with weights of its own")
+    if not getattr(module, "_supports_sdpa", True) or getattr(config, "_attn_implementation", None) == "eager":
+        raise _NotKnownError("its attention stores its scores")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise _NotKnownError("its attention caps its scores")
     head = getattr(config, "head_dim", None) or hidden // heads
+    query, key = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    inner = inner or getattr(config, "ffn_dim", None) or getattr(config, "hidden_dim", None) or 4 * hidden
+    names = ("hidden_act", "activation_function", "hidden_activation", "activation")
+    function = next((found for name in names if (found := getattr(config, name, None))), "silu")
+    if function not in SAVED:
+        raise _NotKnownError(f"the formula is for activation functions {', '.join(SAVED)}, not {function}")
+
+    linear: list[tuple[int, int]] = []
+    layer_norms = rms_norms = fp32_norms = 0
+    for name, part in stacks[0][0].named_modules():
+        own = [*part.parameters(recurse=False)]
+        if features := _features(part):
+            linear.append(features)
+        elif "Norm" in type(part).__name__ and all(param.dim() == 1 for param in own):
+            last = name.rpartition(".")[2]
+            width = query if last.startswith("q") else key if last.startswith("k") else hidden
+            if isinstance(part, nn.LayerNorm):
+                layer_norms += width
+            elif re.fullmatch("(Gemma|Olmo).*RMSNorm", type(part).__name__):
+                fp32_norms += width
+            elif type(part).__name__.endswith("RMSNorm"):
+                rms_norms += width
+            else:
+                raise _NotKnownError(f"its layers have a {type(part).__name__}")
+        elif own:
+            raise _NotKnownError(f"its layers have weights beside matrices and norms ({type(part).__name__})")
+    output = (query, hidden)
+    attentions = {True: [(hidden, query + 2 * key), output], False: [(hidden, query), *2 * [(hidden, key)], output]}
+    inputs = {0: [(hidden, inner)], 1: 2 * [(hidden, inner)], 2: [(hidden, 2 * inner)]}  # no gate, a gate, both in one
+    variants = itertools.product(attentions, inputs)
+    found = [
+        (one, gate)
+        for one, gate in variants
+        if sorted(linear) == sorted([*attentions[one], *inputs[gate], (inner, hidden)])
+    ]
+    if not found:
+        raise _NotKnownError("its layers are not one attention and one feed-forward network")
+    one, gate = found[0]
+    rotated = any(getattr(config, name, None) for name in ("rope_parameters", "rope_theta", "rotary_dim"))
     return Widths(
         layers=layers,
         hidden=hidden,
         heads=heads,
-        query=heads * head,
-        key=(getattr(config, "num_key_value_heads", None) or heads) * head,
+        query=query,
+        key=key,
         inner=inner,
-        gated=linear.count((hidden, inner)) > 1 or (hidden, 2 * inner) in linear,
-        rms_norm=any(type(part).__name__.endswith("RMSNorm") for part in module.modules()),
-        vocabulary=config.vocab_size if getattr(module, "get_output_embeddings", lambda: None)() is not None else 0,
-    ), ""
+        saved=SAVED[function] + 2 * (gate > 0),
+        layer_norms=layer_norms,
+        rms_norms=rms_norms,
+        fp32_norms=fp32_norms,
+        vocabulary=config.vocab_size if _output(module) is not None else 0,
+        fused=one and rotated,
+    )
 
 
-def load_model(model: int | str | os.PathLike[str] | nn.Module, lora: int | None = None) -> Model:
+def _output(module: nn.Module) -> nn.Module | None:
+    """The output layer of a language model."""
+    return getattr(module, "get_output_embeddings", lambda: None)()
+
+
+def _sequence(config: Any, module: nn.Module) -> int:
+    """Tokens of an image, by its size, that of patches and the tokens that are added; of a text 2048, or the most."""
+    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if getattr(module, "main_input_name", None) == "pixel_values" and image and patch:
+        (height, width), (high, wide) = (
+            size if isinstance(size, Sequence) else (size, size) for size in (image, patch)
+        )
+        added = [param for name, param in module.named_parameters() if name.rpartition(".")[2] in _TOKENS]
+        return int(height // high * (width // wide) + sum(param.numel() // param.shape[-1] for param in added))
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(USUAL_SEQUENCE, longest) if isinstance(longest, int) and longest > 0 else USUAL_SEQUENCE
+
+
+def load_model(
+    model: int | str | os.PathLike[str] | nn.Module, lora: int | None = None, trust_remote_code: bool = False
+) -> Model:
     """The `Model` of anything that `estimate` takes.
 
     Raises:
@@ -251,7 +361,7 @@ def load_model(model: int | str | os.PathLike[str] | nn.Module, lora: int | None
         return _with_lora(replace(typical_model(model), name=f"{model:,} parameters"), lora)
     text = os.fspath(model)
     if Path(text).exists():
-        return _from_hugging_face(Path(text), lora)
+        return _from_hugging_face(Path(text), lora, trust_remote_code)
     count = parse_count(text)
     if count is not None:
         return _with_lora(replace(typical_model(count), name=text.strip()), lora)
@@ -277,7 +387,7 @@ def _with_lora(model: Model, lora: int | None) -> Model:
     return replace(model, blocks=(adapted(model.blocks[0]),) * len(model.blocks), rest=rest)
 
 
-def _from_hugging_face(path: Path, lora: int | None) -> Model:
+def _from_hugging_face(path: Path, lora: int | None, trust_remote_code: bool) -> Model:
     file = path if path.is_file() else path / "config.json"
     if not file.is_file():
         raise PlanError(f"model must be a folder with a config.json, got {path}; give the folder of a saved model")
@@ -286,12 +396,26 @@ def _from_hugging_face(path: Path, lora: int | None) -> Model:
     except ImportError:
         raise PlanError(f"model {path} needs transformers; run: pip install transformers") from None
     try:
-        config = transformers.AutoConfig.from_pretrained(file, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            file if path.is_file() else path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         architectures = [getattr(transformers, name, None) for name in config.architectures or ()]
-        cls = next((found for found in architectures if found is not None), transformers.AutoModelForCausalLM)
+        cls = next((found for found in architectures if hasattr(found, "_from_config")), None)
+        config._attn_implementation = "eager"  # another may be a kernel to download; shapes do not depend on it
         with torch.device("meta"):
-            module = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
+            if cls is not None:
+                module = cls._from_config(config)
+            else:
+                own = getattr(config, "auto_map", {})
+                name = next((name for name in own if name.startswith("AutoModel")), "AutoModelForCausalLM")
+                module = getattr(transformers, name).from_config(config, trust_remote_code=trust_remote_code)
+        config._attn_implementation = "sdpa"  # what training takes where the model supports it
     except Exception as error:  # a configuration can be wrong in as many ways as there are models
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise PlanError(
+                f"model must be of a type that transformers has itself, got {path}, which brings code of its own; "
+                "if you trust that code, pass --trust-remote-code (trust_remote_code=True)"
+            ) from error
         reason = str(error).strip().splitlines() or [""]
         raise PlanError(
             f"model must be of a type that transformers {transformers.__version__} builds, got {file}: {reason[0]}; "
@@ -300,14 +424,28 @@ def _from_hugging_face(path: Path, lora: int | None) -> Model:
     return replace(model_of(module, config, lora), name=str(path))
 
 
+@contextlib.contextmanager
+def _working_directory_last() -> Iterator[None]:
+    """Modules of the working directory can be imported, but none that is found elsewhere is replaced by one of them."""
+    added = [os.getcwd()]
+    sys.path += added
+    try:
+        yield
+    finally:
+        sys.path[:] = [path for path in sys.path if path is not added[0]]
+
+
 def _from_factory(text: str, lora: int | None) -> Model:
     name, attribute = text.split(":") if ":" in text else text.rsplit(".", 1)
     try:
-        factory: Any = importlib.import_module(name)
+        with _working_directory_last():
+            factory: Any = importlib.import_module(name)
         for part in attribute.split("."):
             factory = getattr(factory, part)
-    except (ImportError, AttributeError) as error:
-        raise PlanError(f"model must be importable as package.module:factory, got {text}: {error}") from error
+    except Exception as error:  # the module may do anything
+        raise PlanError(
+            f"model must be importable as package.module:factory, got {text}: {type(error).__name__}: {error}"
+        ) from error
     try:
         with torch.device("meta"):
             module = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
@@ -443,7 +581,8 @@ class Row:
         peak: that moment: "loss" (the forward pass ends, and with it the logits are largest), the backward pass of the
             "head", "first block", "last block" or "embedding", or "step".
         host: bytes of state in the host's memory.
-        fits: whether total and reserve fit into the GPU's memory; None where none was named.
+        fits: whether total and reserve fit into the GPU's memory; None where none was named, and where what is known
+            fits but the activations are not known.
     """
 
     label: str
@@ -486,7 +625,7 @@ def estimate(
     *,
     dtype: str = "bf16",
     batch: int = 1,
-    sequence: int = 2048,
+    sequence: int | None = None,
     checkpointing: bool = True,
     lora: int | None = None,
     gpus: int = 1,
@@ -494,6 +633,7 @@ def estimate(
     reserve: float = 1.0,
     block_size: int = 128,
     min_8bit_size: int = 4096,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Plans the memory of training, by optimizer.
 
@@ -502,13 +642,21 @@ def estimate(
     store its scores (FlashAttention) and without dropout. With t = batch * sequence tokens, width h, attention widths q
     and k, inner width f, a heads, L layers, a vocabulary of v, and e bytes per number,
 
-        layer = t * (norms + e*(h + 2q + 2k) + 4a + e*(h + 4f))     2f where the feed-forward is not gated
-        norms = 2h * e for LayerNorm, 2h * (e + 4) for RMSNorm, which transformers computes in fp32
+        layer = t * (norms + e*(h + 2q + 2k) + 4a + e*(h + s*f))     s = 4 with a gate, as SwiGLU
+        norms = n*e for a LayerNorm of width n, n*(e + 4) for an RMSNorm, which transformers computes in fp32
         inside = t * e*(h + 2f)                                      gradients inside of a layer
         logits = t * v * (e + 12)                                    themselves, fp32 softmax and its gradients
 
-    and activations are L*layer + max(inside, logits), or L*t*e*h + max(layer + inside, logits) with checkpointing. Not
-    counted: buffers, the workspaces of libraries, temporaries of an optimizer's step (fused AdamW, bitsandbytes,
+    and activations are L*layer + max(inside, logits), or L*t*e*h + max(layer + inside, logits) with checkpointing.
+    Without a gate, s is what the activation function saves: 2 for GELU and SiLU, `SAVED` has others. Where queries,
+    keys and values are one product and rotated, q + k more numbers are kept. A norm that applies its weight in fp32
+    (Gemma, OLMo 2) saves 8n.
+
+    Activations are known for decoders and encoders of Hugging Face with one stack of equal layers, where each weight of
+    a layer has its place in this formula. For other models (mixtures of experts, encoder-decoders, several towers) the
+    totals are without them, a least value, and ``fits`` is False or None.
+
+    Not counted: buffers, the workspaces of libraries, temporaries of an optimizer's step (fused AdamW, bitsandbytes,
     FlashLion and Lion8bit make none), and the 16-bit copies of fp32 weights under autocast.
 
     With ``gpus`` above 1 everything is per GPU under FSDP2, `fully_shard` on each block and on the whole: rank 0 holds
@@ -520,19 +668,23 @@ def estimate(
             "package.module:factory", which is called on the meta device; or a module.
         dtype: "bf16", "fp16" or "fp32", of weights and gradients. LoRA's adapters are fp32, as peft makes them.
         batch: sequences per GPU and step.
-        sequence: tokens per sequence.
+        sequence: tokens per sequence; None for 2048, or less where that is the most that a model takes, and for a
+            vision transformer those of an image.
         checkpointing: each block's activations are computed anew in the backward pass.
         lora: rank of adapters at every linear layer but the output's; all else is frozen.
         gpus: processes of FSDP2.
         vram: memory of one GPU in GiB, for the verdicts.
         reserve: GiB of it that stay free for the CUDA context, workspaces and fragmentation.
         block_size, min_8bit_size: of Lion8bit.
+        trust_remote_code: a folder may bring Python code of its own, which is then executed.
 
     Raises:
         PlanError: an argument out of its range, or a model that cannot be read; a ValueError.
     """
-    _check(dtype=dtype, batch=batch, sequence=sequence, lora=lora, gpus=gpus, vram=vram, reserve=reserve)
-    found = load_model(model, lora)
+    given = {"batch": batch, "gpus": gpus, **({} if sequence is None else {"sequence": sequence})}
+    _check(dtype=dtype, lora=lora, vram=vram, reserve=reserve, **given)
+    found = load_model(model, lora, trust_remote_code)
+    sequence = found.sequence if sequence is None else sequence
     width = DTYPE_BYTES[dtype]
     rows = {}
     for key, method in methods("fp32" if lora else dtype, block_size, min_8bit_size).items():
@@ -611,6 +763,9 @@ def _row(
     host = sum(method.state(piece) for piece in held if piece.numel >= LEAST) if method.host else 0
     on_gpu = state - host + BUFFER_BYTES * bool(host)
     total = weights + on_gpu + extra + (0 if peak == "step" else passing)
+    fits = None if vram is None else total + reserve * GIB <= vram * GIB
+    if fits and activations is None:  # which may be too much
+        fits = None
     return Row(
         label=method.label,
         weights=weights,
@@ -621,7 +776,7 @@ def _row(
         total=total,
         peak=peak,
         host=host,
-        fits=None if vram is None else total + reserve * GIB <= vram * GIB,
+        fits=fits,
     )
 
 
@@ -702,17 +857,24 @@ def plan_table(plan: Plan) -> Table:
     title = f"{plan.model}: {describe(plan)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("GiB", no_wrap=True)
-    for heading in ("weights", "grads", "state", "transient", "acts", "total"):
+    known = all(row.activations is not None for row in plan.rows.values())
+    for heading in ("weights", "grads", "state", "transient", *(["acts"] if known else []), "total"):
         table.add_column(heading, justify="right", no_wrap=True)
     if plan.vram is not None:
         table.add_column(f"in {plan.vram:g}", no_wrap=True)
     for row in plan.rows.values():
         cells = (row.weights, row.gradients, row.state, row.transient, row.activations, row.total)
-        texts = ["-" if size is None else f"{size / GIB:.1f}" for size in cells]
-        verdict = [] if row.fits is None else ["[green]fits[/]" if row.fits else "[red]no[/]"]
-        table.add_row(row.label, *texts, *verdict, style="bold" if row.label.startswith("Lion8bit") else None)
+        texts = [f"{size / GIB:.1f}" for size in cells if size is not None]
+        least = f"at least {texts[-1] if len(texts[-1]) < 4 else row.total // GIB} GiB"
+        verdict = {True: "[green]fits[/]", False: "[red]no[/]", None: least}[row.fits]
+        table.add_row(
+            row.label,
+            *texts,
+            *([] if plan.vram is None else [verdict]),
+            style="bold" if row.label.startswith("Lion8bit") else None,
+        )
     notes = [plan.note] if plan.note else []
-    notes.append("total: at the worst moment, which is named beside its bar")
+    notes.append(f"total{'' if known else ', at least'}: at the worst moment, which is named beside its bar")
     if plan.vram is not None:
         notes.append(f"{plan.reserve:g} GiB stay free for the CUDA context, workspaces and fragmentation")
     table.caption = "; ".join(notes)
@@ -746,13 +908,26 @@ def plan_bars(plan: Plan, columns: int) -> Any:
     return Group(grid, legend)
 
 
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_suffix(path: Path) -> None:
+    """A ValueError unless `plot_plan` can write a file of this name."""
+    if path.suffix.lower() not in PICTURES:
+        raise ValueError(f"path must end in one of {', '.join(PICTURES)}, got {path.name!r}")
+
+
 def plot_plan(plan: Plan, path: Path) -> None:
     """Draws the totals as horizontal bars, with a line where the memory of the GPU ends.
 
     Args:
         plan: what `estimate` returned.
         path: .png, .svg or .pdf file to write.
+
+    Raises:
+        ValueError: it ends in something else.
     """
+    check_suffix(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
@@ -16,7 +17,7 @@ import torch
 
 from lion8bit import Lion8bit, demo
 from lion8bit.bytelm import CHECKPOINT, ByteLM, ByteLMConfig, load_pretrained, save_pretrained
-from lion8bit.cli import build_app, main
+from lion8bit.cli import build_app, main, try_to_write
 
 pytest.importorskip("matplotlib", reason="needs the extra named demo")
 Console = pytest.importorskip("rich.console", reason="needs the extra named demo").Console
@@ -288,10 +289,61 @@ def test_command_reports_bad_input(tmp_path: Path) -> None:
     assert done.output.startswith("error: text must be a readable file")
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_the_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("out", ["file/folder", "file", "pictures", "records", "/proc"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_runs(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if out == "/proc" and not Path(out).is_dir():
+        pytest.skip("needs /proc")
     (tmp_path / "file").touch()
-    done = CliRunner().invoke(build_app(), ["demo", "--out", str(tmp_path / "file" / "folder")])
+    (tmp_path / "pictures" / "demo.png").mkdir(parents=True)
+    (tmp_path / "records" / "demo.json").mkdir(parents=True)
+    monkeypatch.setattr(demo, "run_demo", None)
+    done = CliRunner().invoke(build_app(), ["demo", "--out", str(tmp_path / out)])
     assert done.exit_code == 2 and done.output.startswith("error: out must be a folder that can be written to")
+
+
+def test_a_failure_to_write_does_not_lose_the_table(
+    results: demo.Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(demo, "run_demo", lambda **_: results)
+    monkeypatch.setattr(demo, "save_results", full)
+    done = CliRunner().invoke(build_app(), ["demo", "--out", str(tmp_path)])
+    assert done.exit_code == 2 and "Lion8bit ends" in done.output and "No space left on device" in done.output
+
+
+def test_trying_to_write_leaves_files_as_they_are(tmp_path: Path) -> None:
+    kept, new, pipe = tmp_path / "kept", tmp_path / "folder" / "new", tmp_path / "pipe"
+    kept.write_text("text")
+    for path in (kept, new):
+        try_to_write(path)
+    assert kept.read_text() == "text" and not new.exists() and new.parent.is_dir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(pipe)
+        try_to_write(pipe)  # and does not wait for a reader
+        assert pipe.exists()
+    with pytest.raises(OSError):
+        try_to_write(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot", "--save"])
+@pytest.mark.parametrize("script", ["benchmarks/step_time.py", "benchmarks/memory.py", "examples/full_finetune.py"])
+def test_scripts_try_their_output_first(
+    script: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if (option == "--save") != script.startswith("examples") and option != "--json":
+        pytest.skip("has no such option")
+    path = REPOSITORY / script
+    monkeypatch.syspath_prepend(str(path.parent))
+    shape = ["--shape", "tiny"] if script.startswith("examples") else []
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", [str(path), *shape, option, str(tmp_path / "file" / "a.png")])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(path.stem).main()
+    assert stopped.value.code == 2 and "that can be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

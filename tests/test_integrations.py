@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,40 @@ def test_trl_supervised_fine_tuning_with_a_report(tmp_path: Path) -> None:
     assert [entry["step"] for entry in history if "loss" in entry] == [2, 4, 6]
 
 
+def test_trainer_reports_the_rate_of_the_step_and_not_of_the_next(tmp_path: Path) -> None:
+    """A linear schedule is at 0 after its last step; none of the weights is frozen in any."""
+    from lion8bit.integrations.transformers import OptimizerReport
+
+    changes = {"learning_rate": LR, "lr_scheduler_type": "linear", "warmup_steps": 0, "save_strategy": "no"}
+    arguments = trainer_arguments(tmp_path, max_steps=3, **changes)
+    trainer = by_class(need("transformers").Trainer, language_model(), args=arguments, train_dataset=texts())
+    trainer.add_callback(OptimizerReport(trainer, every=1))
+    trainer.train()
+    assert unwrapped(trainer.optimizer).param_groups[0]["lr"] == 0.0
+    reported = [
+        entry["lion8bit/frozen_fraction"] for entry in trainer.state.log_history if "lion8bit/parameters" in entry
+    ]
+    assert reported == [0.0, 0.0, 0.0]
+
+
+def test_report_takes_the_present_rates_when_the_groups_are_others() -> None:
+    from lion8bit.integrations import LastRates, report
+
+    first, second = (nn.Parameter(torch.ones(8)) for _ in range(2))
+    optimizer = Lion8bit([first], lr=1e-3)
+    last = LastRates(optimizer)
+    first.grad = torch.ones(8)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert report(optimizer)["lion8bit/frozen_fraction"] == 1.0
+    assert report(optimizer, last)["lion8bit/frozen_fraction"] == 0.0
+    optimizer.add_param_group({"params": [second], "lr": 1e-3})
+    assert report(optimizer, last)["lion8bit/frozen_fraction"] == 0.5
+    last.remove()
+    optimizer.step()
+    assert last.rates == [1e-3]
+
+
 def test_report_says_at_once_that_the_optimizer_is_another(tmp_path: Path) -> None:
     transformers = need("transformers")
     from lion8bit.integrations.transformers import OptimizerReport
@@ -289,7 +324,11 @@ def test_report_says_at_once_that_the_optimizer_is_another(tmp_path: Path) -> No
 # ---- Lightning ------------------------------------------------------------------------------------------------------
 
 
-def lightning_module() -> Any:
+def every_other_step(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 2)
+
+
+def lightning_module(scheduler: Any = every_other_step) -> Any:
     lightning = need("lightning")
 
     class Regression(lightning.LightningModule):  # type: ignore[misc]
@@ -303,7 +342,7 @@ def lightning_module() -> Any:
 
         def configure_optimizers(self) -> Any:
             optimizer = Lion8bit(self.parameters(), **OPTIONS)
-            return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2), "interval": "step"}]
+            return [optimizer], [{"scheduler": scheduler(optimizer), "interval": "step"}]
 
     return Regression()
 
@@ -381,9 +420,11 @@ def test_lightning_reports_to_its_logger(tmp_path: Path) -> None:
 
     logger, report = Kept(), OptimizerReport(every=2)
     trainer = lightning_trainer(tmp_path, max_steps=5, logger=logger, callbacks=[report], accumulate_grad_batches=3)
-    trainer.fit(lightning_module(), batches())
+    to_zero = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: float(step < 4))
+    trainer.fit(lightning_module(to_zero), batches())
     assert sorted(logger.reports) == [2, 4]
     assert logger.reports[2]["lion8bit/parameters"] == 2 * (64 * 64 + 64)
+    assert logger.reports[4]["lion8bit/frozen_fraction"] == 0, "at the rate of the step, though the next one's is 0"
     with pytest.raises(ValueError, match="trainer must have a logger"):
         lightning_trainer(tmp_path, max_steps=5, callbacks=[report]).fit(lightning_module(), batches())
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import importlib
+import itertools
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -233,6 +237,27 @@ def test_typical_shape_is_that_of_llama(count: str, layers: int, width: int) -> 
     assert f"{layers} layers, width {width}" in estimate(count).note
 
 
+COUNTS = [round(10 ** (6 + 6 * i / 120)) for i in range(121)]  # 1M to 1T, each 12 % more than the one before
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_any_count_is_a_plausible_model_that_grows_with_it(checkpointing: bool) -> None:
+    before: dict[tuple[str, str], int] = {}
+    for count in COUNTS:
+        typical = planner.typical_model(count)
+        widths = typical.widths
+        assert widths is not None and widths.layers >= 4 and widths.vocabulary >= 1000
+        assert min(min(weight.shape) for weight in typical.weights) > 0, count
+        assert abs(sum(math.prod(weight.shape) for weight in typical.weights) - count) < 1e-3 * count
+        assert 2 < widths.inner / widths.hidden < 3.2 and 16 <= widths.hidden / widths.layers <= 512, count
+        for key, row in estimate(count, checkpointing=checkpointing).rows.items():
+            sizes = {name: getattr(row, name) for name in ("weights", "gradients", "transient", "activations", "total")}
+            sizes["state"] = row.state + row.host  # of small parameters it is not in the host's memory
+            for name, size in sizes.items():
+                assert size >= max(0, before.get((key, name), 0)), (count, key, name)
+                before[key, name] = size
+
+
 # ---- Sharding --------------------------------------------------------------------------------------------------------
 
 
@@ -306,7 +331,7 @@ def test_peak_is_what_an_iteration_allocates(
 
 def test_activations_follow_the_published_count() -> None:
     """Korthikanti et al. have 34sbh + 5as²b for GPT; without dropout's masks (2sbh) and the scores, 32sbh."""
-    widths = planner.Widths(12, 768, 0, 768, 768, 3072, False, False, 0)
+    widths = planner.Widths(12, 768, 0, 768, 768, 3072, planner.SAVED["gelu"], 2 * 768, 0, 0, 0)
     assert widths.layer_bytes(2) == 32 * 768
     short, long = (estimate("7B", sequence=s, checkpointing=False).rows["lion8bit"].activations for s in (512, 2048))
     assert short is not None and long == 4 * short
@@ -317,6 +342,132 @@ def test_checkpointing_saves_memory() -> None:
     with_, without = (estimate("7B", checkpointing=choice).rows["lion8bit-release"] for choice in (True, False))
     assert with_.total < without.total and without.activations is not None and with_.activations is not None
     assert without.activations > 5 * with_.activations
+
+
+DECODER = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 8, "num_attention_heads": 4}
+DECODER |= {"num_key_value_heads": 2, "head_dim": 32, "vocab_size": 300, "pad_token_id": 0}
+ENCODER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4}
+ENCODER |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+IMAGES = {"image_size": [64, 48], "patch_size": 8}
+OLDER = {"n_embd": 128, "n_layer": 8, "n_head": 4, "vocab_size": 300, "n_positions": 64}
+OLDER |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+RELU = {"hidden_size": 128, "ffn_dim": 344, "num_hidden_layers": 8, "num_attention_heads": 4, "vocab_size": 300}
+RELU |= {"word_embed_proj_dim": 128, "dropout": 0.0, "pad_token_id": 0}
+KNOWN: dict[
+    str, tuple[str, str, dict[str, Any], int]
+] = {  # class, model_type, configuration, tokens of the usual input
+    "Llama": ("LlamaForCausalLM", "llama", DECODER, 2048),
+    "norms of queries and keys": ("Qwen3ForCausalLM", "qwen3", {**DECODER, "max_position_embeddings": 96}, 96),
+    "norms in fp32": ("Gemma3ForCausalLM", "gemma3_text", {**DECODER, "max_position_embeddings": 96}, 96),
+    "norms after layers": ("Olmo2ForCausalLM", "olmo2", {**DECODER, "max_position_embeddings": 96}, 96),
+    "fused matrices": ("Phi3ForCausalLM", "phi3", {**DECODER, "max_position_embeddings": 96}, 96),
+    "GELU in parts": ("GPT2LMHeadModel", "gpt2", OLDER, 64),
+    "ReLU": ("OPTForCausalLM", "opt", RELU, 2048),
+    "BERT": ("BertModel", "bert", {**ENCODER, "vocab_size": 300}, 512),
+    "DistilBERT": (
+        "DistilBertModel",
+        "distilbert",
+        {"dim": 128, "hidden_dim": 512, "n_layers": 8, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0},
+        512,
+    ),
+    "ViT": ("ViTModel", "vit", {**ENCODER, **IMAGES}, 49),
+    "DeiT": ("DeiTModel", "deit", {**ENCODER, **IMAGES}, 50),
+    "CLIP's images": ("CLIPVisionModel", "clip_vision_model", {**ENCODER, "image_size": 64, "patch_size": 8}, 65),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_activations_are_what_autograd_saves(name: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    cls, model_type, options, usual = KNOWN[name]
+    config = transformers.AutoConfig.for_model(model_type, **options)
+    model = getattr(transformers, cls)(config).train().bfloat16()
+    plan = estimate(model, batch=2, checkpointing=False)
+    assert (plan.sequence, plan.note) == (usual, "")
+    length = min(plan.sequence, 64)
+    if model.main_input_name == "pixel_values":
+        size = [options["image_size"]] * 2 if isinstance(options["image_size"], int) else options["image_size"]
+        inputs = {"pixel_values": torch.rand(2, 3, *size).bfloat16()}
+    else:
+        inputs = {"input_ids": torch.arange(2 * length).reshape(2, length) % 200 + 1, "use_cache": False}
+        inputs |= {"labels": inputs["input_ids"]} if "LM" in cls else {}
+        inputs = {key: value for key, value in inputs.items() if key != "use_cache" or "LM" in cls}
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(**inputs)
+    if model.main_input_name == "pixel_values":
+        assert output.last_hidden_state.shape[1] == usual
+        length = usual
+    widths = planner.model_of(model, config).widths
+    assert widths is not None
+    expected = 2 * length * (widths.layers * widths.layer_bytes(2) + 6 * widths.vocabulary)  # logits and their softmax
+    assert sum(storage.nbytes() for storage in saved.values()) == pytest.approx(expected, rel=0.06)
+
+
+EXPERTS = {**DECODER, "num_hidden_layers": 2, "moe_intermediate_size": 64}
+SPEECH = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+SPEECH |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0}
+UNKNOWN: dict[str, tuple[str, str, dict[str, Any], str]] = {  # class, model_type, configuration, what the note says
+    "mixtral": ("MixtralForCausalLM", "mixtral", {**EXPERTS, "num_local_experts": 4}, "dense"),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "qwen3_moe", {**EXPERTS, "num_experts": 4}, "dense"),
+    "t5": ("T5ForConditionalGeneration", "t5", {"d_model": 64, "d_ff": 128, "num_layers": 2}, "dense"),
+    "t5 encoder": ("T5EncoderModel", "t5", {"d_model": 64, "d_ff": 128, "num_layers": 2}, "equal layers|dense"),
+    "whisper": ("WhisperForConditionalGeneration", "whisper", SPEECH, "dense"),
+    "mamba": ("MambaForCausalLM", "mamba", {"hidden_size": 64, "num_hidden_layers": 2}, "num_attention_heads"),
+    "albert": ("AlbertModel", "albert", {**ENCODER, "embedding_size": 32}, "one stack"),
+    "deberta": ("DebertaV2Model", "deberta-v2", ENCODER, "stores its scores"),
+    "eager": ("LlamaForCausalLM", "llama", {**EXPERTS, "attn_implementation": "eager"}, "stores its scores"),
+    "gpt_neo": (
+        "GPTNeoForCausalLM",
+        "gpt_neo",
+        {"hidden_size": 64, "num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4},
+        "stores its scores",
+    ),
+    "dinov2": ("Dinov2Model", "dinov2", {**ENCODER, **IMAGES}, "LayerScale"),
+    "clip": ("CLIPModel", "clip", {}, "stacks of 12 and 12"),
+    "qwen2_vl": (
+        "Qwen2VLForConditionalGeneration",
+        "qwen2_vl",
+        {"text_config": EXPERTS, "vision_config": {"depth": 3, "embed_dim": 64, "hidden_size": 128, "num_heads": 4}},
+        "stacks of [23] and [23]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_models_of_unknown_activations_never_fit(name: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    cls, model_type, options, note = UNKNOWN[name]
+    config = transformers.AutoConfig.for_model(model_type, **options)
+    with torch.device("meta"):
+        model = getattr(transformers, cls)(config)
+    plan = estimate(model, vram=1e5)
+    assert {row.activations for row in plan.rows.values()} == {row.fits for row in plan.rows.values()} == {None}
+    assert re.search(f"not known for .*{note}", plan.note)
+    assert plan.to_dict()["rows"]["lion8bit"]["fits"] is None
+    assert estimate(model, vram=1e-3).rows["lion8bit"].fits is False, "but that is certain"
+
+
+def test_a_plan_of_unknown_activations_says_at_least() -> None:
+    pytest.importorskip("rich", reason="needs the extra named demo")
+    from rich.console import Console
+
+    console = Console(width=80, record=True)
+    console.print(planner.plan_table(estimate(nn.Linear(50_000, 70_000, device="meta"), vram=40)))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    rows = {name: next(line for line in lines if line.startswith(f" {name} ")) for name in ("AdamW", "Lion8bit")}
+    assert rows["AdamW"].endswith("at least 26 GiB") and rows["Lion8bit"].endswith("at least 16 GiB")
+    assert "no" in next(line for line in lines if "AdamW, fp32" in line).split() and "total, at least" in " ".join(
+        lines
+    )
 
 
 @pytest.mark.parametrize("name, note", [("moe", "dense"), ("no_layers", "num_hidden_layers")])
@@ -360,8 +511,9 @@ def test_verdict_is_total_and_reserve() -> None:
     "model, message",
     [
         ("7X", "model must be a count such as 7B.*got '7X'"),
-        ("0", "model must be a count of at least 10,000,000"),
-        ("-7B", "model must be a count of at least 10,000,000"),
+        ("0", "model must be a count of 1,000,000 to 100,000,000,000,000"),
+        ("-7B", "model must be a count of 1,000,000 to"),
+        ("101T", "model must be a count of 1,000,000 to"),
         ("organisation/model", "have to be downloaded first"),
         ("no_such_package.module:factory", "model must be importable.*no_such_package"),
         ("torch.nn:NoSuchThing", "model must be importable.*NoSuchThing"),
@@ -451,11 +603,109 @@ def test_command_finds_factories_in_the_working_directory(
     assert json.loads(done.stdout)["parameters"] == 217
 
 
-def test_command_reports_bad_input(invoke: Callable[..., Any]) -> None:
+def test_modules_of_the_working_directory_replace_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_model.py").write_text(
+        "import colorsys, sys, torch\nsaw = sys.path[-1]\nassert hasattr(colorsys, 'rgb_to_hsv')\n"
+        "def make():\n    return torch.nn.Linear(30, 7)\n"
+    )
+    (tmp_path / "colorsys.py").write_text("raise RuntimeError")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.delitem(sys.modules, "my_own_model", raising=False)
+    before = list(sys.path)
+    assert estimate("my_own_model:make").parameters == 217
+    assert sys.modules["my_own_model"].saw == str(tmp_path) and sys.path == before
+    with pytest.raises(PlanError, match="model must be importable"):
+        estimate("my_own_model:absent")
+    assert sys.path == before
+
+
+TRAPS = ("transformers", "matplotlib", "rich", "typer", "json")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["estimate", "model", "--plot", "a.png"], ["doctor"], ["bench", "overhead", "-h"]]
+)
+def test_no_command_runs_modules_of_the_working_directory(arguments: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("rich", reason="needs the extra named demo")
+    for name in TRAPS:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
+    script = "import lion8bit.cli, sys; sys.argv[0] = 'lion8bit'; lion8bit.cli.main()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(lion8bit.__file__).parents[1]), "PYTHONSAFEPATH": ""}
+    path = f"import sys; sys.path.remove(''); {script}"  # a script's own folder is there instead
+    subprocess.run([sys.executable, "-c", path, *arguments], cwd=tmp_path, env=environment, capture_output=True)
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+
+
+def test_module_as_a_command_leaves_the_working_directory_out(tmp_path: Path) -> None:
+    pytest.importorskip("rich", reason="needs the extra named demo")
+    for name in ("rich", "typer"):  # what lion8bit itself imports, before it has a say, comes from there all the same
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})")
+    environment = {**os.environ, "PYTHONPATH": str(Path(lion8bit.__file__).parents[1])}
+    command = [sys.executable, "-m", "lion8bit", "estimate", "7B"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "Llama" in done.stdout and not (tmp_path / "ran").exists()
+
+
+def code_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model's folder with Python code, which leaves a file named "ran" beside it when it is executed."""
+    pytest.importorskip("transformers", reason="needs transformers")
+
+    def asked(*_: Any) -> str:
+        raise AssertionError("a question on standard input")
+
+    monkeypatch.setattr("builtins.input", asked)
+    folder.mkdir()
+    parts = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folder / "config.json").write_text(
+        json.dumps({**LLAMA, "model_type": "own", "architectures": ["Own"]} | {"auto_map": parts})
+    )
+    (folder / "own.py").write_text(
+        f"open({str(folder.parent / 'ran')!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    return folder
+
+
+def test_code_of_a_model_is_executed_only_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = code_of_its_own(tmp_path / "model", monkeypatch)
+    with pytest.raises(PlanError, match=r"brings code of its own; .*--trust-remote-code"):
+        estimate(folder)
+    from lion8bit import demo
+
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 5000)
+    with pytest.raises(demo.DemoInputError, match="model must be"):
+        demo.run_demo(model=folder, text=text, device="cpu")
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    plan = estimate(folder, trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
+    assert plan.rows == estimate(hugging_face("llama", tmp_path / "llama")).rows
+
+
+def test_every_call_that_could_execute_a_models_code_says_whether() -> None:
+    root = Path(__file__).parents[1]
+    calls = 0
+    for file in itertools.chain(*((root / folder).rglob("*.py") for folder in ("lion8bit", "examples", "benchmarks"))):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config"):
+                calls += 1
+                assert "trust_remote_code" in {word.arg for word in node.keywords}, f"{file}:{node.lineno}"
+    assert calls == 6
+
+
+def test_command_reports_bad_input(invoke: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = invoke("7B", "--gpus", "0")
     assert done.exit_code == 2 and "error: gpus must be at least 1" in done.output
     pytest.importorskip("matplotlib", reason="needs the extra named demo")
-    for picture in ("plan.doc", str(Path(__file__) / "plan.png")):
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(planner, "estimate", None)  # which comes afterwards
+    for picture in ("plan.doc", str(Path(__file__) / "plan.png"), str(tmp_path / "folder.png")):
         done = invoke("7B", "--plot", picture)
         assert done.exit_code == 2 and "error: plot must be a .png, .svg or .pdf to write, got" in done.output
 

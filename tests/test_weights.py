@@ -509,3 +509,23 @@ def test_frozen_fraction_looks_below_the_parameter() -> None:
     optimizer.state[param]["residual"].fill_(1)  # 1 + 2^-15, whose neighbours are 2^-15 away on both sides
     assert optimizer.frozen_fraction() == 1.0
     assert Lion8bit([param, still], lr=1e-5).frozen_fraction() == 0.0
+
+
+def test_frozen_fraction_and_report_leave_out_what_is_not_trained_or_not_here() -> None:
+    """Weights that are frozen, of other dtypes, on meta, freed or within a wrapper; the rest is as if alone."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    param = leaf(torch.ones(8, 512).bfloat16())
+    freed = leaf(torch.ones(10))
+    freed.untyped_storage().resize_(0)
+    wrapped = nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
+    others = [leaf(torch.ones(100, device="meta")), freed, wrapped]
+    others += [nn.Parameter(torch.ones(512), requires_grad=False), nn.Parameter(wrapped.detach(), requires_grad=False)]
+    optimizer = Lion8bit([param, *others], lr=1e-6, weight_rounding="nearest")
+    assert optimizer.frozen_fraction() == 1.0
+    assert optimizer.frozen_fraction([1.0]) == 0.0
+    with pytest.raises(ValueError, match="lr must have 1 rates, one for each group, got 2"):
+        optimizer.frozen_fraction([1.0, 1.0])
+    assert Lion8bit(others[3:]).frozen_fraction() == 0.0, "where nothing counts"
+    report = Lion8bit([param, others[0], *others[3:]]).memory_report()
+    assert (report["parameters"], report["parameter_bytes"]) == (8 * 512 + 100, 2 * 8 * 512)

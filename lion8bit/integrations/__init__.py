@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from lion8bit.optimizer import Lion8bit
 
 
@@ -42,13 +44,43 @@ def find(optimizer: Any) -> Lion8bit:
     return inner
 
 
-def report(optimizer: Any) -> dict[str, float]:
+class LastRates:
+    """The learning rates of the latest step; the trainer's scheduler has replaced those of the groups by then.
+
+    Args:
+        optimizer: a Lion8bit, or what a trainer has wrapped around one.
+
+    Raises:
+        TypeError: it is none.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.rates: list[float | Tensor] | None = None
+        self._handle = find(optimizer).register_step_post_hook(self._keep)
+
+    def _keep(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        self.rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+    def remove(self) -> None:
+        """Lets go of the optimizer."""
+        self._handle.remove()
+
+
+def report(optimizer: Any, last: LastRates | None = None) -> dict[str, float]:
     """What a trainer logs: `frozen_fraction`, `nonfinite_count` and `memory_report`, each name after "lion8bit/".
 
-    It reads all parameters and waits for their devices.
+    It reads all trained parameters and waits for their devices.
+
+    Args:
+        optimizer: a Lion8bit, or what a trainer has wrapped around one.
+        last: holds the learning rates of the step that the report is about; None for the present ones.
     """
     lion = find(optimizer)
-    numbers = {"frozen_fraction": lion.frozen_fraction(), "nonfinite_count": lion.nonfinite_count()}
+    rates = None if last is None else last.rates
+    if rates is not None and len(rates) != len(lion.param_groups):  # a group has been added since
+        rates = None
+    numbers = {"frozen_fraction": lion.frozen_fraction(rates), "nonfinite_count": lion.nonfinite_count()}
     return {f"lion8bit/{name}": float(value) for name, value in {**numbers, **lion.memory_report()}.items()}
 
 

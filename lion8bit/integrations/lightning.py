@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lion8bit.integrations import check_every, find, report
+from lion8bit.integrations import LastRates, check_every, report
 
 
 class OptimizerReport(Callback):
@@ -24,9 +24,12 @@ class OptimizerReport(Callback):
 
     def __init__(self, every: int = 100) -> None:
         self._every, self._reported = check_every(every), 0
+        self._last: LastRates | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        find(trainer.optimizers[0])
+        if self._last is not None:  # of an earlier training
+            self._last.remove()
+        self._last = LastRates(trainer.optimizers[0])
         if not trainer.loggers:
             raise ValueError("trainer must have a logger to report to, got none; leave logger at its default")
 
@@ -36,6 +39,6 @@ class OptimizerReport(Callback):
         step = trainer.global_step
         if step % self._every == 0 and step != self._reported:  # several batches may make one step
             self._reported = step
-            numbers = report(trainer.optimizers[0])
+            numbers = report(trainer.optimizers[0], self._last)
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=step)
