@@ -13,7 +13,7 @@ import torch
 
 from lion8bit.control import UpdateCounts
 from lion8bit.describe import describe, listed, look_again, replace
-from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols
+from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols, unmark_order
 from lion8bit.sharding import is_dtensor, local, local_state, place_in_whole
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def make_entry(
             raise RuntimeError(f"state must have memory, got {name} without storage")
     if scales is not None and not scales.is_contiguous():
         raise ValueError(f"scales must be contiguous, got strides {scales.stride()}")
+    scales = None if scales is None else unmark_order(scales)
     first, row_stride = 0, cols
     if is_dtensor(source) and order == (*range(param.dim()),):
         (rows, cols), first, row_stride = place_in_whole(source)
@@ -128,7 +129,7 @@ def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> 
     names = state.keys() & STATE_TENSORS
     known = names - {"residual"} in ({"codes", "scales"}, {"momentum"}) and "step" in state
     if not known or not all(isinstance(state[name], torch.Tensor) for name in names):
-        raise ValueError(f"state must hold step with codes and scales, or with momentum; got {sorted(state)}")
+        raise ValueError(f"state must hold step with codes and scales, or with momentum; got {sorted(map(str, state))}")
     tensors, param = local_state(state, STATE_TENSORS, param, block_size), local(param)
     name, dtype = ("codes", torch.int8) if "codes" in state else ("momentum", torch.float32)
     momentum = tensors[name]
@@ -149,6 +150,14 @@ def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> 
             )
     if "scales" in tensors:
         shape, scales = (rows, blocks_per_row(cols, block_size)), tensors["scales"]
+        if order != (*range(len(order)),):
+            scales = unmark_order(scales)
+        elif scales is not unmark_order(scales):
+            raise ValueError(
+                "codes must have the order in memory that their scales were made for, got contiguous codes and scales "
+                f"{tuple(scales.shape)}, which belong to another order such as channels_last; load a file of "
+                "torch.save, which keeps strides, or into a model and an optimizer in the memory format that was saved"
+            )
         if scales.dtype != torch.float32 or tuple(scales.shape) != shape:
             got = f"{scales.dtype} {tuple(scales.shape)}"
             raise ValueError(f"scales must be float32 {shape} at block_size {block_size}, got {got}")
