@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lion8bit.layout import FORMAT_VERSION, blocks_per_row, mark_order, memory_order, unmark_order
-from lion8bit.loading import check_momentum, check_structure, check_tensor, naming, step_count
+from lion8bit.loading import check_momentum, check_numbers, check_structure, check_tensor, naming, step_count
 from lion8bit.optimizer import Lion8bit, _new_state, check_saved_group, checked_state
 from lion8bit.reference import dequantize, quantize
 from lion8bit.sharding import as_part_of, check_placement, local
@@ -50,6 +50,7 @@ def convert_state_dict(state_dict: dict[str, Any], optimizer: Lion8bit) -> dict[
     check_structure(state_dict)
     saved_groups = state_dict["param_groups"]
     _check_groups(optimizer.param_groups, saved_groups)
+    check_numbers(optimizer.param_groups, saved_groups)
     groups = [_adopt(group, saved) for group, saved in zip(optimizer.param_groups, saved_groups, strict=True)]
     for place, (adopted, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         own = "format_version" in saved

@@ -158,7 +158,11 @@ def _to_own(saved: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         {name: value for name, value in group.items() if own and name != "params"} for group in saved["param_groups"]
     ]
     groups = [{**kept, **options, **group} for kept, group in zip(kept, _parameters(saved), strict=True)]
-    return convert_state_dict(saved, Lion8bit(groups))
+    try:
+        optimizer = Lion8bit(groups)
+    except TypeError as error:  # of saved options that are no numbers
+        raise ValueError(f"{error} (a group of the saved state)") from error
+    return convert_state_dict(saved, optimizer)
 
 
 def _to_peer(saved: dict[str, Any], to: str) -> dict[str, Any]:

@@ -35,6 +35,15 @@ def check_structure(saved: Any) -> None:
                 raise ValueError(f"state of a parameter must be a dict, got {_kind(state)} (parameter {number})")
 
 
+def check_numbers(groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError where saved groups give one number to several of the parameters, who would share its state."""
+    owners: dict[Any, Tensor] = {}
+    for number, param, _saved in pair(groups, saved_groups):
+        if owners.setdefault(number, param) is not param:
+            with naming(number, param):
+                raise ValueError("param_groups must give each parameter a number of its own, got one twice")
+
+
 def check_tensor(name: str, value: Any) -> None:
     """Raises ValueError unless a value of a parameter's state is a dense tensor of real numbers that can be read."""
     if not isinstance(value, Tensor):

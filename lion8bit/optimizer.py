@@ -33,6 +33,7 @@ from lion8bit.layout import (
 )
 from lion8bit.loading import (
     check_momentum,
+    check_numbers,
     check_scales,
     check_structure,
     check_tensor,
@@ -635,11 +636,10 @@ class Lion8bit(torch.optim.Optimizer):
             incoming = convert_state_dict(incoming, self)
         for place, saved in enumerate(incoming["param_groups"]):
             check_saved_group({**self.defaults, "block_size": None, **saved}, place)
-        states, owners = dict(incoming["state"]), dict[Any, Tensor]()
+        check_numbers(self.param_groups, incoming["param_groups"])
+        states = dict(incoming["state"])
         for number, param, saved in pair(self.param_groups, incoming["param_groups"]):
             with naming(number, param):
-                if owners.setdefault(number, param) is not param:
-                    raise ValueError("param_groups must give a number to one parameter only, got it twice")
                 _is_compensated(param, {**self.defaults, **saved})
                 if states.get(number):
                     states[number] = checked_state(states[number], param, saved)
