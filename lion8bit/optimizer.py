@@ -614,8 +614,11 @@ class Lion8bit(torch.optim.Optimizer):
         `lion8bit.convert_state_dict`, under the present options.
 
         Raises:
-            ValueError: the state is not a Lion's, has another format version, or does not fit the parameters; nothing
-                has changed.
+            ValueError: the state is not a Lion's, has another format version, is damaged, or does not fit the
+                parameters; nothing has changed.
+
+        Warns:
+            UserWarning: the state has another order in memory than the parameters, see `lion8bit.convert_state_dict`.
         """
         self._settle_pages()
         groups = {param: group for group in self.param_groups for param in group["params"]}

@@ -202,7 +202,7 @@ def test_the_order_in_memory_is_kept(tmp_path: Path) -> None:
 def assert_converts_or_says(source: Path) -> bool:
     """Whether it converts; what cannot be converted ends in `ConversionError` and leaves no file behind."""
     done = []
-    for to in ("lion8bit", "lion-pytorch", "torch-optimi"):
+    for to in ("lion8bit", "torch-optimi"):
         target = source.parent / "out.pt"
         try:
             convert_file(source, target, to, block_size=64)
@@ -260,7 +260,7 @@ def test_any_value_in_any_place(name: str, tmp_path: Path) -> None:
     paths = list(leaves(torch.load(tmp_path / "in.pt", weights_only=True)))
     random.Random(name).shuffle(paths)
     converted = 0
-    for turn, path in enumerate(paths[:120]):
+    for turn, path in enumerate(paths[:25]):
         tree = {"root": torch.load(tmp_path / "in.pt", weights_only=True)}
         holder: Any = tree
         *above, last = ("root", *path)
@@ -291,7 +291,7 @@ def test_cut_and_flipped_bytes(tmp_path: Path) -> None:
     (tmp_path / "case").mkdir()
     source = tmp_path / "case" / "in.pt"
     pickle_at = whole.index(b"data.pkl")
-    for turn in range(150):
+    for turn in range(60):
         damaged_bytes = bytearray(whole)
         if turn % 3 == 0:
             del damaged_bytes[rng.randrange(len(whole)) :]
