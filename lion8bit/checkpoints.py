@@ -29,8 +29,8 @@ def convert_state_dict(state_dict: dict[str, Any], optimizer: Lion8bit) -> dict[
     Known are lion-pytorch, timm, torch-optimi and `lion8bit.Lion` (``exp_avg`` or ``momentum``), bitsandbytes' Lion and
     Lion8bit (``state1``, ``qmap1``, ``absmax1``, wrapped or not), flashoptim's FlashLion (quantized or not) and
     `Lion8bit`. `Lion8bit.load_state_dict` calls this for the state of all but the last. Call it on state of one's own
-    to load that with another ``block_size`` or ``optim_bits``, where plain loading returns to the saved options, or into
-    parameters with another order in memory, such as channels_last, which it would copy at every step.
+    to load that with another ``block_size`` or ``optim_bits``, where plain loading returns to the saved options, or
+    into parameters with another order in memory, such as channels_last, which would be copied at every step.
 
     The momentum is exact where it is kept in fp32 or already has the wanted format, else within the bound of
     `quantize`. Of each saved group the options lr, betas, weight_decay, initial_lr, maximize and decouple_lr are taken
