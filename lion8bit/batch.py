@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from lion8bit.control import UpdateCounts, count_of
+from lion8bit.control import UpdateCounts
 from lion8bit.describe import describe, listed, look_again, replace
-from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols
+from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols, unmark_order
+from lion8bit.loading import step_count
 from lion8bit.sharding import is_dtensor, local, local_state, place_in_whole
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def make_entry(
             raise ValueError(f"state must not be a negated view, got {name}; replace it by its resolve_neg()")
     if scales is not None and not scales.is_contiguous():
         raise ValueError(f"scales must be contiguous, got strides {scales.stride()}")
+    scales = None if scales is None else unmark_order(scales)
     first, row_stride = 0, cols
     if is_dtensor(source) and order == (*range(param.dim()),):
         (rows, cols), first, row_stride = place_in_whole(source)
@@ -132,7 +134,7 @@ def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> 
     names = state.keys() & STATE_TENSORS
     known = names - {"residual"} in ({"codes", "scales"}, {"momentum"}) and "step" in state
     if not known or not all(isinstance(state[name], torch.Tensor) for name in names):
-        raise ValueError(f"state must hold step with codes and scales, or with momentum; got {sorted(state)}")
+        raise ValueError(f"state must hold step with codes and scales, or with momentum; got {sorted(map(str, state))}")
     tensors, param = local_state(state, STATE_TENSORS, param, block_size), local(param)
     name, dtype = ("codes", torch.int8) if "codes" in state else ("momentum", torch.float32)
     momentum = tensors[name]
@@ -153,6 +155,14 @@ def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> 
             )
     if "scales" in tensors:
         shape, scales = (rows, blocks_per_row(cols, block_size)), tensors["scales"]
+        if order != (*range(len(order)),):
+            scales = unmark_order(scales)
+        elif scales is not unmark_order(scales):
+            raise ValueError(
+                "codes must have the order in memory that their scales were made for, got contiguous codes and scales "
+                f"{tuple(scales.shape)}, which belong to another order such as channels_last; load a file of "
+                "torch.save, which keeps strides, or into a model and an optimizer in the memory format that was saved"
+            )
         if scales.dtype != torch.float32 or tuple(scales.shape) != shape:
             got = f"{scales.dtype} {tuple(scales.shape)}"
             raise ValueError(f"scales must be float32 {shape} at block_size {block_size}, got {got}")
@@ -344,8 +354,8 @@ class Batch:
         first = self._states[0]["step"]
         uniform = replace(self._states, "step", first, first)  # as a rule: one number for all
         self._counts = [first] if uniform else [*map(itemgetter("step"), self._states)]
-        following = {count: count + 1 for count in map(count_of, self._counts)}  # one object for all that are equal
-        self._following = [following[count_of(count)] for count in self._counts]
+        following = {count: count + 1 for count in map(step_count, self._counts)}  # one object for all that are equal
+        self._following = [following[step_count(count)] for count in self._counts]
         self.columns["step"] = np.array(self._following, np.int64)  # modulo 2^32
 
     def begin_on(self, counts: UpdateCounts, live: Collection[dict[str, Any]]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lion8bit.layout import FORMAT_VERSION, blocks_per_row
-from lion8bit.optimizer import Lion8bit, _new_state
+from lion8bit.layout import FORMAT_VERSION, blocks_per_row, mark_order, memory_order, unmark_order
+from lion8bit.loading import check_momentum, check_numbers, check_structure, check_tensor, naming, step_count
+from lion8bit.optimizer import Lion8bit, _new_state, check_saved_group, checked_state
 from lion8bit.reference import dequantize, quantize
+from lion8bit.sharding import as_part_of, check_placement, local
 
 # Mean the same to all.
 _SHARED_OPTIONS = ("lr", "betas", "weight_decay", "initial_lr", "maximize", "decouple_lr", "peak_lr")
@@ -18,6 +20,8 @@ _NOT_MOMENTUM = {"step", "group", "kahan_comp", "error_bits"}
 _BITSANDBYTES_WRAPPER = "__bnb_optimizer_quant_state__"
 _BITSANDBYTES_BLOCKS = (256, 2048)  # now and formerly
 _FLASHOPTIM_BLOCK = 32
+SHAPED = ("codes", "momentum", "exp_avg", "state1", "exp_avg::quantized")  # as the parameter is
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def convert_state_dict(state_dict: dict[str, Any], optimizer: Lion8bit) -> dict[str, Any]:
@@ -26,7 +30,8 @@ def convert_state_dict(state_dict: dict[str, Any], optimizer: Lion8bit) -> dict[
     Known are lion-pytorch, timm, torch-optimi and `lion8bit.Lion` (``exp_avg`` or ``momentum``), bitsandbytes' Lion and
     Lion8bit (``state1``, ``qmap1``, ``absmax1``, wrapped or not), flashoptim's FlashLion (quantized or not) and
     `Lion8bit`. `Lion8bit.load_state_dict` calls this for the state of all but the last. Call it on state of one's own
-    to load that with another ``block_size`` or ``optim_bits``: plain loading returns to the saved options.
+    to load that with another ``block_size`` or ``optim_bits``, where plain loading returns to the saved options, or
+    into parameters with another order in memory, such as channels_last, which would be copied at every step.
 
     The momentum is exact where it is kept in fp32 or already has the wanted format, else within the bound of
     `quantize`. Of each saved group the options lr, betas, weight_decay, initial_lr, maximize, decouple_lr and peak_lr
@@ -42,34 +47,64 @@ def convert_state_dict(state_dict: dict[str, Any], optimizer: Lion8bit) -> dict[
         What ``optimizer.load_state_dict`` takes.
 
     Raises:
-        ValueError: the state is not a Lion's or does not fit the parameters; the message names the parameter.
+        ValueError: the state is not a Lion's, does not fit the parameters or is damaged; the message names the
+            parameter.
     """
+    check_structure(state_dict)
     saved_groups = state_dict["param_groups"]
     _check_groups(optimizer.param_groups, saved_groups)
+    check_numbers(optimizer.param_groups, saved_groups)
+    groups = [_adopt(group, saved) for group, saved in zip(optimizer.param_groups, saved_groups, strict=True)]
+    for place, (adopted, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        own = "format_version" in saved
+        check_saved_group({**optimizer.defaults, "block_size": None, **saved} if own else adopted, place)
     state = {}
     for number, param, group, saved in _params(optimizer.param_groups, saved_groups):
-        theirs = dict(state_dict["state"].get(number, {}))
-        theirs |= theirs.pop(_BITSANDBYTES_WRAPPER, {})
-        if not theirs:
-            continue
-        ours = _new_state(param, group)
-        residual, saved_residual = ours.pop("residual", None), theirs.pop("residual", None)
-        try:
-            if "codes" in theirs and saved.get("format_version") != FORMAT_VERSION:
-                raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {saved.get('format_version')}")
-            if ours.keys() == theirs.keys() and saved.get("block_size") == group["block_size"]:
-                ours = theirs  # to decode and encode it would round it again
-            else:
-                momentum = _decode(theirs, param, saved)
-                ours["step"] = int(theirs.get("step", 0))
-                _fill(ours, momentum, group["block_size"])
-        except ValueError as error:
-            raise ValueError(f"{error} (parameter {number}, shape {tuple(param.shape)})") from error
-        if residual is not None:
-            ours["residual"] = residual if saved_residual is None else saved_residual
-        state[number] = ours
-    groups = [_adopt(group, saved) for group, saved in zip(optimizer.param_groups, saved_groups, strict=True)]
+        with naming(number, param):
+            theirs = parts_of(state_dict["state"].get(number, {}))
+            if theirs:
+                state[number] = _converted(theirs, param, group, saved)
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def parts_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a parameter's saved state holds, taken out of bitsandbytes' wrapper.
+
+    Raises:
+        ValueError: the wrapper is not a dict.
+    """
+    parts = dict(saved)
+    wrapped = parts.pop(_BITSANDBYTES_WRAPPER, {})
+    if not isinstance(wrapped, Mapping):
+        raise ValueError(f"{_BITSANDBYTES_WRAPPER} must be a dict, got {type(wrapped).__name__}")
+    return {**parts, **wrapped}
+
+
+def _converted(
+    theirs: dict[str, Any], param: Tensor, group: dict[str, Any], saved: Mapping[str, Any]
+) -> dict[str, Any]:
+    saved_residual = None
+    if "format_version" in saved:
+        theirs = checked_state(theirs, param, saved)
+        saved_residual = theirs.pop("residual", None)
+    elif "codes" in theirs:
+        raise ValueError(f"state must have format_version {FORMAT_VERSION}, got None")
+    ours = _new_state(param, group)
+    residual = ours.pop("residual", None)
+    same_blocks = "codes" not in ours or saved.get("block_size") == group["block_size"]
+    if ours.keys() == theirs.keys() and same_blocks and _order(ours) == _order(theirs):
+        ours = theirs  # to decode and encode it would round it again
+    else:
+        momentum = _decode(theirs, param, saved)
+        ours["step"] = step_count(theirs.get("step", 0))
+        _fill(ours, momentum, group["block_size"])
+    if residual is not None:
+        ours["residual"] = residual if saved_residual is None else residual.copy_(saved_residual)
+    return ours
+
+
+def _order(state: Mapping[str, Any]) -> tuple[int, ...] | None:
+    return memory_order(local(state["codes" if "codes" in state else "momentum"]))
 
 
 def export_state_dict(optimizer: Lion8bit, peer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
@@ -86,7 +121,7 @@ def export_state_dict(optimizer: Lion8bit, peer: torch.optim.Optimizer | None = 
         goes on in fp32 with it: it does not quantize what it loads.
 
     Raises:
-        ValueError: the peer's groups hold other numbers of parameters.
+        ValueError: the peer's groups hold other numbers of parameters, or the state is damaged.
     """
     own_groups = optimizer.state_dict()["param_groups"]
     if peer is None:
@@ -96,9 +131,11 @@ def export_state_dict(optimizer: Lion8bit, peer: torch.optim.Optimizer | None = 
         groups = peer.state_dict()["param_groups"]
     _check_groups(own_groups, groups)
     state: dict[int, dict[str, Any]] = {}
-    for number, param, _, group in _params(optimizer.param_groups, groups):
+    for number, param, own_group, group in _params(optimizer.param_groups, groups):
         if not optimizer.state.get(param):
             continue
+        with naming(number, param):
+            checked_state(optimizer.state[param], param, own_group)
         momentum = optimizer.momentum(param)
         if hasattr(peer, "name2qmap"):  # bitsandbytes
             state[number] = {"state1": momentum.contiguous(), "step": optimizer.state[param]["step"]}
@@ -125,9 +162,9 @@ def _adopt(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     if "decouple_lr" in saved:
         kept.pop("peak_lr", None)  # of another rate
     if "beta1" in saved:  # torch-optimi
-        taken["betas"] = (saved["beta1"], saved["beta2"])
-        if saved["decouple_lr"]:
-            taken["peak_lr"] = saved["max_lr"]
+        taken["betas"] = (saved["beta1"], saved.get("beta2"))
+        if saved.get("decouple_lr"):
+            taken["peak_lr"] = saved.get("max_lr")
     if saved.get("momentum_first", False) != group["momentum_first"]:
         taken.pop("betas", None)
     return {**kept, **taken}
@@ -153,57 +190,74 @@ def _fill(state: dict[str, Any], momentum: Tensor, block_size: int) -> None:
         state["momentum"].copy_(momentum)
         return
     in_order = torch.empty_like(state["codes"], dtype=torch.float32).copy_(momentum)
-    state["codes"], state["scales"] = quantize(in_order, block_size)
+    state["codes"], scales = quantize(in_order, block_size)
+    state["scales"] = mark_order(scales, memory_order(in_order) or ())
 
 
 # ---- Formats of the momentum ---------------------------------------------------------------------------------------
 
 
-def _decode(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> Tensor:
+def _decode(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> Tensor:
     """The momentum of a parameter's saved state in fp32, on the device where it is."""
     names = frozenset(state) - _NOT_MOMENTUM
     if names not in _DECODERS:
         raise ValueError(
             f"state must be a Lion's momentum under one of {[sorted(known) for known in _DECODERS]}, got "
-            f"{sorted(state)}; what other optimizers average is not Lion's momentum, so start Lion without their state"
+            f"{sorted(map(str, state))}; what other optimizers average is not Lion's momentum, so start Lion without "
+            "their state"
         )
+    for name in sorted(names):
+        check_tensor(name, state[name])
+        if name in SHAPED:
+            check_placement(name, state[name], param)
+            if state[name].shape != param.shape:
+                raise ValueError(f"{name} must have the parameter's shape, got {tuple(state[name].shape)}")
     momentum = _DECODERS[names](state, group).float()
-    if momentum.shape != param.shape:
-        raise ValueError(f"momentum must have the parameter's shape, got {tuple(momentum.shape)}")
-    if not bool((momentum.abs() < 2.0**127).all()):
-        raise ValueError("momentum must be finite and below 2^127 in magnitude, got NaN, inf or larger")
+    check_momentum(local(momentum))
     return momentum
 
 
-def _plain(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    (name,) = state.keys() & {"exp_avg", "momentum"}
-    momentum: Tensor = state[name]
-    return momentum
+def _plain(state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
+    (name,) = state.keys() & {"exp_avg", "momentum", "state1"}
+    return _of_dtype(name, state, *_FLOATS)
 
 
-def _own(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    return dequantize(state["codes"], state["scales"], group["block_size"])
+def _own(state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
+    codes, scales = state["codes"], state["scales"]
+    return as_part_of(codes, dequantize(local(codes), unmark_order(local(scales)), group["block_size"]), codes.shape)
 
 
-def _bitsandbytes(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def _bitsandbytes(state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
     """``m = qmap1[state1] * absmax1`` per block of the flattened tensor, or fp32 ``state1``."""
-    if not group["betas"][1]:
+    betas = group.get("betas")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not betas[1]:
         raise ValueError("state must be a Lion's, got that of bitsandbytes' SGD, RMSprop, LARS or Adagrad; start anew")
     codes = _contiguous("state1", state)  # its kernels for CPU and CUDA walk others in different orders
     if "qmap1" not in state:
-        return codes
+        return _plain(state, group)
+    values = _of_dtype("qmap1", state, *_FLOATS).to(codes.device)
+    if values.shape != (256,):
+        raise ValueError(f"qmap1 must have 256 values, got shape {tuple(values.shape)}")
     blocks = state["absmax1"].numel()
     block_size = next((b for b in _BITSANDBYTES_BLOCKS if blocks_per_row(codes.numel(), b) == blocks), 0)
-    return _scaled(state["qmap1"][codes.long()], state["absmax1"], block_size)
+    return _scaled(values[_of_dtype("state1", state, torch.uint8).long()], state["absmax1"], block_size)
 
 
-def _flashoptim(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def _flashoptim(state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
     """``y = q/127; m = y/(2-|y|) * scale`` per block of the flattened tensor."""
-    y = _contiguous("exp_avg::quantized", state).float() / 127
-    scales: Tensor = state["exp_avg::scales"]
+    _contiguous("exp_avg::quantized", state)
+    y = _of_dtype("exp_avg::quantized", state, torch.int8).float() / 127
+    scales = _of_dtype("exp_avg::scales", state, *_FLOATS)
     if scales.dtype == torch.bfloat16:  # how it saves the bits of fp16 beside bf16 parameters
         scales = scales.view(torch.float16)
     return _scaled(y / (2 - y.abs()), scales.float(), _FLASHOPTIM_BLOCK)
+
+
+def _of_dtype(name: str, state: dict[str, Any], *dtypes: torch.dtype) -> Tensor:
+    tensor: Tensor = state[name]
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must be of {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    return tensor
 
 
 def _contiguous(name: str, state: dict[str, Any]) -> Tensor:
@@ -216,10 +270,12 @@ def _contiguous(name: str, state: dict[str, Any]) -> Tensor:
 def _scaled(values: Tensor, scales: Tensor, block_size: int) -> Tensor:
     if not block_size or blocks_per_row(values.numel(), block_size) != scales.numel():
         raise ValueError(f"state must have one scale per block, got {scales.numel()} for {tuple(values.shape)}")
+    if not bool((scales >= 0).all()):
+        raise ValueError("state must have scales of at least 0, got NaN or a negative one")
     return (values.view(-1) * scales.repeat_interleave(block_size)[: values.numel()]).view(values.shape)
 
 
-_DECODERS: dict[frozenset[str], Callable[[dict[str, Any], dict[str, Any]], Tensor]] = {
+_DECODERS: dict[frozenset[str], Callable[[dict[str, Any], Mapping[str, Any]], Tensor]] = {
     frozenset({"exp_avg"}): _plain,
     frozenset({"momentum"}): _plain,
     frozenset({"codes", "scales"}): _own,

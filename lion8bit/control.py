@@ -9,21 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_UPDATES = 1 << 62
-
-
-def count_of(step: Any) -> int:
-    """A count of updates as an int; torch's own optimizers keep theirs in tensors.
-
-    Raises:
-        ValueError: it is no count.
-    """
-    if type(step) is not int:
-        whole = isinstance(step, Tensor) and step.numel() == 1 and step.item() == int(step)
-        step = int(step) if whole else step
-    if type(step) is not int or not 0 <= step < MOST_UPDATES:
-        raise ValueError(f"step must be a count of updates, an int of at least 0, got {step!r}")
-    return step
+from lion8bit.loading import step_count
 
 
 @dataclass(slots=True)
@@ -111,7 +97,7 @@ class UpdateCounts:
             self._held = {}
         for key, state in adopted.items():
             place = self._held[key].place if key in self._held else self._free.pop()
-            state["step"] = count_of(state["step"])
+            state["step"] = step_count(state["step"])
             self._held[key] = _Held(state, place, state["step"])
         places = torch.tensor([self._held[key].place for key in adopted], device=self._device)
         steps = torch.tensor([state["step"] for state in adopted.values()], dtype=torch.int64, device=self._device)

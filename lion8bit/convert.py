@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
-import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lion8bit.checkpoints import convert_state_dict, export_state_dict
+from lion8bit.checkpoints import SHAPED, convert_state_dict, export_state_dict, parts_of
+from lion8bit.files import write_whole
+from lion8bit.loading import check_structure, check_tensor, naming
 from lion8bit.optimizer import Lion8bit
 
 OWN = "lion8bit"
 WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_states")  # where trainers put the optimizer's state
-_SHAPED = ("codes", "momentum", "exp_avg", "state1", "exp_avg::quantized")  # as the parameter is
 
 
 class ConversionError(ValueError):
@@ -53,7 +53,8 @@ def convert_file(
     Args:
         source: holds the ``state_dict()`` of a Lion, itself or under one of `WRAPPERS`. It is read with weights_only,
             so that it cannot run code.
-        target: the file to write; it appears complete or not at all.
+        target: the file to write; it appears complete or not at all, with the permissions that the umask leaves. One
+            that ``force`` overwrites keeps its own. A symbolic link is followed.
         to: `OWN` or one of `PEERS`. Peers get the momentum in fp32.
         block_size, min_8bit_size, optim_bits: of `Lion8bit`, where ``to`` is that.
         force: overwrite ``target``.
@@ -63,12 +64,12 @@ def convert_file(
         ``bytes_after`` (of the state's tensors).
 
     Raises:
-        ConversionError: the source cannot be read, holds no Lion's state, or the target exists.
+        ConversionError: the source cannot be read or holds no Lion's state, or it is damaged; the target exists, is not
+            a regular file, or cannot be written.
     """
     if to != OWN and to not in PEERS:
         raise ConversionError(f"to must be one of {', '.join((OWN, *PEERS))}, got {to!r}")
-    if target.exists() and not force:
-        raise ConversionError(f"{target} exists already; choose another name, or overwrite it with --force")
+    _check_target(target, force)
     checkpoint = _read(source)
     options = {"block_size": block_size, "min_8bit_size": min_8bit_size, "optim_bits": optim_bits}
     summary: dict[str, Any] = {"from": "", "to": to, "optimizers": 0, "parameters": 0, "with_state": 0, "elements": 0}
@@ -76,40 +77,56 @@ def convert_file(
     for holder, key in _places(checkpoint):
         before = holder[key]
         try:
+            check_structure(before)
             after = _to_own(before, options) if to == OWN else _to_peer(before, to)
         except ValueError as error:
             raise ConversionError(f"{source}: {error}") from error
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             raise ConversionError(f"{to} must be installed for its options, got {error}; pip install {to}") from error
+        except (RuntimeError, MemoryError) as error:
+            raise ConversionError(f"{source} cannot be converted: {error}".partition("\n")[0]) from error
         holder[key] = after
         summary["from"] = _library(before)
         summary["optimizers"] += 1
         summary["parameters"] += sum(len(group["params"]) for group in before["param_groups"])
         summary["with_state"] += len(after["state"])
-        summary["elements"] += sum(_shape(state).numel() for state in before["state"].values())
-        summary["bytes_before"] += _bytes(before["state"])
-        summary["bytes_after"] += _bytes(after["state"])
+        summary["elements"] += sum(_momentum_like(state).numel() for state in _states(before))
+        summary["bytes_before"] += _bytes(before)
+        summary["bytes_after"] += _bytes(after)
     if not summary["optimizers"]:
         wrappers = ", ".join(WRAPPERS)
         raise ConversionError(
             f"{source} must hold an optimizer's state_dict(), itself or under {wrappers}, got neither; "
             "save one with torch.save(optimizer.state_dict(), path)"
         )
-    _write(checkpoint["checkpoint"], target)
+    _check_target(target, force)  # a conversion may take minutes
+    try:
+        write_whole(Path(os.path.realpath(target)), partial(torch.save, checkpoint["checkpoint"]), keep=True)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+        raise ConversionError(f"{target} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     return summary
 
 
+def _check_target(target: Path, force: bool) -> None:
+    if os.path.lexists(target) and not force:
+        raise ConversionError(f"{target} exists already; choose another name, or overwrite it with --force")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise ConversionError(f"{target} must be a regular file, got a folder, a pipe or a device; choose another name")
+
+
 def _read(source: Path) -> dict[str, Any]:
-    if source.is_dir():
+    if os.path.isdir(source):
         raise ConversionError(
             f"{source} must be a file of torch.save, got a folder; make one of a distributed checkpoint with "
             "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
         )
+    if os.path.exists(source) and not os.path.isfile(source):
+        raise ConversionError(f"{source} must be a regular file, got a pipe or a device")
     try:
         return {"checkpoint": torch.load(source, map_location="cpu", weights_only=True)}
     except OSError as error:
         raise ConversionError(f"{source} cannot be read: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # damaged files make torch raise almost anything
         # What torch says first is how to load anything at all, trusted or not.
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(". ")[0]
         raise ConversionError(
@@ -141,15 +158,22 @@ def _to_own(saved: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         {name: value for name, value in group.items() if own and name != "params"} for group in saved["param_groups"]
     ]
     groups = [{**kept, **options, **group} for kept, group in zip(kept, _parameters(saved), strict=True)]
-    return convert_state_dict(saved, Lion8bit(groups))
+    try:
+        optimizer = Lion8bit(groups)
+    except TypeError as error:  # of saved options that are no numbers
+        raise ValueError(f"{error} (a group of the saved state)") from error
+    return convert_state_dict(saved, optimizer)
 
 
 def _to_peer(saved: dict[str, Any], to: str) -> dict[str, Any]:
-    optimizer = Lion8bit(_parameters(saved), optim_bits=32)
+    # The file does not tell the dtype of the parameters. torch-optimi has to find Kahan sums of 16-bit ones, or it goes
+    # on without any; it ignores those of fp32 ones.
+    dtype = torch.bfloat16 if to == "torch-optimi" else torch.float32
+    optimizer = Lion8bit(_parameters(saved, dtype), optim_bits=32)
     optimizer.load_state_dict(saved)
     peer, found = None, PEERS[to]
     if found is not None:
-        peer = getattr(importlib.import_module(found[0]), found[1])(_parameters(saved), lr=1e-4)
+        peer = getattr(importlib.import_module(found[0]), found[1])(_parameters(saved, dtype), lr=1e-4)
     exported = export_state_dict(optimizer, peer)
     names = [group.get("param_names") for group in saved["param_groups"]]
     for group, each in zip(exported["param_groups"], names, strict=True):
@@ -157,48 +181,45 @@ def _to_peer(saved: dict[str, Any], to: str) -> dict[str, Any]:
     return exported
 
 
-def _parameters(saved: dict[str, Any]) -> list[dict[str, Any]]:
-    """Groups of parameters with the shapes of their momentum; empty where there is none, as nothing depends on them."""
+def _parameters(saved: dict[str, Any], dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+    """Groups of parameters laid out as their momentum; empty where there is none, as nothing depends on them."""
     groups = []
     for group in saved["param_groups"]:
         params = []
         for number in group["params"]:
-            state = saved["state"].get(number) or {}
-            dtype = torch.bfloat16 if "residual" in state else torch.float32
-            params.append(torch.empty(_shape(state), dtype=dtype))
+            with naming(number):
+                state = parts_of(saved["state"].get(number, {}))
+                like = torch.bfloat16 if "residual" in state else dtype
+                params.append(torch.empty_like(_momentum_like(state), dtype=like))
         groups.append({"params": params})
     return groups
 
 
-def _shape(state: dict[str, Any]) -> torch.Size:
-    held = {**state, **state.get("__bnb_optimizer_quant_state__", {})}
-    return next((held[name].shape for name in _SHAPED if isinstance(held.get(name), Tensor)), torch.Size([0]))
+def _momentum_like(state: dict[str, Any]) -> Tensor:
+    """The tensor of a parameter's state that has the parameter's shape."""
+    for name in SHAPED:
+        if name in state:
+            check_tensor(name, state[name])
+            tensor: Tensor = state[name]
+            return tensor
+    return torch.empty(0)
+
+
+def _states(saved: dict[str, Any]) -> list[dict[str, Any]]:
+    """The state of every parameter that has some."""
+    numbers = (number for group in saved["param_groups"] for number in group["params"])
+    return [parts_of(saved["state"][number]) for number in dict.fromkeys(numbers) if saved["state"].get(number)]
 
 
 def _library(saved: dict[str, Any]) -> str:
-    names = {name for state in saved["state"].values() for name in state}
+    names = {name for state in _states(saved) for name in state}
     if any("format_version" in group for group in saved["param_groups"]):
         return OWN
-    if names & {"state1", "__bnb_optimizer_quant_state__"}:
+    if "state1" in names:
         return "bitsandbytes"
     return "flashoptim" if "exp_avg::quantized" in names else "lion-pytorch, timm or torch-optimi"
 
 
-def _bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(map(_bytes, value.values())) if isinstance(value, dict) else 0
-
-
-def _write(checkpoint: Any, target: Path) -> None:
-    try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    except OSError as error:
-        raise ConversionError(f"{target} cannot be written: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(checkpoint, file)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+def _bytes(saved: dict[str, Any]) -> int:
+    tensors = (value for state in _states(saved) for value in state.values() if isinstance(value, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

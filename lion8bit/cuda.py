@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import tempfile
+import stat
 from collections.abc import Sequence
 from functools import cache
 from itertools import starmap
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from lion8bit.control import Control
+from lion8bit.files import write_whole
 from lion8bit.layout import Hyper, Tensor, blocks_per_row
 
 SOURCES = ("cuda_kernel.cu", "block_math.h")
@@ -423,12 +424,13 @@ def _cache_file(kernel: Kernel, arch: str) -> Path | None:
 def image(kernel: Kernel, arch: str) -> bytes:
     """`compile_kernel` through a cache on disk, in ``$LION8BIT_CACHE_DIR`` or the user's cache directory.
 
-    A cache that cannot be read or written is as good as none.
+    A cache that cannot be read or written is as good as none. So is one that other users may write to: an image runs
+    on the GPU with this user's rights, and the checksum only finds damage.
     """
     path = _cache_file(kernel, arch)
     if path is not None:
         with contextlib.suppress(OSError):
-            stored = path.read_bytes()
+            stored = _read(path)
             checksum, content = stored[:32], stored[32:]
             if hashlib.sha256(content).digest() == checksum:
                 return content
@@ -439,18 +441,35 @@ def image(kernel: Kernel, arch: str) -> bytes:
     return content
 
 
+def _read(path: Path) -> bytes:
+    _check_folder(path.parent)
+    with path.open("rb") as file:
+        _check_owner(path, os.fstat(file.fileno()))
+        return file.read()
+
+
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file so that no other process ever sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    _check_folder(path.parent)
+    write_whole(path, lambda file: file.write(content), 0o644)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises PermissionError where other users can put files into a folder, or another folder in its place."""
+    folder = folder.resolve(strict=True)
+    _check_owner(folder, folder.stat())
+    for above in folder.parents:
+        mode = above.stat().st_mode
+        if os.name != "nt" and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise PermissionError(f"{above} must not be writable for everyone, got mode {mode:o}")
+
+
+def _check_owner(path: Path, status: os.stat_result) -> None:
+    """Raises PermissionError unless a file belongs to this user, or to root, and nobody else may write to it."""
+    if os.name == "nt":  # where modes say nothing
+        return
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{path} must be this user's own, got owner {status.st_uid}, mode {status.st_mode:o}")
 
 
 # ---- Launching -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import torch
 FORMAT_VERSION = 2
 BLOCK_SIZES = (64, 128, 256)
 ZERO_CODE = -128  # the code of an exact zero
+MIN_SCALE = 2.0**-100  # a block whose largest magnitude is below it is stored as zeros
+MOMENTUM_LIMIT = 2.0**127  # magnitudes of the momentum and scales are below it
 
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WEIGHT_ROUNDING: dict[str, int] = {"nearest": 0, "stochastic": 1, "compensated": 2}
@@ -99,6 +101,21 @@ def decay_terms(weight_decay: float, decoupled_weight_decay: bool, peak_lr: floa
     if not decoupled_weight_decay or peak_lr == 0:
         return 1.0, 0.0
     return (1.0 if peak_lr is None else peak_lr), weight_decay
+
+
+def mark_order(scales: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """The scales as the state holds them: two dimensions of size 1 before the others unless ``order`` is row-major.
+
+    torch.distributed.checkpoint saves codes element by element and forgets their strides. Scales of another order would
+    have the same shape, and be taken for these; so their shapes differ.
+    """
+    plain = unmark_order(scales)
+    return plain if order == (*range(len(order)),) else plain[None, None]
+
+
+def unmark_order(scales: torch.Tensor) -> torch.Tensor:
+    """[rows, blocks_per_row] of scales that `mark_order` may have marked."""
+    return scales[0, 0] if scales.dim() > 2 and scales.shape[:2] == (1, 1) else scales
 
 
 class Tensor(ctypes.Structure):

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import math
 import threading
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -31,10 +32,22 @@ from lion8bit.layout import (
     blocks_per_row,
     decay_terms,
     make_hyper,
+    mark_order,
     memory_order,
     rows_and_cols,
+    unmark_order,
 )
-from lion8bit.loading import keeping_dtypes, pair
+from lion8bit.loading import (
+    check_momentum,
+    check_numbers,
+    check_scales,
+    check_structure,
+    check_tensor,
+    keeping_dtypes,
+    naming,
+    pair,
+    step_count,
+)
 from lion8bit.paging import Load, Pager, bring_home, home, lives_on_host
 from lion8bit.reference import (
     MAX_FLOAT,
@@ -557,7 +570,7 @@ class Lion8bit(torch.optim.Optimizer):
             return torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
         if "codes" in state:
             codes, scales = (local(state[name]).to(local(param).device) for name in ("codes", "scales"))
-            return as_part_of(param, dequantize(codes, scales, group["block_size"]), param.shape)
+            return as_part_of(param, dequantize(codes, unmark_order(scales), group["block_size"]), param.shape)
         momentum: Tensor = state["momentum"]
         return momentum.to(param.device, copy=True)
 
@@ -714,8 +727,11 @@ class Lion8bit(torch.optim.Optimizer):
         `lion8bit.convert_state_dict`, under the present options.
 
         Raises:
-            ValueError: the state is not a Lion's, has another format version, or does not fit the parameters; nothing
-                has changed.
+            ValueError: the state is not a Lion's, has another format version, is damaged, or does not fit the
+                parameters; nothing has changed.
+
+        Warns:
+            UserWarning: the state has another order in memory than the parameters, see `lion8bit.convert_state_dict`.
         """
         self._settle_pages()
         groups = {param: group for group in self.param_groups for param in group["params"]}
@@ -725,33 +741,75 @@ class Lion8bit(torch.optim.Optimizer):
 
         with keeping_dtypes(self, STATE_TENSORS, self._loadable, place):
             super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if "scales" in state:
-                state["scales"] = state["scales"].contiguous()
-            if isinstance(state.get("step"), Tensor):  # as torch's own optimizers count
-                state["step"] = int(state["step"])
+        self._warn_of_copies()
 
     def _loadable(self, incoming: dict[str, Any]) -> dict[str, Any]:
-        """The state dict in the present format, checked against the parameters."""
+        """The state dict in the present format, checked so that all of it can be loaded and stepped with."""
+        check_structure(incoming)
         if any("format_version" not in group for group in incoming["param_groups"]):
             from lion8bit.checkpoints import convert_state_dict
 
             incoming = convert_state_dict(incoming, self)
-        for number, param, group in pair(self.param_groups, incoming["param_groups"]):
-            state = incoming["state"].get(number)
-            if not state:
-                continue
-            version = group.get("format_version")
-            try:
-                if version != FORMAT_VERSION:
-                    raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {version}")
-                check_state(state, param, group["block_size"])
-            except ValueError as error:
-                raise ValueError(f"{error} (parameter {number}, shape {tuple(param.shape)})") from error
+        for place, saved in enumerate(incoming["param_groups"]):
+            check_saved_group({**self.defaults, "block_size": None, **saved}, place)
+        check_numbers(self.param_groups, incoming["param_groups"])
+        states = dict(incoming["state"])
+        for number, param, saved in pair(self.param_groups, incoming["param_groups"]):
+            with naming(number, param):
+                _is_compensated(param, {**self.defaults, **saved})
+                if states.get(number):
+                    states[number] = checked_state(states[number], param, saved)
         own, saved_groups = self.param_groups, incoming["param_groups"]
         if len(own) == len(saved_groups):  # torch refuses others
             saved_groups = [{**saved, "is_paged": group["is_paged"]} for saved, group in zip(saved_groups, own)]
-        return {**incoming, "param_groups": saved_groups}
+        return {**incoming, "state": states, "param_groups": saved_groups}
+
+    def _warn_of_copies(self) -> None:
+        """Says once of all parameters whose state keeps another order in memory that each step copies them."""
+        copied = []
+        for number, param in enumerate(param for group in self.param_groups for param in group["params"]):
+            state = self.state.get(param)
+            if state and not is_dtensor(param):
+                order, kept = memory_order(param), state["codes" if "codes" in state else "momentum"]
+                if order is not None and order != memory_order(kept):
+                    copied.append(f"{number}, shape {tuple(param.shape)}")
+        if copied:
+            warnings.warn(
+                f"the loaded state of {len(copied)} parameters has another order in memory than they have, so every "
+                "step copies them; load lion8bit.convert_state_dict(state_dict, optimizer) to have it quantized again "
+                f"in their order (the first is parameter {copied[0]})",
+                stacklevel=3,
+            )
+
+
+def check_saved_group(saved: dict[str, Any], place: int) -> None:
+    """Raises ValueError unless the options of a saved group are such as `Lion8bit` takes, in the present format."""
+    version = saved.get("format_version")
+    try:
+        if version != FORMAT_VERSION:
+            raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {version}")
+        _hyper(dict(saved))
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # of values that are no numbers, or on "meta"
+        raise ValueError(f"{error} (group {place} of the saved state)") from error
+
+
+def checked_state(state: Mapping[str, Any], param: Tensor, saved_group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's saved state as this version holds it.
+
+    Raises:
+        ValueError: a part of it is missing or not of the format, see `lion8bit.loading`; or it does not fit ``param``.
+    """
+    for name in STATE_TENSORS:
+        if name in state:
+            check_tensor(name, state[name])
+    checked = {**state, "step": step_count(state["step"])} if "step" in state else dict(state)
+    order, _ = check_state(checked, param, saved_group["block_size"])
+    if "momentum" in checked:
+        check_momentum(local(checked["momentum"]))
+    else:
+        check_scales(local(checked["scales"]))
+        checked["scales"] = mark_order(checked["scales"].contiguous(), order)
+    return checked
 
 
 _NOT_CAPTURABLE = (
@@ -933,7 +991,7 @@ def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     order = memory_order(codes)
     assert order is not None  # full_like makes dense tensors
     rows, cols = rows_and_cols([piece.shape[dim] for dim in order])
-    scales = torch.zeros(rows, blocks_per_row(cols, block_size), dtype=torch.float32, **place)
+    scales = mark_order(torch.zeros(rows, blocks_per_row(cols, block_size), dtype=torch.float32, **place), order)
     all_rows, all_cols = rows_and_cols(param.shape)
     state = {
         "step": 0,
@@ -956,10 +1014,13 @@ def _in_bits(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dic
     """The state decoded, or encoded, where the group's ``optim_bits`` or ``min_8bit_size`` has changed."""
     block_size = group["block_size"]
     if "codes" in state and _asks_fp32(param, group):
-        momentum = dequantize(local(state["codes"]), local(state["scales"]), block_size)
+        momentum = dequantize(local(state["codes"]), unmark_order(local(state["scales"])), block_size)
         new = {"momentum": as_part_of(param, momentum, param.shape)}
     elif "momentum" in state and not _keeps_fp32(param, group):
         codes, scales = quantize(local(state["momentum"]), block_size)
+        order = memory_order(codes)
+        assert order is not None  # or quantize had refused it
+        scales = mark_order(scales, order)
         rows, cols = rows_and_cols(param.shape)
         new = {
             "codes": as_part_of(param, codes, param.shape),

@@ -20,6 +20,7 @@ from lion8bit.layout import (
     CAUTIOUS,
     COUPLED_DECAY,
     MAXIMIZE,
+    MIN_SCALE,
     UNSCALE,
     WEIGHT_ROUNDING,
     ZERO_CODE,
@@ -28,11 +29,10 @@ from lion8bit.layout import (
     blocks_per_row,
     memory_order,
 )
-from lion8bit.loading import keeping_dtypes
+from lion8bit.loading import check_momentum, keeping_dtypes
 
 RANGE_SQUARED = 126.5 * 126.5  # A * A; |A + dither| rounds to at most 127
 DITHER_MASK = 0xFF  # the scale's bits that hold the dither
-MIN_SCALE = 2.0**-100  # a block whose largest magnitude is below it is stored as zeros
 RECIPROCAL_RANGE = float(np.float32(1 / RANGE_SQUARED))
 OVERFLOW = 2.0**120  # gradients of this magnitude and above are treated as infinite
 MAX_FLOAT = float(np.finfo(np.float32).max)
@@ -347,8 +347,7 @@ def quantize(momentum: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
     check_block_size(block_size)
     if not momentum.is_floating_point():
         raise TypeError(f"momentum must be of a floating-point dtype, got {momentum.dtype}")
-    if not bool((momentum.float().abs() < 2.0**127).all()):
-        raise ValueError("momentum must be finite and below 2^127 in magnitude, got NaN, inf or larger")
+    check_momentum(momentum)
     order = memory_order(momentum)
     if order is None:
         raise ValueError(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
+import tempfile
 import types
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,9 @@ import torch
 from cases import assert_same
 from torch import nn
 
-from lion8bit import Lion, Lion8bit, convert_state_dict, export_state_dict, quantize
+from lion8bit import Lion, Lion8bit, convert_state_dict, dequantize, export_state_dict, quantize
+from lion8bit.layout import mark_order, memory_order
+from lion8bit.loading import _PIECE
 from lion8bit.reference import RANGE_SQUARED
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -370,25 +375,406 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         r"\[4\].*\[1, 3\]",
     ),
     "version": (lambda: stepped(lambda p: Lion8bit(p)) | {"param_groups": [{"params": [0, 1, 2, 3]}]}, "got None"),
+    "complex": (lambda: spoilt(lion, "exp_avg", lambda m: m + 2j), "real numbers, got torch.complex64"),
+    "integers": (lambda: spoilt(lion, "exp_avg", lambda m: m.int()), "got torch.int32"),
+    "sparse": (lambda: spoilt(lion, "exp_avg", lambda m: m.to_sparse()), "real numbers, got torch.float32 torch.spars"),
+    "meta": (lambda: spoilt(lion, "exp_avg", lambda m: m.to("meta")), "must hold data"),
+    "a number": (lambda: spoilt(lion, "exp_avg", lambda m: 3), "must be a tensor, got int"),
+    "expanded": (lambda: spoilt(lion, "exp_avg", lambda m: m[:1, :1].expand(m.shape)), "must be dense"),
+    "short map": (lambda: spoilt(bnb8, "qmap1", lambda q: q[:10]), "qmap1 must have 256 values"),
+    "codes of another dtype": (lambda: spoilt(bnb8, "state1", lambda c: c.int()), "state1 must be of torch.uint8"),
+    "negative scales": (lambda: spoilt(bnb8, "absmax1", lambda s: -s), "scales of at least 0"),
+    "codes without a map": (lambda: spoilt(PEERS["bitsandbytes Lion"], "state1", lambda m: m.byte()), "state1 must be"),
 }
+
+
+def contents(optimizer: Lion8bit) -> Any:
+    """All that loading replaces, copied."""
+    saved = {**optimizer.state_dict(), "objects": [id(optimizer.state), *map(id, optimizer.param_groups)]}
+    return copy.deepcopy(saved)
+
+
+def assert_same_contents(one: Any, other: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_same_contents(one[name], other[name])
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+    else:
+        assert one == other
+
+
+def assert_refused(saved: Any, message: str, error: type[BaseException] = ValueError, **options: Any) -> None:
+    """Loading raises, nothing of the optimizer has changed, and it steps on with the plan that it had."""
+    params = parameters()
+    optimizer = Lion8bit(params, lr=1e-3, **options)
+    step(params, optimizer, 1)
+    before, plan = contents(optimizer), optimizer._plan
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(saved)
+    assert_same_contents(before, contents(optimizer))
+    assert optimizer._plan is plan is not None
+    step(params, optimizer, 2)
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_state_changes_nothing(case: str) -> None:
     make, message = REFUSED[case]
+    assert_refused(make(), message)
+
+
+def in_state(name: str, change: Callable[[Any], Any], number: int = 0) -> Callable[[dict[str, Any]], None]:
+    def damage(saved: dict[str, Any]) -> None:
+        saved["state"][number][name] = change(saved["state"][number][name])
+
+    return damage
+
+
+def in_group(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda saved: saved["param_groups"][0].update({name: value})
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def one_is(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The last element becomes this value."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[-1] = value
+        return tensor
+
+    return change
+
+
+WHERE = r"\(parameter 0, shape \(70, 90\)\)"
+SCALE, MOMENTUM = r"scales must be 0 or in \[2\^-100, 2\^127\)", "momentum must be finite and below"
+DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    **{f"scale {x}": (in_state("scales", one_is(x)), f"{SCALE}, got {x} {WHERE}") for x in (math.nan, math.inf, -1.0)},
+    "tiny scale": (in_state("scales", one_is(2.0**-101)), f"{SCALE}, got 3.9.* {WHERE}"),
+    "subnormal scale": (in_state("scales", one_is(1e-40)), SCALE),
+    "large scale": (in_state("scales", one_is(2.0**127)), SCALE),
+    **{
+        f"momentum {x}": (in_state("momentum", one_is(x), 2), rf"{MOMENTUM}.* \(parameter 2, shape \(5,\)")
+        for x in (math.nan, -math.inf, -(2.0**127))
+    },
+    **{
+        f"step {value!r}": (in_state("step", lambda _, value=value: value), rf"whole number of updates.* {WHERE}")
+        for value in (
+            None,
+            "abc",
+            -1,
+            2.5,
+            2**70,
+            math.nan,
+            math.inf,
+            [1],
+            torch.tensor(math.nan),
+            torch.tensor([1, 2]),
+        )
+    },
+    "step on meta": (in_state("step", lambda _: torch.tensor(1, device="meta")), f"whole number.* {WHERE}"),
+    "step missing": (lambda saved: saved["state"][0].pop("step"), f"must hold step.* {WHERE}"),
+    **{
+        f"{name} on meta": (in_state(name, lambda t: t.to("meta")), f"{name} must hold data.* {WHERE}")
+        for name in ("codes", "scales")
+    },
+    "freed codes": (
+        in_state("codes", freed),
+        f"must hold data.* {WHERE}",
+    ),
+    "codes are no tensor": (in_state("codes", lambda _: 3), f"codes must be a tensor, got int {WHERE}"),
+    "sparse scales": (in_state("scales", lambda t: t.to_sparse()), f"dense tensor of real numbers.* {WHERE}"),
+    "strides dropped": (in_state("scales", lambda t: mark_order(t, (1, 0))), f"order in memory that their.* {WHERE}"),
+    "entry None": (
+        lambda saved: saved["state"].update({0: None}),
+        r"state of a parameter must be a dict.* \(parameter 0",
+    ),
+    "state a list": (lambda saved: saved.update(state=[1]), "a dict named state"),
+    "groups None": (lambda saved: saved.update(param_groups=None), "param_groups must be a list"),
+    "no params": (lambda saved: saved["param_groups"][0].pop("params"), "must be a dict with a list of numbers"),
+    "params are tensors": (in_group("params", [torch.zeros(2)] * 4), "must be a dict with a list of numbers"),
+    "a number twice": (in_group("params", [0, 0, 2, 3]), r"a number of its own.* \(parameter 0, shape \(40, 131"),
+    **{
+        f"{name}={value!r}": (in_group(name, value), r"\(group 0 of the saved state\)")
+        for name, value in [
+            ("lr", math.nan),
+            ("lr", None),
+            ("lr", -1),
+            ("lr", torch.tensor(1.0, device="meta")),
+            ("lr", torch.ones(2)),
+            ("betas", (2, 3)),
+            ("betas", None),
+            ("betas", (0.9,)),
+            ("weight_decay", -1),
+            ("weight_decay", "x"),
+            ("block_size", 0),
+            ("block_size", None),
+            ("weight_rounding", "foo"),
+            ("optim_bits", 7),
+            ("min_8bit_size", -1),
+            ("maximize", None),
+            ("maximize", 2),
+            ("cautious", "no"),
+            ("decoupled_weight_decay", "no"),
+            ("fused", None),
+            ("format_version", 99),
+        ]
+    },
+}
+
+
+def damaged(case: str) -> tuple[dict[str, Any], str]:
+    damage, message = DAMAGED[case]
+    saved = stepped(lambda p: Lion8bit(p, lr=2e-3))
+    damage(saved)
+    return saved, message
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_own_state_changes_nothing(case: str) -> None:
+    saved, message = damaged(case)
+    assert_refused(saved, message)
+    with pytest.raises(ValueError, match=message):
+        convert_state_dict(saved, Lion8bit(parameters(), block_size=64))
+
+
+@pytest.mark.parametrize("case", [case for case in DAMAGED if case.startswith(("scale ", "momentum ", "step "))])
+def test_a_damaged_optimizer_is_not_exported(case: str) -> None:
+    params = parameters()
+    optimizer = Lion8bit(params)
+    step(params, optimizer, 1)
+    damage, message = DAMAGED[case]
+    saved = optimizer.state_dict()  # shares its state
+    damage(saved)
+    with pytest.raises(ValueError, match=message):
+        export_state_dict(optimizer)
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0**-100, math.nextafter(2.0**-100, 1), 1.2345e-30, 2.0**126 * 1.999, 1e-3])
+def test_every_scale_of_the_format_loads(scale: float) -> None:
+    saved = stepped(Lion8bit)
+    in_state("scales", one_is(scale))(saved)
+    optimizer = Lion8bit(parameters())
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[optimizer.param_groups[0]["params"][0]]["scales"].view(-1)[-1] == torch.tensor(scale)
+
+
+@pytest.mark.parametrize("place", [0, _PIECE - 1, _PIECE, 2 * _PIECE])
+def test_values_are_looked_at_in_pieces_and_to_the_end(place: int) -> None:
+    param = nn.Parameter(torch.zeros(2 * _PIECE + 1))
+    optimizer = Lion8bit([param], optim_bits=32)
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["momentum"][place] = math.nan
+    with pytest.raises(ValueError, match="got nan"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("value", [3, 3.0, torch.tensor(3), torch.tensor([3.0]), torch.tensor(3, dtype=torch.int8)])
+def test_steps_of_any_kind_become_ints(value: Any) -> None:
+    saved = stepped(Lion8bit)
+    in_state("step", lambda _: value)(saved)
+    params = parameters()
+    optimizer = Lion8bit(params)
+    optimizer.load_state_dict(saved)
+    found = optimizer.state[params[0]]["step"]
+    assert type(found) is int and found == 3
+    step(params, optimizer, 1)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt], ids=lambda error: error.__name__)
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_copy_that_fails_changes_nothing(number: int, error: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory runs out on the device half way."""
+    import lion8bit.optimizer as module
+
+    real, calls = module.bring_home, []
+
+    def fails(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > number:
+            raise error("no memory")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(
+        module, "bring_home", lambda t, *a, **o: fails(t, *a, **o) if o.get("copy") else real(t, *a, **o)
+    )
+    assert_refused(stepped(lambda p: Lion8bit(p, lr=2e-3)), "no memory", error)
+    assert len(calls) == number + 1
+
+
+def test_a_hook_that_fails_undoes_the_load() -> None:
     params = parameters()
     optimizer = Lion8bit(params, lr=1e-3)
     step(params, optimizer, 1)
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(make())
-    after = optimizer.state_dict()
-    assert after["param_groups"] == before["param_groups"]
-    for number, state in before["state"].items():
-        assert all(
-            torch.equal(torch.as_tensor(after["state"][number][k]), torch.as_tensor(v)) for k, v in state.items()
-        )
+    before = contents(optimizer)
+
+    def fail(_: torch.optim.Optimizer) -> None:
+        assert optimizer.param_groups[0]["lr"] == 2e-3
+        raise RuntimeError("no")
+
+    optimizer.register_load_state_dict_post_hook(fail)
+    with pytest.raises(RuntimeError, match="no"):
+        optimizer.load_state_dict(stepped(lambda p: Lion8bit(p, lr=2e-3)))
+    assert_same_contents(before, contents(optimizer))
     step(params, optimizer, 2)
+
+
+def test_entries_that_are_no_state_load() -> None:
+    """Hooks may keep what they like in ``optimizer.state``, as those of torch's own tests do."""
+    params = parameters()
+    optimizer = Lion8bit(params)
+    step(params, optimizer, 1)
+    optimizer.state["test"] = 1  # type: ignore[index]
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    assert optimizer.state["test"] == 1  # type: ignore[index]
+    step(params, optimizer, 2)
+    assert set(convert_state_dict(saved, optimizer)["state"]) == {0, 1, 2, 3}
+
+
+def test_a_lazily_negated_momentum_is_loaded_with_its_sign() -> None:
+    saved = stepped(Lion8bit)
+    momentum = saved["state"][2]["momentum"]
+    saved["state"][2]["momentum"] = torch._neg_view(momentum)
+    params = parameters()
+    optimizer = Lion8bit(params)
+    optimizer.load_state_dict(saved)
+    loaded = optimizer.state[params[2]]["momentum"]
+    assert not loaded.is_neg() and torch.equal(loaded, -momentum)
+
+
+# ---- Orders in memory ------------------------------------------------------------------------------------------------
+
+
+def images(
+    memory_format: torch.memory_format, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[Any, Lion8bit]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 3, 3)).to(dtype).to(memory_format=memory_format)
+    return net, Lion8bit(net.parameters(), lr=1e-3, **options)
+
+
+def train_images(net: nn.Module, optimizer: Lion8bit, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for param in net.parameters():
+        gradient = torch.randn(param.shape, generator=generator).to(param.dtype)
+        param.grad = torch.empty_like(param).copy_(gradient)
+    optimizer.step()
+
+
+ORDERS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("options", [{}, {"optim_bits": 32}, {"weight_rounding": "compensated"}], ids=str)
+@pytest.mark.parametrize("saved_format", ORDERS)
+def test_a_checkpoint_of_another_memory_format(saved_format: torch.memory_format, options: dict[str, Any]) -> None:
+    """Loaded as it is it keeps its bits and its order, at the price of copies, and says so; converted it needs none."""
+    other_format = next(order for order in ORDERS if order is not saved_format)
+    dtype = torch.bfloat16 if "weight_rounding" in options else torch.float32
+    net, optimizer = images(saved_format, dtype, **options)
+    train_images(net, optimizer, 1)
+    saved = optimizer.state_dict()
+    wanted = [optimizer.momentum(param) for param in net.parameters()]
+
+    _, kept = images(other_format, dtype, **options)
+    with pytest.warns(
+        UserWarning, match=r"of 2 parameters has another order .*convert_state_dict.*parameter 0"
+    ) as seen:
+        kept.load_state_dict(saved)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    converted_net, converted = images(other_format, dtype, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept.load_state_dict(convert_state_dict(saved, kept))
+        converted.load_state_dict(convert_state_dict(saved, converted))
+        images(saved_format, dtype, **options)[1].load_state_dict(saved)
+    for param, momentum in zip(converted_net.parameters(), wanted, strict=True):
+        state = converted.state[param]
+        if "codes" in state:
+            in_order = torch.empty_like(param, dtype=torch.float32).copy_(momentum)
+            assert torch.equal(converted.momentum(param), dequantize(*quantize(in_order)))
+        else:
+            assert torch.equal(converted.momentum(param), momentum)
+    for number, param in enumerate(converted_net.parameters()):
+        if "residual" in saved["state"][number]:
+            assert torch.equal(converted.state[param]["residual"], saved["state"][number]["residual"])
+    train_images(converted_net, converted, 2)
+    assert converted._plan is not None  # nothing is copied, so the plan is kept
+    for param in converted_net.parameters():
+        assert {memory_order(t) for t in converted.state[param].values() if getattr(t, "shape", 0) == param.shape} == {
+            memory_order(param)
+        }
+
+
+def test_loaded_as_it_is_another_memory_format_keeps_its_bits() -> None:
+    net, optimizer = images(torch.contiguous_format, torch.bfloat16)
+    train_images(net, optimizer, 1)
+    other_net, other = images(torch.channels_last, torch.bfloat16)
+    other_net.load_state_dict(net.state_dict())
+    with pytest.warns(UserWarning, match="another order"):
+        other.load_state_dict(optimizer.state_dict())
+    train_images(net, optimizer, 2)
+    train_images(other_net, other, 2)
+    for one, two in zip(net.parameters(), other_net.parameters(), strict=True):
+        assert torch.equal(one, two) and torch.equal(optimizer.momentum(one), other.momentum(two))
+
+
+def test_scales_of_another_order_are_marked() -> None:
+    """State of before the mark loads, by the strides of its codes."""
+    net, optimizer = images(torch.channels_last)
+    train_images(net, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["state"][0]["scales"].shape == (1, 1, 32, 3)
+    saved["state"][0]["scales"] = saved["state"][0]["scales"].view(32, 3)
+    twin_net, twin = images(torch.channels_last)
+    twin.load_state_dict(saved)
+    assert_same_contents(twin.state_dict(), optimizer.state_dict())
+    saved["state"][0]["codes"] = saved["state"][0]["codes"].contiguous()
+    saved["state"][0]["scales"] = saved["state"][0]["scales"][None, None]
+    with pytest.raises(ValueError, match=r"order in memory that their scales were made for.*\(parameter 0, shape"):
+        twin.load_state_dict(saved)
+    train_images(twin_net, twin, 2)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("loaded_format", ORDERS)
+@pytest.mark.parametrize("saved_format", ORDERS)
+def test_distributed_checkpoints_and_memory_formats(
+    saved_format: torch.memory_format, loaded_format: torch.memory_format, flat: bool
+) -> None:
+    """They copy codes element by element, also between orders, which scales do not survive."""
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint")
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    net, optimizer = images(saved_format)
+    train_images(net, optimizer, 1)
+    resumed_net, resumed = images(loaded_format)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        checkpoint.save({"o": get_optimizer_state_dict(net, optimizer, options=options)}, checkpoint_id=folder)
+        state = {"o": get_optimizer_state_dict(resumed_net, resumed, options=options)}
+        if saved_format is not loaded_format:
+            with pytest.raises(checkpoint.api.CheckpointException, match=r"Size mismatch.*\.scales"):
+                checkpoint.load(state, checkpoint_id=folder)
+            return
+        checkpoint.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(resumed_net, resumed, state["o"], options=options)
+    for one, two in zip(net.parameters(), resumed_net.parameters(), strict=True):
+        assert torch.equal(optimizer.momentum(one), resumed.momentum(two))
+
+
+# ---- Refusals of exports ---------------------------------------------------------------------------------------------
 
 
 def test_a_peer_of_other_groups_is_refused() -> None:

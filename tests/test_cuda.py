@@ -9,6 +9,7 @@ import itertools
 import mmap
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -294,6 +295,97 @@ def test_unusable_cache_is_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(cuda.CACHE_VARIABLE, str(blocked))
     monkeypatch.setattr(cuda, "compile_kernel", lambda *_: b"image")
     assert cuda.image(cuda.Kernel(0, 0, True, 128, 0, False, cuda.SMALL), "sm_90") == b"image"
+
+
+CACHE_KERNEL = cuda.Kernel(0, 0, True, 128, 0, False, cuda.SMALL)
+
+
+@pytest.fixture
+def cache_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the image of `CACHE_KERNEL` is kept; it is not there yet, and `cuda.image` compiles no other than "new"."""
+    monkeypatch.setattr(cuda, "toolchain", lambda: ((12, 8), (90,)))
+    monkeypatch.setattr(cuda, "compile_kernel", lambda *_: b"new")
+    monkeypatch.setenv(cuda.CACHE_VARIABLE, str(tmp_path / "above" / "cache"))
+    path = cuda._cache_file(CACHE_KERNEL, "sm_90")
+    assert path is not None
+    return path
+
+
+def plant(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_bytes(hashlib.sha256(b"planted").digest() + b"planted")
+
+
+on_posix = pytest.mark.skipif(os.name == "nt", reason="owners and modes of POSIX")
+
+
+@on_posix
+@pytest.mark.parametrize(
+    ("which", "mode", "used"),
+    [
+        ("file", 0o644, True),
+        ("file", 0o600, True),
+        ("file", 0o664, False),
+        ("file", 0o646, False),
+        ("folder", 0o755, True),
+        ("folder", 0o700, True),
+        ("folder", 0o775, False),
+        ("folder", 0o757, False),
+        ("folder", 0o1777, False),
+        ("above", 0o775, True),
+        ("above", 0o777, False),
+        ("above", 0o1777, True),
+    ],
+)
+def test_a_cache_that_others_may_write_to_is_none(cache_path: Path, which: str, mode: int, used: bool) -> None:
+    plant(cache_path)
+    for each, usual in ((cache_path, 0o644), (cache_path.parent, 0o755), (cache_path.parent.parent, 0o755)):
+        each.chmod(usual)
+    {"file": cache_path, "folder": cache_path.parent, "above": cache_path.parent.parent}[which].chmod(mode)
+    assert cuda.image(CACHE_KERNEL, "sm_90") == (b"planted" if used else b"new")
+    if which != "file":
+        assert cache_path.read_bytes().endswith(b"planted")  # nothing is written there either
+    else:
+        assert cuda.image(CACHE_KERNEL, "sm_90") == (b"planted" if used else b"new")
+
+
+@on_posix
+@pytest.mark.parametrize("which", ["file", "folder"])
+@pytest.mark.parametrize("theirs", [True, False])
+def test_a_cache_of_another_user_is_none(
+    cache_path: Path, which: str, theirs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the system says of owners, so that it needs no right to change them."""
+    plant(cache_path)
+    cache_path.parent.chmod(0o755)
+    other = 65534 if theirs else 0
+    real = os.stat
+
+    def owned(path: object, status: os.stat_result) -> os.stat_result:
+        fields = [*status]
+        fields[stat.ST_UID] = other if stat.S_ISDIR(status.st_mode) == (which == "folder") else 1000
+        return os.stat_result(fields)
+
+    real_check = cuda._check_owner
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(cuda, "_check_owner", lambda path, status: real_check(path, owned(path, real(path))))
+    assert cuda.image(CACHE_KERNEL, "sm_90") == (b"new" if theirs else b"planted")
+
+
+@on_posix
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o644), (0, 0o644)])
+def test_the_cache_takes_what_it_wrote_under_any_umask(
+    cache_path: Path, umask: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_path.parent.parent.mkdir()
+    before = os.umask(umask)
+    try:
+        assert cuda.image(CACHE_KERNEL, "sm_90") == b"new"
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(cache_path.stat().st_mode) == expected and [*cache_path.parent.iterdir()] == [cache_path]
+    monkeypatch.setattr(cuda, "compile_kernel", lambda *_: pytest.fail("compiled again"))
+    assert cuda.image(CACHE_KERNEL, "sm_90") == b"new"
 
 
 def test_launches_fit_the_parameter_limits() -> None:

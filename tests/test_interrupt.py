@@ -179,7 +179,7 @@ def test_a_failed_step_lets_go_of_gradients_and_counts_nothing(monkeypatch: pyte
     assert [batch.grads for batch in optimizer._plan.batches] == [[]] * len(optimizer._plan.batches)
 
 
-@pytest.mark.parametrize("count", [3.0, True, None, -1, 2**63, torch.tensor(1.5), torch.tensor(torch.nan)], ids=str)
+@pytest.mark.parametrize("count", [3.5, None, "2", -1, 2**63, torch.tensor(1.5), torch.tensor(torch.nan)], ids=str)
 @pytest.mark.parametrize("all_of_them", [False, True])
 def test_a_count_that_is_none_is_refused_before_anything_is_counted(count: Any, all_of_them: bool) -> None:
     params, optimizer = make("cpu")
@@ -191,7 +191,7 @@ def test_a_count_that_is_none_is_refused_before_anything_is_counted(count: Any, 
     weights, counts = [param.detach().clone() for param in params], [optimizer.state[param]["step"] for param in params]
     for _ in range(2):
         give_gradients(params, 2)
-        with pytest.raises(ValueError, match=r"step must be a count of updates|float NaN"):
+        with pytest.raises(ValueError, match="step must be a whole number of updates"):
             optimizer.step()
     assert all(map(torch.equal, weights, params))
     assert all(optimizer.state[param]["step"] is count for param, count in zip(params, counts, strict=True))

@@ -838,7 +838,7 @@ def test_frozen_parameters_may_have_any_dtype(dtype: torch.dtype) -> None:
     for _ in range(2):
         adapter.grad = torch.ones_like(adapter)
         optimizer.step()
-        assert optimizer.memory_report()["parameters"] == 64 * 144
+        assert optimizer.memory_report()["parameters"] == 64 * 80, "of those that are trained"
     saved = through_torch_save(optimizer.state_dict())
     assert saved["state"].keys() == {1}
     optimizer.load_state_dict(saved)
