@@ -37,7 +37,7 @@ namespace lion8bit {
 //   scales  [rows, blocks_per_row]  fp32   s = max |m| over the block, 0 where that is below kMinScale; its low byte is
 //                                          the block's dither
 
-constexpr int32_t kFormatVersion = 2;
+constexpr int32_t kFormatVersion = 3;
 constexpr int32_t kMaxBlockSize = 256;      // block sizes are 64, 128 and 256
 constexpr int32_t kZeroCode = -128;         // the code of an exact zero
 constexpr float kRangeSquared = 16002.25f;  // A * A, A = 126.5: |A + dither| rounds to at most 127

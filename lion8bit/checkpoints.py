@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion8bit.layout import FORMAT_VERSION, blocks_per_row
-from lion8bit.optimizer import Lion8bit, _new_state
+from lion8bit.layout import blocks_per_row
+from lion8bit.optimizer import Lion8bit, _new_state, check_version
 from lion8bit.reference import dequantize, quantize
 
 _SHARED_OPTIONS = ("lr", "betas", "weight_decay", "initial_lr", "maximize", "decouple_lr")  # mean the same to all
@@ -53,9 +53,10 @@ def convert_state_dict(state_dict: dict[str, Any], optimizer: Lion8bit) -> dict[
         ours = _new_state(param, group)
         residual, saved_residual = ours.pop("residual", None), theirs.pop("residual", None)
         try:
-            if "codes" in theirs and saved.get("format_version") != FORMAT_VERSION:
-                raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {saved.get('format_version')}")
-            if ours.keys() == theirs.keys() and saved.get("block_size") == group["block_size"]:
+            if "codes" in theirs:
+                check_version(saved)
+            same_block_size = saved.get("block_size") == group["block_size"]
+            if ours.keys() == theirs.keys() and same_block_size and _scales_shape(ours) == _scales_shape(theirs):
                 ours = theirs  # to decode and encode it would round it again
             else:
                 momentum = _decode(theirs, param, saved)
@@ -142,6 +143,10 @@ def _params(
     for group, other in zip(groups, others, strict=True):
         for param, number in zip(group["params"], other["params"], strict=True):
             yield number, param, group, other
+
+
+def _scales_shape(state: dict[str, Any]) -> torch.Size | None:
+    return getattr(state.get("scales"), "shape", None)
 
 
 def _fill(state: dict[str, Any], momentum: Tensor, block_size: int) -> None:

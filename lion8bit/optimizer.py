@@ -18,15 +18,16 @@ from lion8bit.describe import gradients_of
 from lion8bit.layout import (
     DTYPES,
     FORMAT_VERSION,
+    LOADED_VERSIONS,
     UNSCALE,
     WEIGHT_ROUNDING,
     ZERO_CODE,
     Hyper,
-    blocks_per_row,
     decay_terms,
+    is_narrow,
     make_hyper,
     memory_order,
-    rows_and_cols,
+    scales_shape,
 )
 from lion8bit.loading import keeping_dtypes, pair
 from lion8bit.paging import Pager, bring_home, home, lives_on_host
@@ -35,6 +36,7 @@ from lion8bit.reference import (
     check_rates,
     dequantize,
     from_compensated,
+    quantize,
     to_bfloat16,
     to_compensated,
     to_float16,
@@ -598,7 +600,8 @@ class Lion8bit(torch.optim.Optimizer):
 
         The options of the saved groups replace the present ones, as in every torch optimizer, but for ``is_paged``,
         which is about this machine's memory. Tensors are copied. State of another library's Lion is converted by
-        `lion8bit.convert_state_dict`, under the present options.
+        `lion8bit.convert_state_dict`, under the present options. Momentum of format version 2 is quantized again in the
+        blocks of version 3 where a parameter's rows are shorter than a block.
 
         Raises:
             ValueError: the state is not a Lion's, has another format version, or does not fit the parameters; nothing
@@ -624,21 +627,24 @@ class Lion8bit(torch.optim.Optimizer):
             from lion8bit.checkpoints import convert_state_dict
 
             incoming = convert_state_dict(incoming, self)
+        states = dict(incoming["state"])
         for number, param, group in pair(self.param_groups, incoming["param_groups"]):
-            state = incoming["state"].get(number)
+            state = states.get(number)
             if not state:
                 continue
-            version = group.get("format_version")
             try:
-                if version != FORMAT_VERSION:
-                    raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {version}")
+                check_version(group)
+                states[number] = state = _joined(state, group["block_size"])
                 check_state(state, param, group["block_size"])
             except ValueError as error:
                 raise ValueError(f"{error} (parameter {number}, shape {tuple(param.shape)})") from error
         own, saved_groups = self.param_groups, incoming["param_groups"]
         if len(own) == len(saved_groups):  # torch refuses others
-            saved_groups = [{**saved, "is_paged": group["is_paged"]} for saved, group in zip(saved_groups, own)]
-        return {**incoming, "param_groups": saved_groups}
+            saved_groups = [
+                {**saved, "is_paged": group["is_paged"], "format_version": FORMAT_VERSION}
+                for saved, group in zip(saved_groups, own)
+            ]
+        return {**incoming, "state": states, "param_groups": saved_groups}
 
 
 _NOT_CAPTURABLE = (
@@ -755,15 +761,36 @@ def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     codes = torch.full_like(piece, ZERO_CODE, dtype=torch.int8, requires_grad=False, **like)
     order = memory_order(codes)
     assert order is not None  # full_like makes dense tensors
-    rows, cols = rows_and_cols([piece.shape[dim] for dim in order])
-    scales = torch.zeros(rows, blocks_per_row(cols, block_size), dtype=torch.float32, **place)
-    all_rows, all_cols = rows_and_cols(param.shape)
+    scales = torch.zeros(scales_shape([piece.shape[dim] for dim in order], block_size), dtype=torch.float32, **place)
     state = {
         "step": 0,
         "codes": as_part_of(param, codes, param.shape),
-        "scales": as_part_of(param, scales, (all_rows, blocks_per_row(all_cols, block_size))),
+        "scales": as_part_of(param, scales, scales_shape(param.shape, block_size)),
     }
     return _with_residual(state, param, group)
+
+
+def check_version(saved_group: Mapping[str, Any]) -> None:
+    """Raises ValueError unless state of a saved group's format version can be loaded."""
+    version = saved_group.get("format_version")
+    if version not in LOADED_VERSIONS:
+        raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {version}")
+
+
+def _joined(state: dict[str, Any], block_size: int) -> dict[str, Any]:
+    """The state with the blocks that its shape has now: of format version 2, each narrow row had a scale of its own."""
+    codes, scales = (local(state.get(name)) for name in ("codes", "scales"))
+    if not isinstance(codes, Tensor) or not isinstance(scales, Tensor) or scales.dim() != 2:
+        return state
+    order = memory_order(codes)
+    if order is None or not is_narrow([codes.shape[dim] for dim in order], block_size):
+        return state
+    momentum = dequantize(codes, scales, block_size)
+    if keeps_blocks_whole(state["codes"], block_size):
+        new_codes, new_scales = quantize(momentum, block_size)
+        return {**state, "codes": new_codes, "scales": new_scales}
+    kept = {name: value for name, value in state.items() if name not in ("codes", "scales")}
+    return {**kept, "momentum": as_part_of(state["codes"], momentum, state["codes"].shape)}
 
 
 def _is_compensated(param: Tensor, group: dict[str, Any]) -> bool:

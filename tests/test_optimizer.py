@@ -18,7 +18,7 @@ from torch import nn
 import lion8bit
 from lion8bit import Lion, Lion8, Lion8bit, backend, cpu, portable, reference
 from lion8bit.batch import make_entry
-from lion8bit.layout import DTYPES, as_rows, make_hyper, memory_order
+from lion8bit.layout import DTYPES, in_memory_order, make_hyper, memory_order, rows_and_cols
 
 LAYOUTS = {
     "vector": lambda: torch.randn(5000),
@@ -74,7 +74,8 @@ def test_every_layout_steps_as_the_reference(layout: str, dtype: torch.dtype, gr
     expected = base.clone(memory_format=torch.preserve_format)
     order = memory_order(expected)
     assert order is not None
-    rows = as_rows(expected, order)
+    shape = rows_and_cols([expected.shape[dim] for dim in order], 128)
+    rows = in_memory_order(expected, order).view(shape)
     quantized = base.numel() >= 4096
     momentum, scales = reference.encode(torch.zeros(rows.shape), 128) if quantized else (torch.zeros(rows.shape), None)
     hyper = make_hyper(lr=1e-3, weight_decay=0.1, weight_rounding="stochastic")
@@ -87,7 +88,8 @@ def test_every_layout_steps_as_the_reference(layout: str, dtype: torch.dtype, gr
         param.grad = grad
         optimizer.step()
         in_order = torch.empty_like(expected).copy_(grad)
-        reference.lion_step_(rows, as_rows(in_order, order), momentum, scales, hyper, seed=0, step=step)
+        row_grad = in_memory_order(in_order, order).view(shape)
+        reference.lion_step_(rows, row_grad, momentum, scales, hyper, seed=0, step=step)
         assert_same(param.detach(), expected, f"parameter after step {step}")
     assert param.stride() == base.stride() and param.data_ptr() == base.data_ptr()
 
