@@ -16,7 +16,7 @@ from cases import assert_same
 from torch import nn
 
 import lion8bit
-from lion8bit import Lion, Lion8, Lion8bit, backend, cpu, portable, reference
+from lion8bit import Lion, Lion8, Lion8bit, backend, convert_state_dict, cpu, portable, quantize, reference
 from lion8bit.batch import make_entry
 from lion8bit.layout import DTYPES, in_memory_order, make_hyper, memory_order, rows_and_cols
 
@@ -24,10 +24,13 @@ LAYOUTS = {
     "vector": lambda: torch.randn(5000),
     "matrix": lambda: torch.randn(70, 90),
     "ragged rows": lambda: torch.randn(50, 131),
+    "narrow rows": lambda: torch.randn(1700, 3),
+    "rows of one element": lambda: torch.randn(5001, 1),
     "scalar": lambda: torch.randn(()),
     "empty": lambda: torch.randn(0, 7),
     "one row": lambda: torch.randn(1, 6000),
     "channels last": lambda: torch.randn(32, 16, 3, 3).to(memory_format=torch.channels_last),
+    "narrow channels last": lambda: torch.randn(80, 7, 3, 3).to(memory_format=torch.channels_last),
     "transposed": lambda: torch.randn(80, 70).t(),
     "strided": lambda: torch.randn(80, 140)[:, ::2],
     "misaligned": lambda: torch.randn(6001)[1:],
@@ -706,6 +709,43 @@ def test_hooks_and_names_survive_loading() -> None:
     assert len(other._optimizer_load_state_dict_post_hooks) == 1
 
 
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+def test_state_of_version_2_enters(rounding: str) -> None:
+    """Where each narrow row had a scale of its own it is quantized again; all else keeps its bits."""
+    params = [leaf(torch.randn(shape).bfloat16()) for shape in ((600, 9), (70, 90), (5000,), (40, 131), (10, 10))]
+    old, new = ([leaf(param) for param in copy.deepcopy(params)] for _ in range(2))
+    first, second = (Lion8bit(each, lr=1e-3, weight_rounding=rounding) for each in (old, new))
+    for param in old:
+        param.grad = gradient_like(param)
+    first.step()
+    saved = copy.deepcopy(first.state_dict())
+    saved["param_groups"][0]["format_version"] = 2
+    for number in (0, 1):
+        codes, scales = reference.encode(first.momentum(old[number]), 128)
+        saved["state"][number] |= {"codes": codes.contiguous(), "scales": scales}
+    pristine = copy.deepcopy(saved)
+    for loaded in (saved, convert_state_dict(saved, second)):
+        second.load_state_dict(loaded)
+        assert second.param_groups[0]["format_version"] == 3
+        for number, (one, other) in enumerate(zip(old, new, strict=True)):
+            state, theirs = second.state[other], saved["state"][number]
+            assert state["step"] == 1
+            if number in (0, 1):
+                per_row = reference.decode(theirs["codes"], theirs["scales"], 128).contiguous()
+                codes, scales = quantize(per_row, 128)
+                assert_same(state["codes"], codes, "codes")
+                assert_same(state["scales"], scales, "scales")
+            else:
+                assert_same(second.momentum(other), first.momentum(one), "momentum")
+            assert ("residual" in state) == (rounding == "compensated")
+            if "residual" in state:
+                assert_same(state["residual"], theirs["residual"], "residual")
+    assert str(saved) == str(pristine)
+    for param in new:
+        param.grad = gradient_like(param)
+    second.step()
+
+
 def test_empty_state_round_trips() -> None:
     model = small_model(torch.bfloat16)
     optimizer = Lion8bit(model.parameters(), lr=1e-3)
@@ -737,7 +777,7 @@ def break_shape(saved: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (break_version, "format_version 2, got 99"),
+        (break_version, "format_version 3, got 99"),
         (break_block_size, r"scales must be float32 \(60, 2\) at block_size 64"),
         (break_names, r"got \['exp_avg'\]"),
         (break_codes, "dense torch.int8"),
@@ -785,7 +825,7 @@ def test_older_pickles_get_newer_options() -> None:
         del group["cautious"], group["format_version"]
     fresh = Lion8bit.__new__(Lion8bit)
     fresh.__setstate__(state)
-    assert fresh.param_groups[0]["cautious"] is False and fresh.param_groups[0]["format_version"] == 2
+    assert fresh.param_groups[0]["cautious"] is False and fresh.param_groups[0]["format_version"] == 3
 
 
 # ---- Looking inside -------------------------------------------------------------------------------------------------
