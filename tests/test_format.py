@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import assert_same
+from cases import assert_same, scale_of_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -81,7 +81,7 @@ ROUNDING = 16 * 2.0**-24
 
 def error_bound(momentum: torch.Tensor, scales: torch.Tensor, block_size: int) -> torch.Tensor:
     """Per element, in double: [rows, cols]."""
-    wide = scales.double().repeat_interleave(block_size, dim=1)[:, : momentum.shape[1]]
+    wide = scale_of_each(scales, momentum.shape, block_size).double()
     root = torch.where(wide > 0, momentum.double().abs() / wide, torch.zeros_like(wide)).sqrt()
     return wide * (2 * root * HALF_STEP + HALF_STEP**2 + ROUNDING) + reference.MIN_SCALE * (wide == 0)
 
