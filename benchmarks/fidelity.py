@@ -27,8 +27,8 @@ from common import (
 from rich.table import Table
 from torch import Tensor
 
-from lion8bit import Lion8bit, reference
-from lion8bit.layout import BLOCK_SIZES, ZERO_CODE, as_rows, memory_order
+from lion8bit import Lion8bit, dequantize, reference
+from lion8bit.layout import BLOCK_SIZES, ZERO_CODE, in_memory_order, memory_order
 
 DESCRIPTION = """\
 How well do momentum formats follow fp32 Lion? Every format is given the same stream of gradients (open loop: the
@@ -141,7 +141,7 @@ class Ours(Store):
 
     def decode(self, codes: Tensor) -> Tensor:
         assert self.scales is not None
-        return reference.decode(codes, self.scales, self.block_size)
+        return dequantize(codes.to(torch.int8), self.scales, self.block_size)
 
     def step(self, grad: Tensor) -> Tensor:
         self.param.detach().zero_()
@@ -364,7 +364,7 @@ def synthetic(case: Case, steps: int) -> Stream:
 def _rows(tensor: Tensor) -> Tensor:
     order = memory_order(tensor)
     assert order is not None
-    return as_rows(tensor, order)
+    return in_memory_order(tensor, order).view(tensor.shape[order[0]] if tensor.dim() > 1 else 1, -1)
 
 
 LM = {"task": tasks.byte_lm, "batch": 8}

@@ -99,7 +99,9 @@ def measure_state(contenders: dict[str, Contender], models: dict[str, tuple[str,
     for name, shapes in models.values():
         counts = Counter(shapes)
         whole_blocks = [
-            shape for shape in counts if numel([shape]) >= smallest and rows_and_cols(shape)[1] % block_size == 0
+            shape
+            for shape in counts
+            if numel([shape]) >= smallest and rows_and_cols(shape, block_size)[1] % block_size == 0
         ]
         rows = {}
         for key, contender in contenders.items():

@@ -28,16 +28,16 @@ using std::memcpy;
 
 namespace lion8bit {
 
-// ---- The state format, version 2 -----------------------------------------------------------------------------------
+// ---- The state format, version 3 -----------------------------------------------------------------------------------
 //
-// A parameter is [rows, cols]: rows = shape[0] (1 for a vector), in memory order. A row is cut into ceil(cols /
-// block_size) blocks, the last may be short; a block never crosses a row.
+// A parameter is [rows, cols] in memory order: rows = shape[0], or 1 for a vector and where shape[0] rows would be
+// shorter than a block. A row is cut into ceil(cols / block_size) blocks, the last may be short.
 //
 //   codes   [rows, cols]            int8   -127..127, or kZeroCode for an exact zero
 //   scales  [rows, blocks_per_row]  fp32   s = max |m| over the block, 0 where that is below kMinScale; its low byte is
 //                                          the block's dither
 
-constexpr int32_t kFormatVersion = 2;
+constexpr int32_t kFormatVersion = 3;
 constexpr int32_t kMaxBlockSize = 256;      // block sizes are 64, 128 and 256
 constexpr int32_t kZeroCode = -128;         // the code of an exact zero
 constexpr float kRangeSquared = 16002.25f;  // A * A, A = 126.5: |A + dither| rounds to at most 127

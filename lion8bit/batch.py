@@ -13,7 +13,7 @@ import torch
 
 from lion8bit.control import UpdateCounts
 from lion8bit.describe import describe, listed, look_again, replace
-from lion8bit.layout import DTYPES, Hyper, Tensor, blocks_per_row, memory_order, rows_and_cols, unmark_order
+from lion8bit.layout import DTYPES, Hyper, Tensor, memory_order, rows_and_cols, scales_shape, unmark_order
 from lion8bit.loading import step_count
 from lion8bit.sharding import is_dtensor, local, local_state, place_in_whole
 
@@ -32,7 +32,7 @@ class Entry:
 
     param: torch.Tensor  # fp32, bf16 or fp16
     momentum: torch.Tensor  # int8 codes, or fp32 where scales is None
-    scales: torch.Tensor | None  # [rows, blocks_per_row] fp32
+    scales: torch.Tensor | None  # fp32, one for each block of [rows, cols]
     residual: torch.Tensor | None  # int8, below a compensated bf16 parameter
     order: tuple[int, ...]  # memory order of the dimensions
     rows: int
@@ -99,7 +99,9 @@ def make_entry(
     scales = None if scales is None else unmark_order(scales)
     first, row_stride = 0, cols
     if is_dtensor(source) and order == (*range(param.dim()),):
-        (rows, cols), first, row_stride = place_in_whole(source)
+        (tall, wide), first, apart = place_in_whole(source)
+        if apart != wide:  # else rows follow each other in the whole as they do here
+            rows, cols, row_stride = tall, wide, apart
     ordered, ordered_grad = _in_order(param, order, momentum), _in_order(grad, order, momentum)
     entry = Entry(
         param=ordered,
@@ -126,7 +128,7 @@ def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> 
     """Checks that a parameter's state is complete and has the dtypes and shapes of the format.
 
     Returns:
-        The memory order of the momentum in this process, and its [rows, cols].
+        The memory order of the momentum in this process, and its [rows, cols] as `rows_and_cols` defines them.
 
     Raises:
         ValueError: it does not; the message says what differs.
@@ -142,7 +144,7 @@ def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> 
     if momentum.dtype != dtype or momentum.shape != param.shape or order is None:
         got = f"{momentum.dtype} of shape {tuple(momentum.shape)}"
         raise ValueError(f"{name} must be a dense {dtype} tensor of shape {tuple(param.shape)}, got {got}")
-    rows, cols = rows_and_cols([param.shape[dim] for dim in order])
+    ordered_shape = [param.shape[dim] for dim in order]
     if "residual" in tensors:
         residual = tensors["residual"]
         if residual.dtype != torch.int8 or residual.shape != param.shape or memory_order(residual) != order:
@@ -154,7 +156,7 @@ def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> 
                 "delete it from the state, and take the weights from `fp32_weights` of the optimizer that saved it"
             )
     if "scales" in tensors:
-        shape, scales = (rows, blocks_per_row(cols, block_size)), tensors["scales"]
+        shape, scales = scales_shape(ordered_shape, block_size), tensors["scales"]
         if order != (*range(len(order)),):
             scales = unmark_order(scales)
         elif scales is not unmark_order(scales):
@@ -166,7 +168,7 @@ def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> 
         if scales.dtype != torch.float32 or tuple(scales.shape) != shape:
             got = f"{scales.dtype} {tuple(scales.shape)}"
             raise ValueError(f"scales must be float32 {shape} at block_size {block_size}, got {got}")
-    return order, (rows, cols)
+    return order, rows_and_cols(ordered_shape, block_size)
 
 
 def _check_param(param: torch.Tensor) -> None:

@@ -155,7 +155,8 @@ def _is_state(value: Any) -> bool:
 def _to_own(saved: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     own = all("format_version" in group for group in saved["param_groups"])
     kept = [
-        {name: value for name, value in group.items() if own and name != "params"} for group in saved["param_groups"]
+        {name: value for name, value in group.items() if own and name not in ("params", "format_version")}
+        for group in saved["param_groups"]
     ]
     groups = [{**kept, **options, **group} for kept, group in zip(kept, _parameters(saved), strict=True)]
     try:

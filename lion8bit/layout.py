@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+LOADED_VERSIONS = (2, 3)  # 2 differs in the blocks of narrow rows alone
 BLOCK_SIZES = (64, 128, 256)
 ZERO_CODE = -128  # the code of an exact zero
 MIN_SCALE = 2.0**-100  # a block whose largest magnitude is below it is stored as zeros
@@ -159,9 +160,26 @@ def blocks_per_row(cols: int, block_size: int) -> int:
     return -(-cols // block_size)
 
 
-def rows_and_cols(shape: Sequence[int]) -> tuple[int, int]:
-    """The [rows, cols] of a dense tensor whose dimensions are listed from the slowest to the fastest in memory."""
-    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+def is_narrow(shape: Sequence[int], block_size: int) -> bool:
+    """Whether the rows of a shape, listed as for `rows_and_cols`, are shorter than a block."""
+    return len(shape) > 1 and math.prod(shape[1:]) < block_size
+
+
+def rows_and_cols(shape: Sequence[int], block_size: int) -> tuple[int, int]:
+    """The [rows, cols] that blocks are cut from, given the dimensions from the slowest to the fastest in memory.
+
+    A vector is one row, and so are all elements of a tensor whose own rows are shorter than a block.
+    """
+    if len(shape) < 2 or is_narrow(shape, block_size):
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+def scales_shape(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
+    """The shape of the scales, given the dimensions as for `rows_and_cols`: [blocks] where narrow rows are joined."""
+    rows, cols = rows_and_cols(shape, block_size)
+    blocks = blocks_per_row(cols, block_size)
+    return (blocks,) if is_narrow(shape, block_size) else (rows, blocks)
 
 
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
@@ -182,7 +200,6 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
     return tuple(dim if sizes[dim] == 1 else next(queue) for dim in range(tensor.dim()))
 
 
-def as_rows(tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    """The [rows, cols] view of a dense tensor, given its `memory_order`."""
-    ordered = tensor.permute(*order) if tensor.dim() > 1 else tensor
-    return ordered.view(rows_and_cols(ordered.shape))
+def in_memory_order(tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """The elements of a dense tensor as a vector that is a view of it, given its `memory_order`."""
+    return (tensor.permute(*order) if tensor.dim() > 1 else tensor).view(-1)

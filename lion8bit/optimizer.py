@@ -25,16 +25,17 @@ from lion8bit.describe import gradients_of
 from lion8bit.layout import (
     DTYPES,
     FORMAT_VERSION,
+    LOADED_VERSIONS,
     UNSCALE,
     WEIGHT_ROUNDING,
     ZERO_CODE,
     Hyper,
-    blocks_per_row,
     decay_terms,
+    is_narrow,
     make_hyper,
     mark_order,
     memory_order,
-    rows_and_cols,
+    scales_shape,
     unmark_order,
 )
 from lion8bit.loading import (
@@ -724,7 +725,8 @@ class Lion8bit(torch.optim.Optimizer):
 
         The options of the saved groups replace the present ones, as in every torch optimizer, but for ``is_paged``,
         which is about this machine's memory. Tensors are copied. State of another library's Lion is converted by
-        `lion8bit.convert_state_dict`, under the present options.
+        `lion8bit.convert_state_dict`, under the present options. Momentum of format version 2 is quantized again in the
+        blocks of version 3 where a parameter's rows are shorter than a block.
 
         Raises:
             ValueError: the state is not a Lion's, has another format version, is damaged, or does not fit the
@@ -761,7 +763,10 @@ class Lion8bit(torch.optim.Optimizer):
                     states[number] = checked_state(states[number], param, saved)
         own, saved_groups = self.param_groups, incoming["param_groups"]
         if len(own) == len(saved_groups):  # torch refuses others
-            saved_groups = [{**saved, "is_paged": group["is_paged"]} for saved, group in zip(saved_groups, own)]
+            saved_groups = [
+                {**saved, "is_paged": group["is_paged"], "format_version": FORMAT_VERSION}
+                for saved, group in zip(saved_groups, own)
+            ]
         return {**incoming, "state": states, "param_groups": saved_groups}
 
     def _warn_of_copies(self) -> None:
@@ -786,7 +791,7 @@ def check_saved_group(saved: dict[str, Any], place: int) -> None:
     """Raises ValueError unless the options of a saved group are such as `Lion8bit` takes, in the present format."""
     version = saved.get("format_version")
     try:
-        if version != FORMAT_VERSION:
+        if version not in LOADED_VERSIONS:
             raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {version}")
         _hyper(dict(saved))
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # of values that are no numbers, or on "meta"
@@ -803,6 +808,7 @@ def checked_state(state: Mapping[str, Any], param: Tensor, saved_group: Mapping[
         if name in state:
             check_tensor(name, state[name])
     checked = {**state, "step": step_count(state["step"])} if "step" in state else dict(state)
+    checked = _joined(checked, saved_group["block_size"])
     order, _ = check_state(checked, param, saved_group["block_size"])
     if "momentum" in checked:
         check_momentum(local(checked["momentum"]))
@@ -990,15 +996,31 @@ def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     codes = torch.full_like(piece, ZERO_CODE, dtype=torch.int8, requires_grad=False, **like)
     order = memory_order(codes)
     assert order is not None  # full_like makes dense tensors
-    rows, cols = rows_and_cols([piece.shape[dim] for dim in order])
-    scales = mark_order(torch.zeros(rows, blocks_per_row(cols, block_size), dtype=torch.float32, **place), order)
-    all_rows, all_cols = rows_and_cols(param.shape)
+    shape = scales_shape([piece.shape[dim] for dim in order], block_size)
+    scales = mark_order(torch.zeros(shape, dtype=torch.float32, **place), order)
     state = {
         "step": 0,
         "codes": as_part_of(param, codes, param.shape),
-        "scales": as_part_of(param, scales, (all_rows, blocks_per_row(all_cols, block_size))),
+        "scales": as_part_of(param, scales, scales_shape(param.shape, block_size)),
     }
     return _with_residual(state, param, group)
+
+
+def _joined(state: dict[str, Any], block_size: int) -> dict[str, Any]:
+    """The state with the blocks that its shape has now: of format version 2, each narrow row had a scale of its own."""
+    codes, scales = (local(state.get(name)) for name in ("codes", "scales"))
+    if not isinstance(codes, Tensor) or not isinstance(scales, Tensor):
+        return state
+    scales, order = unmark_order(scales), memory_order(codes)
+    if scales.dim() != 2 or order is None or not is_narrow([codes.shape[dim] for dim in order], block_size):
+        return state
+    check_scales(scales)
+    momentum = dequantize(codes, scales, block_size)
+    if keeps_blocks_whole(state["codes"], block_size):
+        new_codes, new_scales = quantize(momentum, block_size)
+        return {**state, "codes": new_codes, "scales": new_scales}
+    kept = {name: value for name, value in state.items() if name not in ("codes", "scales")}
+    return {**kept, "momentum": as_part_of(state["codes"], momentum, state["codes"].shape)}
 
 
 def _asks_fp32(param: Tensor, group: dict[str, Any]) -> bool:
@@ -1021,10 +1043,9 @@ def _in_bits(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dic
         order = memory_order(codes)
         assert order is not None  # or quantize had refused it
         scales = mark_order(scales, order)
-        rows, cols = rows_and_cols(param.shape)
         new = {
             "codes": as_part_of(param, codes, param.shape),
-            "scales": as_part_of(param, scales, (rows, blocks_per_row(cols, block_size))),
+            "scales": as_part_of(param, scales, scales_shape(param.shape, block_size)),
         }
     else:
         return state

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lion8bit.layout import Hyper, as_rows, blocks_per_row
+from lion8bit.layout import Hyper, blocks_per_row, in_memory_order
 from lion8bit.layout import Tensor as Row
 from lion8bit.sharding import is_dtensor, local
 
@@ -333,7 +333,7 @@ class Load:
 
 
 def _flat(tensor: Tensor, entry: Entry) -> Tensor:
-    return as_rows(tensor, entry.order).view(-1)
+    return in_memory_order(tensor, entry.order)
 
 
 # ---- Streaming -------------------------------------------------------------------------------------------------------

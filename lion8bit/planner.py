@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from lion8bit.layout import blocks_per_row, memory_order, rows_and_cols
+from lion8bit.layout import blocks_per_row, is_narrow, memory_order, scales_shape
 from lion8bit.paging import BUFFER_BYTES, LEAST
 
 if TYPE_CHECKING:
@@ -489,11 +489,10 @@ def piece_of(weight: Weight, gpus: int, width: int) -> Piece:
 def lion8bit_state(piece: Piece, compensated: bool = False, block_size: int = 128, min_8bit_size: int = 4096) -> int:
     """Bytes of Lion8bit's state, by the rules of docs/design.md."""
     residual = piece.numel if compensated and piece.width == 2 else 0
-    vector_shard = piece.sharded and len(piece.whole) < 2
-    if math.prod(piece.whole) < min_8bit_size or vector_shard:
+    part_of_a_row = piece.sharded and (len(piece.whole) < 2 or is_narrow(piece.whole, block_size))
+    if math.prod(piece.whole) < min_8bit_size or part_of_a_row:
         return 4 * piece.numel + residual
-    rows, cols = rows_and_cols(piece.shape)
-    return piece.numel + 4 * rows * blocks_per_row(cols, block_size) + residual
+    return piece.numel + 4 * math.prod(scales_shape(piece.shape, block_size)) + residual
 
 
 def adamw_state(piece: Piece) -> int:

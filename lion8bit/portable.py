@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from lion8bit.batch import Work
-from lion8bit.layout import Hyper, as_rows, blocks_per_row
+from lion8bit.layout import Hyper, blocks_per_row, in_memory_order
 from lion8bit.reference import lion_step
 
 PIECE = 1 << 17  # elements at a time: half a megabyte for each temporary, of which some ten live at once
@@ -35,10 +35,14 @@ def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> 
     for entry, grad_of_entry, row in zip(batch.entries, batch.grads, batch.table, strict=True):
         writes = 3 + (entry.scales is not None) + (entry.residual is not None)  # of a piece
         hyper = hypers[entry.hyper]
+        shape = (entry.rows, entry.cols)
         param, grad, momentum = (
-            as_rows(t, entry.order).view(entry.rows, entry.cols) for t in (entry.param, grad_of_entry, entry.momentum)
+            in_memory_order(t, entry.order).view(shape) for t in (entry.param, grad_of_entry, entry.momentum)
         )
-        residual = None if entry.residual is None else as_rows(entry.residual, entry.order).view(entry.rows, entry.cols)
+        residual = None if entry.residual is None else in_memory_order(entry.residual, entry.order).view(shape)
+        scales = entry.scales
+        if scales is not None:
+            scales = scales.view(entry.rows, blocks_per_row(entry.cols, hyper.block_size))
         for vertical, horizontal in pieces(entry.rows, entry.cols, hyper.block_size):
             seen += writes
             if seen <= applied:
@@ -49,7 +53,7 @@ def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> 
                 param[vertical, horizontal],
                 grad[vertical, horizontal],
                 momentum[vertical, horizontal],
-                None if entry.scales is None else entry.scales[vertical, blocks],
+                None if scales is None else scales[vertical, blocks],
                 hyper,
                 residual=None if residual is None else residual[vertical, horizontal],
                 seed=row.seed,

@@ -7,6 +7,7 @@ with, and the update rule that the project's original listing defines in prose.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -25,9 +26,11 @@ from lion8bit.layout import (
     WEIGHT_ROUNDING,
     ZERO_CODE,
     Hyper,
-    as_rows,
     blocks_per_row,
+    in_memory_order,
     memory_order,
+    rows_and_cols,
+    scales_shape,
 )
 from lion8bit.loading import check_momentum, keeping_dtypes
 
@@ -330,7 +333,8 @@ def quantize(momentum: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
         u    = (low byte of s + 1/2)/256 - 1/2
         code = rint(sign(m) * sqrt(|m| * A*A/s) + u)  A = 126.5; an exact zero is -128
 
-    Blocks run along the memory order of each row, ``momentum[i]``, and never cross it; a vector is one row.
+    Blocks run along the memory order of each row, ``momentum[i]``, and do not cross it. A vector is one row. Where rows
+    are shorter than a block, all of them are one row.
 
     Args:
         momentum: any dense shape, floating point; computed in fp32.
@@ -338,7 +342,7 @@ def quantize(momentum: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
 
     Returns:
         codes: int8, the shape and strides of ``momentum``.
-        scales: fp32, [rows, blocks_per_row].
+        scales: fp32, [rows, blocks_per_row], or [blocks] where rows are shorter than a block.
 
     Raises:
         ValueError: ``momentum`` is not dense, or has values that are not finite or reach 2^127.
@@ -355,9 +359,11 @@ def quantize(momentum: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
             "pass momentum.contiguous()"
         )
     codes = torch.empty_like(momentum, dtype=torch.int8)
-    row_codes, scales = encode(as_rows(momentum.float(), order), block_size)
-    as_rows(codes, order).copy_(row_codes)
-    return codes, scales
+    shape = [momentum.shape[dim] for dim in order]
+    rows = in_memory_order(momentum.float(), order).view(rows_and_cols(shape, block_size))
+    row_codes, scales = encode(rows, block_size)
+    in_memory_order(codes, order).copy_(row_codes.flatten())
+    return codes, scales.view(scales_shape(shape, block_size))
 
 
 def dequantize(codes: Tensor, scales: Tensor, block_size: int = 128) -> Tensor:
@@ -368,7 +374,8 @@ def dequantize(codes: Tensor, scales: Tensor, block_size: int = 128) -> Tensor:
 
     Args:
         codes: int8, dense.
-        scales: fp32, [rows, blocks_per_row].
+        scales: fp32, of the shape that `quantize` gives. Two dimensions mean that blocks do not cross rows, even where
+            these are shorter than a block, as in state of format version 2.
         block_size: the one that the codes were made with.
 
     Returns:
@@ -384,15 +391,20 @@ def dequantize(codes: Tensor, scales: Tensor, block_size: int = 128) -> Tensor:
     order = memory_order(codes)
     if order is None:
         raise ValueError(f"codes must be dense, got shape {tuple(codes.shape)} with strides {codes.stride()}")
-    rows = as_rows(codes, order)
-    expected = (rows.shape[0], blocks_per_row(rows.shape[1], block_size))
+    shape = [codes.shape[dim] for dim in order]
+    (rows, cols), expected = rows_and_cols(shape, block_size), scales_shape(shape, block_size)
+    if scales.dim() == 2 and len(expected) == 1:
+        rows, cols = shape[0], math.prod(shape[1:])
+        expected = (rows, blocks_per_row(cols, block_size))
     if tuple(scales.shape) != expected:
         raise ValueError(
             f"scales must be {expected} for codes {tuple(codes.shape)} at block_size {block_size}, "
             f"got {tuple(scales.shape)}"
         )
     momentum = torch.empty_like(codes, dtype=torch.float32)
-    as_rows(momentum, order).copy_(decode(rows, scales, block_size))
+    row_codes = in_memory_order(codes, order).view(rows, cols)
+    decoded = decode(row_codes, scales.view(rows, blocks_per_row(cols, block_size)), block_size)
+    in_memory_order(momentum, order).copy_(decoded.flatten())
     return momentum
 
 

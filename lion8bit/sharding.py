@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lion8bit.layout import is_narrow
+
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a `torch.distributed.tensor.DTensor`."""
@@ -50,11 +52,12 @@ def keeps_blocks_whole(param: Any, block_size: int) -> bool:
     """Whether codes and scales can be placed as ``param`` so that every rank holds whole blocks and their scales.
 
     A shard along dimension 0 does. Along dimension 1, the dimension has to divide evenly and each rank's share of a row
-    must be a multiple of ``block_size``. No further dimension does, nor does a vector, which is a single row.
+    must be a multiple of ``block_size``. No further dimension does. Nor does what is a single row to the blocks: a
+    vector, or a parameter whose rows are shorter than a block.
     """
     if not is_dtensor(param):
         return True
-    if param.dim() < 2:
+    if param.dim() < 2 or is_narrow(param.shape, block_size):
         return False
     parts = 1
     for placement, ranks in zip(param.placements, param.device_mesh.shape, strict=True):

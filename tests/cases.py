@@ -61,6 +61,13 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None
         )
 
 
+def scale_of_each(scales: torch.Tensor, shape: torch.Size, block_size: int) -> torch.Tensor:
+    """Each element's scale, for codes of this shape that are contiguous."""
+    by_row = scales if scales.dim() == 2 else scales[None]
+    cols = shape.numel() // max(1, len(by_row))
+    return by_row.repeat_interleave(block_size, 1)[:, :cols].reshape(shape)
+
+
 def make_gradient(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator, bad: bool) -> torch.Tensor:
     """Normal values over many magnitudes with some exact zeros and, if `bad`, some NaN, infinite and huge elements.
 

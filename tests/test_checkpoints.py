@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import assert_same
+from cases import assert_same, scale_of_each
 from torch import nn
 
 from lion8bit import Lion, Lion8bit, convert_state_dict, dequantize, export_state_dict, quantize
@@ -92,8 +92,7 @@ def peer_momentum(state: dict[str, Any]) -> torch.Tensor:
 
 def assert_within_bound(actual: torch.Tensor, momentum: torch.Tensor, block_size: int = 128) -> None:
     """docs/numerics.md, "Error bounds": s*(2*h*sqrt(m/s) + h^2) with h = 1/(2A), and fp32 rounding."""
-    scales = quantize(momentum, block_size)[1].repeat_interleave(block_size, 1)
-    s = scales[:, : momentum[0].numel() if momentum.dim() > 1 else momentum.numel()].view_as(momentum).double()
+    s = scale_of_each(quantize(momentum, block_size)[1], momentum.shape, block_size).double()
     h = 0.5 / RANGE_SQUARED**0.5
     bound = s * (2 * h * (momentum.double().abs() / s).sqrt() + h * h + 16 * 2.0**-24)
     assert ((actual.double() - momentum.double()).abs() <= bound).all()

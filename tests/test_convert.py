@@ -18,7 +18,7 @@ from test_checkpoints import DAMAGED, OPTIONS, PEERS, REFUSED, damaged, paramete
 from torch import nn
 
 import lion8bit.convert
-from lion8bit import Lion8bit
+from lion8bit import Lion8bit, dequantize, quantize, reference
 from lion8bit.cli import build_app
 from lion8bit.convert import ConversionError, convert_file
 
@@ -69,6 +69,23 @@ def test_out_of_lion8bit(to: str, tmp_path: Path) -> None:
     for param, own in zip(params, ours.param_groups[0]["params"], strict=True):
         assert_same(peer_momentum(peer.state[param]), ours.momentum(own), "momentum")
     step(params, peer, 3)
+
+
+def test_a_file_of_version_2_becomes_one_of_version_3(tmp_path: Path) -> None:
+    """Its narrow matrix, [70, 90], has a scale for each row."""
+    ours = saved_by("lion8bit", tmp_path / "a.pt")
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
+    saved["param_groups"][0]["format_version"] = 2
+    codes, scales = reference.encode(ours.momentum(ours.param_groups[0]["params"][0]), 128)
+    saved["state"][0] |= {"codes": codes.contiguous(), "scales": scales}
+    torch.save(saved, tmp_path / "a.pt")
+    convert_file(tmp_path / "a.pt", tmp_path / "b.pt")
+    converted = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert converted["param_groups"][0]["format_version"] == 3
+    per_row = dequantize(codes.contiguous(), scales)
+    for name, wanted in zip(("codes", "scales"), quantize(per_row), strict=True):
+        assert_same(converted["state"][0][name], wanted, name)
+        assert_same(converted["state"][1][name], saved["state"][1][name], name)
 
 
 def test_another_block_size_keeps_the_options(tmp_path: Path) -> None:

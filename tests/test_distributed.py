@@ -160,8 +160,8 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(90, 64)
-        self.conv = nn.Conv1d(64, 10, 8)
+        self.embedding = nn.Embedding(90, 130)
+        self.conv = nn.Conv1d(130, 10, 8)
         self.norm = nn.LayerNorm(150)
         self.head = nn.Linear(1500, 3)
 
@@ -348,6 +348,10 @@ CASES = {
     "rows": Case((70, 131), (4,), "0", True),
     "fewer_rows_than_ranks": Case((3, 2000), (4,), "0", True),
     "convolution": Case((10, 16, 5, 7), (4,), "0", True),
+    "narrow_rows": Case((512, 16), (4,), "0", False),
+    "uneven_narrow_rows": Case((601, 9), (4,), "0", False),
+    "narrow_columns": Case((601, 9), (4,), "1", False),
+    "replicated_narrow_rows": Case((512, 16), (4,), "R", False),
     "columns": Case((33, 1024), (4,), "1", True),
     "columns_that_cut_blocks": Case((33, 600), (4,), "1", False),
     "uneven_columns": Case((33, 1000), (4,), "1", False),
@@ -549,6 +553,66 @@ def checkpoints_reshard_bit_for_bit() -> None:
                     at_load, later = torch.load(Worker.folder / f"{Worker.check} {flat} {dtype}.pt")
                     assert_equal(resumed, at_load)
                     assert_equal(after, later)
+
+
+@check
+def a_matrix_of_narrow_rows_reshards() -> None:
+    """In fp32, so that its blocks need not fit any mesh; an unsharded one has 8 bits, and refuses the checkpoint."""
+    from torch.distributed.checkpoint import CheckpointException, load, save
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    saved = Path()
+    for number, (size, shard) in enumerate([(4, True), (3, True), (1, True), (2, True), (1, False)]):
+        source, saved = saved, Worker.folder / f"{Worker.check} {number}"
+        for _ in world(size):
+            torch.manual_seed(0)
+            net: nn.Module = nn.Linear(16, 301, bias=False)
+            if shard:
+                fully_shard(net)
+            optimizer = make_optimizer(net)
+            if number == 0:
+                train(optimizer, range(3))
+            state = {"optimizer": get_optimizer_state_dict(net, optimizer)}
+            before = contents(optimizer)
+            if not shard:
+                with pytest.raises(CheckpointException, match="Missing key"):
+                    load(state, checkpoint_id=source)
+                assert_equal(contents(optimizer), before)
+                continue
+            if number > 0:
+                load(state, checkpoint_id=source)
+                set_optimizer_state_dict(net, optimizer, state["optimizer"])
+            save(state, checkpoint_id=saved)
+            momentum = {"momentum": full(optimizer.momentum(net.weight))}
+            if number == 0 and Worker.rank == 0:
+                torch.save(momentum, Worker.folder / f"{Worker.check}.pt")
+            elif number > 0:
+                assert_equal(momentum, torch.load(Worker.folder / f"{Worker.check}.pt"))
+
+
+@check
+def narrow_rows_of_version_2_enter_a_sharded_optimizer() -> None:
+    from lion8bit import dequantize, reference
+
+    for _ in world(3):
+        param = nn.Parameter(torch.randn(301, 16, generator=torch.Generator().manual_seed(0)))
+        mesh_param = nn.Parameter(shard_rows(param.detach(), 3))
+        optimizer = Lion8bit([mesh_param], lr=1e-3)
+        codes, scales = reference.encode(param.detach(), 128)
+        state = {"step": 4, "codes": placed_as(mesh_param, codes), "scales": placed_as(mesh_param, scales)}
+        group = {**optimizer.state_dict()["param_groups"][0], "format_version": 2}
+        optimizer.load_state_dict({"state": {0: state}, "param_groups": [group]})
+        assert sorted(optimizer.state[mesh_param]) == ["momentum", "step"]
+        assert_same(full(optimizer.momentum(mesh_param)), dequantize(codes.contiguous(), scales), "momentum")
+        train(optimizer, [5])
+
+
+def shard_rows(whole: torch.Tensor, size: int) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return distribute_tensor(whole, init_device_mesh("cpu", (size,)), [Shard(0)])
 
 
 @check

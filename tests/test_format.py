@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import assert_same
+from cases import assert_same, scale_of_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import lion8bit
 from lion8bit import reference
-from lion8bit.layout import BLOCK_SIZES, memory_order
+from lion8bit.layout import BLOCK_SIZES, scales_shape
 
 
 def oracle_dither(scale: np.float32) -> np.float32:
@@ -81,7 +81,7 @@ ROUNDING = 16 * 2.0**-24
 
 def error_bound(momentum: torch.Tensor, scales: torch.Tensor, block_size: int) -> torch.Tensor:
     """Per element, in double: [rows, cols]."""
-    wide = scales.double().repeat_interleave(block_size, dim=1)[:, : momentum.shape[1]]
+    wide = scale_of_each(scales, momentum.shape, block_size).double()
     root = torch.where(wide > 0, momentum.double().abs() / wide, torch.zeros_like(wide)).sqrt()
     return wide * (2 * root * HALF_STEP + HALF_STEP**2 + ROUNDING) + reference.MIN_SCALE * (wide == 0)
 
@@ -151,35 +151,81 @@ def test_any_magnitude_survives(block_size: int) -> None:
         assert float((decoded - scaled.double()).norm() / scaled.double().norm()) < 0.01
 
 
-def test_a_used_row_does_not_touch_its_neighbours() -> None:
-    momentum = torch.zeros(5, 40)
-    momentum[2] = torch.randn(40)
+@pytest.mark.parametrize("cols", [40, 70])
+def test_a_used_row_does_not_touch_its_neighbours(cols: int) -> None:
+    momentum = torch.zeros(5, cols)
+    momentum[2] = torch.randn(cols)
     codes, scales = lion8bit.quantize(momentum, 64)
-    assert scales.count_nonzero() == 1
+    assert scales.count_nonzero() == -(-cols // 64)
     assert bool((codes[[0, 1, 3, 4]] == -128).all())
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.randn(300),
-        torch.randn(()),
-        torch.randn(4, 1, 130),
-        torch.randn(16, 8, 3, 3).to(memory_format=torch.channels_last),
-        torch.randn(50, 70).t(),
-        torch.randn(3, 200).bfloat16(),
-        torch.randn(0, 5),
-    ],
-    ids=lambda t: f"{tuple(t.shape)}-{t.dtype}",
+NARROW = [(90, 1), (45, 2), (7, 3, 3), (1, 50), (3, 63), (0, 5), (5, 0), (2, 1, 9, 3)]
+
+
+@pytest.mark.parametrize("shape", NARROW, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_shorter_than_a_block_are_one_row(shape: tuple[int, ...], transposed: bool) -> None:
+    """Codes and scales are those of the elements as a vector in memory order."""
+    momentum = torch.randn(shape)
+    tensor = momentum.permute(*reversed(range(len(shape)))) if transposed else momentum
+    codes, scales = lion8bit.quantize(tensor, 64)
+    flat_codes, flat_scales = lion8bit.quantize(momentum.flatten(), 64)
+    assert codes.shape == tensor.shape and codes.stride() == tensor.stride()
+    in_memory = codes.permute(*reversed(range(len(shape)))) if transposed else codes
+    assert_same(in_memory.flatten(), flat_codes, "codes")
+    assert_same(scales.flatten(), flat_scales[0], "scales")
+    decoded = lion8bit.dequantize(codes, scales, 64)
+    assert decoded.stride() == tensor.stride()
+    expected = lion8bit.dequantize(flat_codes, flat_scales, 64).view(shape)
+    assert_same(decoded.permute(*reversed(range(len(shape)))) if transposed else decoded, expected, "momentum")
+
+
+@pytest.mark.parametrize("shape", [(90, 1), (45, 2), (3, 63), (64, 64), (33, 65)], ids=str)
+def test_a_scale_for_each_narrow_row_is_understood(shape: tuple[int, int]) -> None:
+    """As format version 2 had them."""
+    momentum = torch.randn(shape)
+    codes, scales = reference.encode(momentum, 64)
+    assert scales.shape == (shape[0], -(-shape[1] // 64))
+    expected = reference.decode(codes, scales, 64)
+    assert_same(lion8bit.dequantize(codes.contiguous(), scales, 64), expected, "momentum")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    shape=st.lists(st.one_of(st.integers(1, 4), st.sampled_from([63, 127, 128, 129, 255, 257, 8192])), max_size=3),
+    block_size=st.sampled_from(BLOCK_SIZES),
 )
-def test_quantize_keeps_shape_and_memory_order(tensor: torch.Tensor) -> None:
+def test_state_is_never_larger_than_fp32(shape: list[int], block_size: int) -> None:
+    """From two elements on, which is below any sensible min_8bit_size."""
+    blocks, elements = math.prod(scales_shape(shape, block_size)), math.prod(shape)
+    assert blocks * block_size >= elements
+    assert elements + 4 * blocks <= 4 * max(2, elements)
+    if len(shape) > 1 and math.prod(shape[1:]) < block_size:
+        assert blocks == -(-elements // block_size)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "scales_shape"),
+    [
+        (torch.randn(300), (1, 5)),
+        (torch.randn(()), (1, 1)),
+        (torch.randn(4, 1, 130), (4, 3)),
+        (torch.randn(16, 8, 3, 3).to(memory_format=torch.channels_last), (16, 2)),
+        (torch.randn(16, 7, 3, 3).to(memory_format=torch.channels_last), (16,)),
+        (torch.randn(50, 70).t(), (50, 2)),
+        (torch.randn(50, 60).t(), (47,)),
+        (torch.randn(3, 200).bfloat16(), (3, 4)),
+        (torch.randn(0, 5), (0,)),
+        (torch.randn(0, 64), (0, 1)),
+    ],
+    ids=lambda t: f"{tuple(t.shape)}-{t.dtype}" if isinstance(t, torch.Tensor) else str(t),
+)
+def test_quantize_keeps_shape_and_memory_order(tensor: torch.Tensor, scales_shape: tuple[int, ...]) -> None:
     codes, scales = lion8bit.quantize(tensor, 64)
     decoded = lion8bit.dequantize(codes, scales, 64)
     assert codes.shape == tensor.shape and codes.stride() == tensor.stride()
-    order = memory_order(tensor)
-    assert order is not None
-    expected_rows = (tensor.shape[order[0]] if tensor.dim() > 1 else 1) if tensor.numel() else 0
-    assert scales.shape[0] == expected_rows
+    assert scales.shape == scales_shape
     largest = float(tensor.float().abs().amax()) if tensor.numel() else 0.0
     assert torch.allclose(decoded, tensor.float(), rtol=0, atol=1.01 * largest * (2 * HALF_STEP + HALF_STEP**2))
 

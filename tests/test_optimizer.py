@@ -21,18 +21,21 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import lion8bit
-from lion8bit import Lion, Lion8, Lion8bit, backend, cpu, portable, reference
+from lion8bit import Lion, Lion8, Lion8bit, backend, convert_state_dict, cpu, portable, quantize, reference
 from lion8bit.batch import make_entry
-from lion8bit.layout import DTYPES, as_rows, make_hyper, memory_order
+from lion8bit.layout import DTYPES, in_memory_order, make_hyper, memory_order, rows_and_cols
 
 LAYOUTS = {
     "vector": lambda: torch.randn(5000),
     "matrix": lambda: torch.randn(70, 90),
     "ragged rows": lambda: torch.randn(50, 131),
+    "narrow rows": lambda: torch.randn(1700, 3),
+    "rows of one element": lambda: torch.randn(5001, 1),
     "scalar": lambda: torch.randn(()),
     "empty": lambda: torch.randn(0, 7),
     "one row": lambda: torch.randn(1, 6000),
     "channels last": lambda: torch.randn(32, 16, 3, 3).to(memory_format=torch.channels_last),
+    "narrow channels last": lambda: torch.randn(80, 7, 3, 3).to(memory_format=torch.channels_last),
     "transposed": lambda: torch.randn(80, 70).t(),
     "strided": lambda: torch.randn(80, 140)[:, ::2],
     "misaligned": lambda: torch.randn(6001)[1:],
@@ -79,7 +82,8 @@ def test_every_layout_steps_as_the_reference(layout: str, dtype: torch.dtype, gr
     expected = base.clone(memory_format=torch.preserve_format)
     order = memory_order(expected)
     assert order is not None
-    rows = as_rows(expected, order)
+    shape = rows_and_cols([expected.shape[dim] for dim in order], 128)
+    rows = in_memory_order(expected, order).view(shape)
     quantized = base.numel() >= 4096
     momentum, scales = reference.encode(torch.zeros(rows.shape), 128) if quantized else (torch.zeros(rows.shape), None)
     hyper = make_hyper(lr=1e-3, weight_decay=0.1, weight_rounding="stochastic")
@@ -92,7 +96,8 @@ def test_every_layout_steps_as_the_reference(layout: str, dtype: torch.dtype, gr
         param.grad = grad
         optimizer.step()
         in_order = torch.empty_like(expected).copy_(grad)
-        reference.lion_step_(rows, as_rows(in_order, order), momentum, scales, hyper, seed=0, step=step)
+        row_grad = in_memory_order(in_order, order).view(shape)
+        reference.lion_step_(rows, row_grad, momentum, scales, hyper, seed=0, step=step)
         assert_same(param.detach(), expected, f"parameter after step {step}")
     assert param.stride() == base.stride() and param.data_ptr() == base.data_ptr()
 
@@ -1056,6 +1061,43 @@ def test_hooks_and_names_survive_loading() -> None:
     assert len(other._optimizer_load_state_dict_post_hooks) == 1
 
 
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+def test_state_of_version_2_enters(rounding: str) -> None:
+    """Where each narrow row had a scale of its own it is quantized again; all else keeps its bits."""
+    params = [leaf(torch.randn(shape).bfloat16()) for shape in ((600, 9), (70, 90), (5000,), (40, 131), (10, 10))]
+    old, new = ([leaf(param) for param in copy.deepcopy(params)] for _ in range(2))
+    first, second = (Lion8bit(each, lr=1e-3, weight_rounding=rounding) for each in (old, new))
+    for param in old:
+        param.grad = gradient_like(param)
+    first.step()
+    saved = copy.deepcopy(first.state_dict())
+    saved["param_groups"][0]["format_version"] = 2
+    for number in (0, 1):
+        codes, scales = reference.encode(first.momentum(old[number]), 128)
+        saved["state"][number] |= {"codes": codes.contiguous(), "scales": scales}
+    pristine = copy.deepcopy(saved)
+    for loaded in (saved, convert_state_dict(saved, second)):
+        second.load_state_dict(loaded)
+        assert second.param_groups[0]["format_version"] == 3
+        for number, (one, other) in enumerate(zip(old, new, strict=True)):
+            state, theirs = second.state[other], saved["state"][number]
+            assert state["step"] == 1
+            if number in (0, 1):
+                per_row = reference.decode(theirs["codes"], theirs["scales"], 128).contiguous()
+                codes, scales = quantize(per_row, 128)
+                assert_same(state["codes"], codes, "codes")
+                assert_same(state["scales"], scales, "scales")
+            else:
+                assert_same(second.momentum(other), first.momentum(one), "momentum")
+            assert ("residual" in state) == (rounding == "compensated")
+            if "residual" in state:
+                assert_same(state["residual"], theirs["residual"], "residual")
+    assert str(saved) == str(pristine)
+    for param in new:
+        param.grad = gradient_like(param)
+    second.step()
+
+
 def test_empty_state_round_trips() -> None:
     model = small_model(torch.bfloat16)
     optimizer = Lion8bit(model.parameters(), lr=1e-3)
@@ -1087,7 +1129,7 @@ def break_shape(saved: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (break_version, "format_version 2, got 99"),
+        (break_version, "format_version 3, got 99"),
         (break_block_size, r"scales must be float32 \(60, 2\) at block_size 64"),
         (break_names, r"got \['exp_avg'\]"),
         (break_codes, "dense torch.int8"),
@@ -1135,7 +1177,7 @@ def test_older_pickles_get_newer_options() -> None:
         del group["cautious"], group["format_version"]
     fresh = Lion8bit.__new__(Lion8bit)
     fresh.__setstate__(state)
-    assert fresh.param_groups[0]["cautious"] is False and fresh.param_groups[0]["format_version"] == 2
+    assert fresh.param_groups[0]["cautious"] is False and fresh.param_groups[0]["format_version"] == 3
 
 
 def test_older_checkpoints_keep_the_peak_in_initial_lr() -> None:

@@ -26,8 +26,9 @@ from lion8bit.paging import Load, Pager
 
 SLOT = 4096  # bytes of a slot in these tests: many loads, and parameters that take several
 
-# Whole blocks, rows that end in short blocks, rows longer than a slot, a vector, and one whose state stays.
-SHAPES = [(30, 96), (33, 129), (2, 9000), (3, 6401), (5000,), (64, 128), (1300,), (4, 300), (30,)]
+# Rows shorter than a block, whole blocks, rows that end in short blocks or are longer than a slot, a vector, and one
+# whose state stays.
+SHAPES = [(90, 96), (33, 129), (2, 9000), (3, 6401), (5000,), (64, 128), (1300,), (4, 300), (30,)]
 
 
 @pytest.fixture(autouse=True)
