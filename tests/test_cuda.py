@@ -401,7 +401,7 @@ def test_padding_of_a_short_block_counts_as_zero(library: ctypes.CDLL, cols: int
 
 
 @needs_compiler
-@pytest.mark.parametrize("cols", [5, 100, 200, 256])
+@pytest.mark.parametrize("cols", [5, 200])
 def test_padding_of_a_short_block_is_not_counted(library: ctypes.CDLL, cols: int) -> None:
     """Where factors are infinite or NaN, zeros times them are bad gradients; only those of elements are counted."""
     for (dtype, rounding), quantized in itertools.product(
