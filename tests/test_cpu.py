@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +37,6 @@ from lion8bit.batch import STATE_TENSORS, hyper_array
 from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Hyper, Tensor, make_hyper
 from lion8bit.reference import decode
 
-T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 AVAILABLE = cpu.available_kernels()
 MIXED = [(torch.float32, "nearest"), (torch.bfloat16, "compensated"), (torch.float16, "stochastic")]
@@ -339,16 +338,27 @@ def float_environment(name: str) -> Iterator[None]:
     assert found & ~0x3F == wanted  # without the exceptions that have occurred, which x86 keeps in the same register
 
 
-def in_a_new_thread(work: Callable[[], T]) -> T:
-    """What ``work`` returns there: the other threads of its OpenMP team are new too, and inherit its environment."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()
+def in_new_threads(threads: int, environment: str, work: Callable[[], None]) -> None:
+    """Calls ``work`` on a thread whose OpenMP team, which torch and the kernel share, has inherited an environment."""
+
+    def starts_the_team() -> None:
+        torch.set_num_threads(threads)
+        with float_environment(environment):
+            torch.ones(1 << 20).add_(1.0)
+        work()
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(starts_the_team).result()
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_register
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_kernels_do_not_depend_on_the_float_environment(environment: str) -> None:
-    """Neither on the caller's nor on that of the pool's threads, down to the smallest subnormal numbers."""
+    """Neither on the caller's nor on that of the team's threads, down to the smallest subnormal numbers."""
     shape, threads, generator = (100, 141), 3, torch.Generator().manual_seed(0)
     grads = torch.randn(2, *shape, generator=generator) * 10.0 ** -torch.randint(46, (shape[0], 1), generator=generator)
     for (dtype, rounding), quantized, option in itertools.product(ROUNDINGS, (True, False), ("plain", "everything")):
@@ -364,10 +374,10 @@ def test_kernels_do_not_depend_on_the_float_environment(environment: str) -> Non
             with float_environment(environment):
                 for state, kernel in zip(states, AVAILABLE, strict=True):
                     native_update([state.descriptor(first, 1)], [hyper], kernel, threads)
-            for state, kernel in zip(states, AVAILABLE, strict=True):  # the pool's threads are still in it
+            for state, kernel in zip(states, AVAILABLE, strict=True):  # the team's other threads are still in it
                 native_update([state.descriptor(second, 2)], [hyper], kernel, threads)
 
-        in_a_new_thread(partial(steps, hyper, ours, first, second))
+        in_new_threads(threads, environment, partial(steps, hyper, ours, first, second))
         for state, kernel in zip(ours, AVAILABLE, strict=True):
             for name, tensor in state.tensors().items():
                 assert_same(tensor, expected.tensors()[name], f"{name}: {kernel}, {dtype}, {rounding}, {option}")
