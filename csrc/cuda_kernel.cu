@@ -466,7 +466,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             // With flags, decay may make a finite gradient infinite.
             constexpr bool trusted = plain && !general;
             float p[kPerLane];
-            int32_t bad = 0;
+            [[maybe_unused]] int32_t bad = 0;
 #pragma unroll
             for (int32_t i = 0; i < kPerLane; ++i) {
                 if constexpr (rounding == kCompensated) {
@@ -480,13 +480,12 @@ LION8BIT_FN void update_tile(const Launch& launch) {
                                  : bit_cast<float>(now.momenta.get(i));
                 float g = to_float<grad_dtype>(now.grads.get(i));
                 const bool skipped = lion_step<general, trusted>(hyper, p[i], g, m[i]);
-                if constexpr (!trusted) bad += skipped;
+                if constexpr (!trusted) (general ? bad : nonfinite) += skipped;
                 largest = fmaxf(largest, magnitude(m[i]));
                 if constexpr (general) touched |= g != 0.0f;
             }
             // Padding is bad where a factor of the group is infinite or NaN. There every element is.
-            if constexpr (general) bad = left <= 0 ? 0 : bad < left ? bad : left;
-            nonfinite += bad;
+            if constexpr (general) nonfinite += left <= 0 ? 0 : bad < left ? bad : left;
             if constexpr (param_dtype == kFloat32) {
 #pragma unroll
                 for (int32_t i = 0; i < kPerLane; ++i) moved.words[i] = bit_cast<uint32_t>(p[i]);
