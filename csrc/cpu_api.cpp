@@ -1,5 +1,5 @@
-// Owns the C interface that lion8bit/cpu.py calls: the choice of instruction set and the split of the work over
-// threads.
+// Owns the C interface that lion8bit/cpu.py calls: the choice of instruction set, the split of the work over threads
+// and the floating-point environment of each.
 #include <atomic>
 
 #if defined(_OPENMP)
@@ -14,6 +14,9 @@
 #endif
 #if defined(LION8BIT_X86)
 #include <cpuid.h>
+#endif
+#if !defined(__x86_64__) && !defined(__aarch64__)
+#include <cfenv>
 #endif
 
 #include "cpu_kernel.h"
@@ -38,6 +41,48 @@ bool forked = false;
 #if !defined(_WIN32)
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
+
+// The register that says how this thread computes: rounding, subnormal numbers, which exceptions trap.
+#if defined(__x86_64__)  // MXCSR
+constexpr uint64_t kDefaultControl = 0x1f80;
+uint64_t control() {
+    uint32_t word;
+    __asm__ volatile("stmxcsr %0" : "=m"(word) : : "memory");
+    return word;
+}
+void set_control(uint64_t value) {
+    const auto word = static_cast<uint32_t>(value);
+    __asm__ volatile("ldmxcsr %0" : : "m"(word) : "memory");
+}
+#elif defined(__aarch64__)  // FPCR
+constexpr uint64_t kDefaultControl = 0;
+uint64_t control() {
+    uint64_t word;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(word) : : "memory");
+    return word;
+}
+void set_control(uint64_t value) { __asm__ volatile("msr fpcr, %0" : : "r"(value) : "memory"); }
+#else                       // rounding alone
+constexpr uint64_t kDefaultControl = FE_TONEAREST;
+uint64_t control() { return static_cast<uint64_t>(std::fegetround()); }
+void set_control(uint64_t value) { std::fesetround(static_cast<int>(value)); }
+#endif
+
+// While it lives, its thread rounds to nearest, keeps subnormal numbers and traps nothing. Then the thread gets back
+// what it had. Results must not depend on what the caller has set, nor on what a thread of the pool inherited.
+//
+// The compiler cannot move the kernel's arithmetic across the writes to the register: it begins with loads and ends
+// with stores, and both stay on their side of assembly that may access any memory ("memory").
+class DefaultEnvironment {
+  public:
+    DefaultEnvironment() { set_control(kDefaultControl); }
+    ~DefaultEnvironment() { set_control(callers_); }
+    DefaultEnvironment(const DefaultEnvironment&) = delete;
+    DefaultEnvironment& operator=(const DefaultEnvironment&) = delete;
+
+  private:
+    const uint64_t callers_ = control();
+};
 
 // Calls work(member, members) for each of at most `team` members, on threads of their own but for the caller's, and
 // returns when all have returned.
@@ -87,8 +132,14 @@ LION8BIT_EXPORT int32_t lion8bit_kernels() {
 #endif
 }
 
+// The calling thread's floating-point environment and its change; lion8bit/cpu.py derives constants in the default one.
+LION8BIT_EXPORT uint64_t lion8bit_environment() { return control(); }
+LION8BIT_EXPORT void lion8bit_set_environment(uint64_t environment) { set_control(environment); }
+LION8BIT_EXPORT void lion8bit_set_default_environment() { set_control(kDefaultControl); }
+
 // Steps `count` parameters in place and returns how many elements were skipped for a bad gradient.
-// Each thread takes an equal share of all blocks, whichever parameters they belong to. A child of fork() uses one.
+// Each thread takes an equal share of all blocks, whichever parameters they belong to, and computes in the default
+// floating-point environment, whatever its own is. A child of fork() uses one.
 LION8BIT_EXPORT int64_t lion8bit_update(const Tensor* tensors,  // [count]
                                         int64_t count,
                                         const Hyper* hypers,  // indexed by Tensor::hyper
@@ -101,6 +152,7 @@ LION8BIT_EXPORT int64_t lion8bit_update(const Tensor* tensors,  // [count]
     const int team = forked ? 1 : static_cast<int>(useful < threads ? useful : threads);
     std::atomic<int64_t> nonfinite{0};
     in_parallel(team, [&](int64_t member, int64_t members) {
+        const DefaultEnvironment environment;
         int64_t begin = total / members * member + (member < total % members ? member : total % members);
         int64_t end = begin + total / members + (member < total % members);
         for (int64_t i = 0; i < count && end > 0; ++i) {

@@ -631,7 +631,9 @@ int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, 
         }
         const Blocks<ParamElement, GradElement, Momentum> copy = {param,    grad,     momentum,
                                                                   residual, at.scale, at.element};
-        skipped += step(copy, padded, 1);
+        // Padding is bad where a factor of the group is infinite or NaN. There every element is.
+        const int64_t bad = step(copy, padded, 1), most = static_cast<int64_t>(length);
+        skipped += bad < most ? bad : most;
         std::memcpy(at.param, param, length * sizeof(ParamElement));
         std::memcpy(at.momentum, momentum, length * sizeof(Momentum));
         if constexpr (rounding == kCompensated) std::memcpy(at.residual, residual, length);

@@ -464,7 +464,10 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         Elements<Byte> moved_residuals = {};
         const auto step = [&](auto ordinary_) {
             constexpr bool plain = decltype(ordinary_)::value;
+            // With flags, decay may make a finite gradient infinite.
+            constexpr bool trusted = plain && !general;
             float p[kPerLane];
+            [[maybe_unused]] int32_t bad = 0;
 #pragma unroll
             for (int32_t i = 0; i < kPerLane; ++i) {
                 if constexpr (rounding == kCompensated) {
@@ -477,13 +480,13 @@ LION8BIT_FN void update_tile(const Launch& launch) {
                 m[i] = quantized ? decode<plain>(static_cast<float>(static_cast<int8_t>(now.momenta.get(i))), codec)
                                  : bit_cast<float>(now.momenta.get(i));
                 float g = to_float<grad_dtype>(now.grads.get(i));
-                // With flags, decay may make a finite gradient infinite.
-                constexpr bool trusted = plain && !general;
-                const bool finite = !lion_step<general, trusted>(hyper, p[i], g, m[i]);
-                if constexpr (!trusted) nonfinite += !finite;
+                const bool skipped = lion_step<general, trusted>(hyper, p[i], g, m[i]);
+                if constexpr (!trusted) (general ? bad : nonfinite) += skipped;
                 largest = fmaxf(largest, magnitude(m[i]));
                 if constexpr (general) touched |= g != 0.0f;
             }
+            // Padding is bad where a factor of the group is infinite or NaN. There every element is.
+            if constexpr (general) nonfinite += left <= 0 ? 0 : bad < left ? bad : left;
             if constexpr (param_dtype == kFloat32) {
 #pragma unroll
                 for (int32_t i = 0; i < kPerLane; ++i) moved.words[i] = bit_cast<uint32_t>(p[i]);

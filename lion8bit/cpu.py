@@ -1,14 +1,18 @@
-"""Owns the call into the native CPU kernel: finding the library, choosing the instruction set, passing the table."""
+"""Owns the calls into the native CPU kernel: finding the library, choosing the instruction set, passing the table.
+
+Also here, because it takes the library: Python's own arithmetic in the default floating-point environment.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from importlib import resources
 from itertools import starmap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 
@@ -16,6 +20,9 @@ from lion8bit.layout import FORMAT_VERSION, Hyper
 
 if TYPE_CHECKING:
     from lion8bit.batch import Work
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 KERNELS = ("baseline", "avx2", "avx512")  # in the order of kKernels in csrc/cpu_api.cpp
 ISA_VARIABLE = "LION8BIT_ISA"
@@ -89,6 +96,39 @@ def selected_kernel() -> int:
     if wanted not in available:
         raise RuntimeError(f"{ISA_VARIABLE} must be one of {available} on this machine, got {wanted!r}; unset it")
     return available.index(wanted)
+
+
+def in_default_environment(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, computing in the default floating-point environment, as the kernel does.
+
+    It rounds to nearest and keeps subnormal numbers, whatever ``torch.set_flush_denormal`` or ``fesetround`` have set
+    on this thread. Without the native library it computes in the caller's environment.
+    """
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        library = load_library()
+        if isinstance(library, str):
+            return function(*args, **kwargs)
+        locked = _locked(library)
+        callers = locked.lion8bit_environment()
+        try:
+            locked.lion8bit_set_default_environment()
+            return function(*args, **kwargs)
+        finally:
+            locked.lion8bit_set_environment(callers)
+
+    return wrapped
+
+
+@cache
+def _locked(library: ctypes.CDLL) -> ctypes.PyDLL:
+    """The library for calls that take less time than giving away Python's lock."""
+    locked = ctypes.PyDLL(library._name, handle=library._handle)
+    locked.lion8bit_environment.restype = ctypes.c_uint64
+    locked.lion8bit_set_environment.restype = locked.lion8bit_set_default_environment.restype = None
+    locked.lion8bit_set_environment.argtypes = [ctypes.c_uint64]
+    return locked
 
 
 def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, *, kernel: int | None = None) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lion8bit.backend import decides, look_again, update_
 from lion8bit.batch import STATE_TENSORS, Batch, Entry, check_state, hyper_array, make_entry, turns
 from lion8bit.control import Control, Rate, UpdateCounts
+from lion8bit.cpu import in_default_environment
 from lion8bit.describe import gradients_of
 from lion8bit.layout import (
     DTYPES,
@@ -916,6 +917,7 @@ def _first_number(count: int) -> int:
     return first
 
 
+@in_default_environment
 def _hyper(group: dict[str, Any], lr: float | None = None) -> Hyper:
     """The kernels' constants of a group; ``lr`` in place of its own, which may be in device memory."""
     options = group
@@ -975,6 +977,7 @@ def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
     return None if scalar is None else scalar.detach().to(device, torch.float32, non_blocking=True)
 
 
+@in_default_environment
 def _complete(hypers: Sequence[Hyper], groups: Sequence[dict[str, Any]], grad_scale: Tensor | None) -> None:
     """Reads on the host what a `Control` would leave to the device."""
     for hyper, group in zip(hypers, groups, strict=True):

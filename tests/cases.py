@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import torch
 
 from lion8bit import reference
-from lion8bit.layout import DTYPES, Hyper, Tensor, make_hyper
+from lion8bit.layout import COUPLED_DECAY, DTYPES, UNSCALE, Hyper, Tensor, make_hyper
 
 PARAM_DTYPES = tuple(DTYPES)
 
@@ -146,3 +148,19 @@ class RowsState:
 
 def hyper_for(option: str, block_size: int, weight_rounding: str = "nearest", lr: float = 1e-3) -> Hyper:
     return make_hyper(lr=lr, block_size=block_size, weight_rounding=weight_rounding, **OPTIONS[option])
+
+
+def extreme_hypers(block_size: int, weight_rounding: str) -> list[tuple[str, Hyper]]:
+    """Every option with each constant zero, tiny, huge, infinite and NaN in turn, and what that is."""
+    made = []
+    for option, (name, flag) in itertools.product(
+        OPTIONS, (("unscale", UNSCALE), ("coupled_decay", COUPLED_DECAY), ("decay", 0), ("lr", 0))
+    ):
+        for value in (0.0, 1e-45, 3e38, math.inf, math.nan, -math.inf):
+            if name == "lr" and value < 0:
+                continue  # no group has it
+            hyper = hyper_for(option, block_size, weight_rounding)
+            hyper.flags |= flag
+            setattr(hyper, name, value)
+            made.append((f"{option}, {name} {value}", hyper))
+    return made

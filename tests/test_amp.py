@@ -178,6 +178,24 @@ def test_bad_elements_are_still_skipped_where_there_is_no_overflow_check(place: 
     assert torch.allclose(optimizer.momentum(params[1]).cpu()[:3], params[1].grad.cpu()[:3] / 8 * 0.01, rtol=1e-6)
 
 
+@pytest.mark.parametrize("grad_scale", [0.0, 1e-45, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["step", "step_param", "compiled"])
+def test_a_useless_scale_skips_elements_and_no_padding(place: Place, name: str, grad_scale: float) -> None:
+    """A scale that has been backed off too often: its reciprocal is infinite."""
+    params = parameters(place, torch.float32, torch.float16)
+    optimizer = Lion8bit(params, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = (torch.tensor(value, device=place.device) for value in (grad_scale, 0))
+    set_grads(params, 0)
+    if name == "step_param":
+        for param in params:
+            optimizer.step_param(param, optimizer.param_groups[0])
+    else:
+        step = torch.compile(optimizer.step, backend="eager") if name == "compiled" else optimizer.step
+        step()
+    finite = grad_scale == float("inf")  # its reciprocal is 0
+    assert optimizer.nonfinite_count() == (0 if finite else sum(param.numel() for param in params))
+
+
 def test_explicit_unscaling_and_clipping(place: Place) -> None:
     results = []
     for fused in (False, True):

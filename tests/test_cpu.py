@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -9,21 +10,37 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from cases import OPTIONS, PARAM_DTYPES, SHAPES, RowsState, assert_same, hyper_for, make_gradient, roundings
+from cases import (
+    OPTIONS,
+    PARAM_DTYPES,
+    SHAPES,
+    RowsState,
+    assert_same,
+    extreme_hypers,
+    hyper_for,
+    make_gradient,
+    roundings,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lion8bit import cpu, reference
-from lion8bit.batch import hyper_array
+from lion8bit import Lion8bit, cpu, portable, reference
+from lion8bit.batch import STATE_TENSORS, hyper_array
 from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Hyper, Tensor, make_hyper
 from lion8bit.reference import decode
 
 ROOT = Path(__file__).parents[1]
 AVAILABLE = cpu.available_kernels()
+MIXED = [(torch.float32, "nearest"), (torch.bfloat16, "compensated"), (torch.float16, "stochastic")]
+ROUNDINGS = [(dtype, rounding) for dtype in PARAM_DTYPES for rounding in roundings(dtype)]
 COMPILER = os.environ.get("CXX") or shutil.which("c++")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 KERNELS = [
@@ -274,3 +291,176 @@ def test_padding_of_a_short_block_counts_as_zero(kernel: str, cols: int) -> None
         assert_same(ours.scales, expected.scales, f"scales after step {step}")
         decoded = decode(expected.momentum, expected.scales, 128)
         grad = (decoded * (-hyper.beta / hyper.one_minus_beta)).contiguous()
+
+
+@pytest.mark.parametrize("cols", [5, 200])
+@pytest.mark.parametrize(("dtype", "rounding"), MIXED, ids=str)
+def test_padding_of_a_short_block_is_not_counted(dtype: torch.dtype, rounding: str, cols: int) -> None:
+    """Where factors are infinite or NaN, zeros times them are bad gradients; only those of elements are counted."""
+    for quantized, (name, hyper) in itertools.product((True, False), extreme_hypers(128, rounding)):
+        expected, *ours = (RowsState((7, cols), dtype, 128, quantized, 0, rounding) for _ in range(1 + len(AVAILABLE)))
+        generator = torch.Generator().manual_seed(0)
+        for step, constants in ((1, hyper_for("plain", 128, rounding)), (2, hyper)):
+            grad = make_gradient((7, cols), dtype, generator, bad=False)
+            skipped = expected.reference_step(grad, constants, step)
+            for state, kernel in zip(ours, AVAILABLE, strict=True):
+                assert native_update([state.descriptor(grad, step)], [constants], kernel, 1) == skipped, (kernel, name)
+        for state, kernel in zip(ours, AVAILABLE, strict=True):
+            for part, tensor in state.tensors().items():
+                assert_same(tensor, expected.tensors()[part], f"{part}: {kernel}, {name}")
+
+
+# ---- The floating-point environment ---------------------------------------------------------------------------------
+
+MACHINE = {"x86_64": 0, "AMD64": 0, "aarch64": 1, "arm64": 1}.get(platform.machine())
+ENVIRONMENTS = {  # what a caller may have set: MXCSR, FPCR
+    "flush": (0x9FC0, 1 << 24),
+    "down": (0x3F80, 2 << 22),
+    "flush, towards zero": (0xFFC0, 1 << 24 | 3 << 22),
+}
+needs_register = pytest.mark.skipif(MACHINE is None, reason="needs an x86-64 or ARM64 processor")
+
+
+@contextlib.contextmanager
+def float_environment(name: str) -> Iterator[None]:
+    """The calling thread in one of `ENVIRONMENTS`, and at the end a check that it still is."""
+    assert MACHINE is not None
+    library, wanted = cpu.load_library(), ENVIRONMENTS[name][MACHINE]
+    assert isinstance(library, ctypes.CDLL)
+    native = cpu._locked(library)
+    before = native.lion8bit_environment()
+    native.lion8bit_set_environment(wanted)
+    try:
+        yield
+        found = native.lion8bit_environment()
+    finally:
+        native.lion8bit_set_environment(before)
+    assert found & ~0x3F == wanted  # without the exceptions that have occurred, which x86 keeps in the same register
+
+
+def in_new_threads(threads: int, environment: str, work: Callable[[], None]) -> None:
+    """Calls ``work`` on a thread whose OpenMP team, which torch and the kernel share, has inherited an environment."""
+
+    def starts_the_team() -> None:
+        torch.set_num_threads(threads)
+        with float_environment(environment):
+            torch.ones(1 << 20).add_(1.0)
+        work()
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(starts_the_team).result()
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_register
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_kernels_do_not_depend_on_the_float_environment(environment: str) -> None:
+    """Neither on the caller's nor on that of the team's threads, down to the smallest subnormal numbers."""
+    shape, threads, generator = (100, 141), 3, torch.Generator().manual_seed(0)
+    grads = torch.randn(2, *shape, generator=generator) * 10.0 ** -torch.randint(46, (shape[0], 1), generator=generator)
+    for (dtype, rounding), quantized, option in itertools.product(ROUNDINGS, (True, False), ("plain", "everything")):
+        hyper = hyper_for(option, 128, rounding)
+        expected, *ours = (RowsState(shape, dtype, 128, quantized, 0, rounding) for _ in range(1 + len(AVAILABLE)))
+        first, second = (grad.to(dtype) for grad in grads)
+        for state in (expected, *ours):
+            state.param.copy_(first)
+        for step, grad in ((1, first), (2, second)):
+            expected.reference_step(grad, hyper, step)
+
+        def steps(hyper: Hyper, states: list[RowsState], first: torch.Tensor, second: torch.Tensor) -> None:
+            with float_environment(environment):
+                for state, kernel in zip(states, AVAILABLE, strict=True):
+                    native_update([state.descriptor(first, 1)], [hyper], kernel, threads)
+            for state, kernel in zip(states, AVAILABLE, strict=True):  # the team's other threads are still in it
+                native_update([state.descriptor(second, 2)], [hyper], kernel, threads)
+
+        in_new_threads(threads, environment, partial(steps, hyper, ours, first, second))
+        for state, kernel in zip(ours, AVAILABLE, strict=True):
+            for name, tensor in state.tensors().items():
+                assert_same(tensor, expected.tensors()[name], f"{name}: {kernel}, {dtype}, {rounding}, {option}")
+
+
+@needs_register
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_optimizer_does_not_depend_on_the_float_environment(environment: str) -> None:
+    """Constants of the groups, which Python derives, are rounded to nearest too; a subnormal rate is one."""
+
+    def train(lr: float | torch.Tensor, context: contextlib.AbstractContextManager[None], threads: int) -> list[Any]:
+        torch.set_num_threads(threads)
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n, 141, generator=generator)) for n in (10, 300)]
+        optimizer = Lion8bit(params, lr=lr, betas=(0.87, 0.993), weight_decay=0.3, fused=True)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(0.0)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        with context:
+            for _ in range(3):
+                optimizer.step()
+        return [*params, *(value for state in optimizer.state.values() for value in state.values())]
+
+    before = torch.get_num_threads()
+    try:
+        for lr in (1e-3, torch.tensor(1e-3), 1e-40, torch.tensor(1e-40)):
+            expected = train(lr, contextlib.nullcontext(), 1)
+            for threads in (1, 2):
+                actual = train(lr, float_environment(environment), threads)
+                for one, other in zip(actual, expected, strict=True):
+                    assert torch.equal(torch.as_tensor(one), torch.as_tensor(other)), (lr, threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+TRAPS = """
+import ctypes, torch
+from cases import RowsState, hyper_for, make_gradient
+from lion8bit import cpu
+from lion8bit.batch import hyper_array
+library, shape = cpu.load_library(), (300, 141)
+for kernel in range(library.lion8bit_kernels()):
+    state, hyper = RowsState(shape, torch.float32, 128, True, 0), hyper_for("everything", 128)
+    grad = make_gradient(shape, torch.float32, torch.Generator().manual_seed(0), bad=True)
+    arguments = (ctypes.pointer(state.descriptor(grad, 1)), 1, hyper_array([hyper]), kernel, 2)
+    cpu._locked(library).lion8bit_set_environment(0)  # every exception traps
+    library.lion8bit_update(*arguments)
+    cpu._locked(library).lion8bit_set_default_environment()
+    assert state.param.isfinite().all()
+"""
+
+
+@pytest.mark.skipif(MACHINE != 0, reason="needs an x86-64 processor")
+def test_exceptions_do_not_trap() -> None:
+    """After feenableexcept, say: in a process of its own, which a trap ends."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run([sys.executable, "-c", TRAPS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or done.returncode
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_plain_torch_where_subnormals_are_flushed(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps its bits among numbers that are normal in fp32, as every fp16 number is."""
+    before = torch.get_num_threads()
+    for dtype, rounding in ROUNDINGS:
+        finals = []
+        for flush, update in ((False, cpu.update_), (True, portable.update_)):
+            generator = torch.Generator().manual_seed(0)
+            param = torch.nn.Parameter((torch.randn(300, 1000, generator=generator) * 1e-5).to(dtype))
+            param.grad = (torch.randn(param.shape, generator=generator) * 1e-6).to(dtype)
+            optimizer = Lion8bit([param], lr=1e-6, weight_rounding=rounding)
+            monkeypatch.setattr("lion8bit.optimizer.update_", update)
+            torch.set_num_threads(threads)
+            supported = torch.set_flush_denormal(flush)
+            try:
+                for _ in range(3):
+                    optimizer.step()
+            finally:
+                torch.set_flush_denormal(False)
+                torch.set_num_threads(before)
+            if flush and not supported:
+                pytest.skip("needs a processor that can flush subnormal numbers")
+            finals.append({"param": param.detach(), **optimizer.state[param]})
+        for name in ("param", *STATE_TENSORS):
+            if name in finals[0]:
+                assert_same(finals[1][name], finals[0][name], f"{name}: {dtype}, {rounding}")

@@ -20,7 +20,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OPTIONS, PARAM_DTYPES, SHAPES, RowsState, assert_same, hyper_for, make_gradient, roundings
+from cases import (
+    OPTIONS,
+    PARAM_DTYPES,
+    SHAPES,
+    RowsState,
+    assert_same,
+    extreme_hypers,
+    hyper_for,
+    make_gradient,
+    roundings,
+)
 
 from lion8bit import Lion8bit, cuda, reference
 from lion8bit.batch import hyper_array
@@ -485,6 +495,19 @@ def test_padding_of_a_short_block_counts_as_zero(library: ctypes.CDLL, cols: int
     cuda.step_(batch, hyper_array([hyper]), torch.zeros(1, dtype=torch.int64), Emulated(library))
     for name, tensor in pair.actual.tensors().items():
         assert_same(tensor, pair.expected.tensors()[name], name)
+
+
+@needs_compiler
+@pytest.mark.parametrize("cols", [5, 200])
+def test_padding_of_a_short_block_is_not_counted(library: ctypes.CDLL, cols: int) -> None:
+    """Where factors are infinite or NaN, zeros times them are bad gradients; only those of elements are counted."""
+    for (dtype, rounding), quantized in itertools.product(
+        [(torch.float32, "nearest"), (torch.bfloat16, "compensated"), (torch.float16, "stochastic")], (True, False)
+    ):
+        for _, hyper in extreme_hypers(128, rounding):
+            pair = Pair((7, cols), dtype, dtype, 128, quantized=quantized, bad=False, rounding=rounding)
+            run_steps([pair], [hyper_for("plain", 128, rounding)], on(Emulated(library)), steps=1)
+            run_steps([pair], [hyper], on(Emulated(library)), steps=1)
 
 
 @needs_compiler

@@ -3,7 +3,7 @@
 // Without an argument it must end well. With "param", "grad", "momentum", "scales" or "residual" that buffer is one
 // element short, and the sanitizers must stop it: that shows that they watch the kernels' own accesses. With "digest"
 // and the number of a kernel it runs that one alone and prints a hash of all results, which every processor has to
-// give.
+// give. A number after that is set as the floating-point environment of the calling thread.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -13,6 +13,8 @@
 
 extern "C" {
 int32_t lion8bit_kernels();
+uint64_t lion8bit_environment();
+void lion8bit_set_environment(uint64_t environment);
 int64_t lion8bit_update(const lion8bit::Tensor* tensors, int64_t count, const lion8bit::Hyper* hypers, int32_t kernel,
                         int32_t threads);
 }
@@ -84,7 +86,9 @@ void run(const Case& c, const std::string& fault) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const bool digests = argc == 3;
+    const bool digests = argc > 2;
+    const uint64_t environment = argc > 3 ? std::strtoull(argv[3], nullptr, 0) : lion8bit_environment();
+    lion8bit_set_environment(environment);
     const std::string fault = argc == 2 ? argv[1] : "";
     const int32_t alone = digests ? std::atoi(argv[2]) : -1;
     const int64_t shapes[][2] = {{0, 0},   {1, 1},   {3, 7},   {1, 63},  {2, 65},  {1, 127},
@@ -109,6 +113,7 @@ int main(int argc, char** argv) {
             }
         }
     }
+    if (lion8bit_environment() != environment) return 1;
     if (digests) {
         std::printf("%016llx\n", static_cast<unsigned long long>(Buffer::digest));
     } else {
