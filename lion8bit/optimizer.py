@@ -1012,8 +1012,8 @@ def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
 def _joined(state: dict[str, Any], block_size: int) -> dict[str, Any]:
     """The state with the blocks that its shape has now: of format version 2, each narrow row had a scale of its own."""
     codes, scales = (local(state.get(name)) for name in ("codes", "scales"))
-    if not isinstance(codes, Tensor) or not isinstance(scales, Tensor):
-        return state
+    if getattr(codes, "dtype", None) != torch.int8 or getattr(scales, "dtype", None) != torch.float32:
+        return state  # `check_state` will say what is wrong
     scales, order = unmark_order(scales), memory_order(codes)
     if scales.dim() != 2 or order is None or not is_narrow([codes.shape[dim] for dim in order], block_size):
         return state

@@ -475,7 +475,7 @@ def tensor_parallel_with_fsdp2() -> None:
 
     def build(seed: int) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(seed)
-        alone = nn.Sequential(nn.Linear(96, 512), nn.GELU(), nn.Linear(512, 40))
+        alone = nn.Sequential(nn.Linear(192, 512), nn.GELU(), nn.Linear(512, 40))
         net = copy.deepcopy(alone)
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
         parallelize_module(net, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
@@ -486,7 +486,7 @@ def tensor_parallel_with_fsdp2() -> None:
         net, alone = build(0)
         optimizer, follower = make_optimizer(net), make_optimizer(alone)
         for step in range(3):
-            inputs = torch.randn(8, 96, generator=torch.Generator().manual_seed(10 * step + rank // 2))
+            inputs = torch.randn(8, 192, generator=torch.Generator().manual_seed(10 * step + rank // 2))
             net(inputs).float().square().mean().backward()
             for param, other in zip(net.parameters(), alone.parameters(), strict=True):
                 other.grad = full(param.grad)
@@ -779,6 +779,7 @@ def connect(port: Path) -> dist.TCPStore:
 
 
 def main() -> None:
+    Lion8bit.__init__.__kwdefaults__["seed"] = 0  # as the fixture `same_seed`, in this process
     Worker.folder, Worker.rank = Path(sys.argv[1]), int(sys.argv[2])
     Worker.store = connect(Worker.folder / "port")
     only = sys.argv[3:]

