@@ -214,20 +214,20 @@ def turns(entries: Sequence[Entry]) -> list[int]:
     found = [0] * len(entries)
     places = [place for place, entry in enumerate(entries) if entry.param.numel()]
     places.sort(key=lambda place: (str(entries[place].param.device), local(entries[place].source).data_ptr(), place))
-    group, end = places[:1], 0  # parameters that share memory, and where it ends
+    group: list[int] = []  # parameters that share memory
+    end = 0  # of that memory
     for place in places:
-        param, source = entries[place].param, local(entries[place].source)
-        first = entries[group[0]]
-        if place == group[0] or (first.param.device != param.device or source.data_ptr() >= end):
-            group, end = [place], 0
-        else:
-            if not (entries[place].in_place and first.in_place) and source.data_ptr() == local(first.source).data_ptr():
-                raise ValueError(
-                    f"parameters that share memory must be dense, got two of shapes {tuple(first.param.shape)} and "
-                    f"{tuple(param.shape)}; list each parameter once"
-                )
-            found[place] = len(group)
-            group.append(place)
+        entry, source = entries[place], local(entries[place].source)
+        first = entries[group[0]] if group else entry
+        if first.param.device != entry.param.device or source.data_ptr() >= end:
+            group, end = [], 0
+        elif source.data_ptr() == local(first.source).data_ptr() and not (entry.in_place and first.in_place):
+            raise ValueError(
+                f"parameters that share memory must be dense, got two of shapes {tuple(first.param.shape)} and "
+                f"{tuple(entry.param.shape)}; list each parameter once"
+            )
+        found[place] = len(group)
+        group.append(place)
         end = max(end, source.data_ptr() + source.nbytes)
     return found
 
@@ -321,14 +321,8 @@ class Batch:
             if not self.in_place:
                 return self._copy_again(grads)
             addresses = look_again(self._columns(params, grads), self._seen)
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            RuntimeError,
-        ):  # `make_entry` says better what is wrong
-            return False
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+            return False  # `make_entry` says better what is wrong
         if addresses is None:
             return False
         if (addresses & self._misaligned).any() or (self._nonempty & (addresses == 0)).any():

@@ -448,7 +448,7 @@ def learning_rate_share(step: int, steps: int) -> float:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested dictionaries, lists, tuples and tensors that wrap others, as torchao's and DTensors do."""
+    """The tensors in dictionaries, lists, tuples, wrappers such as torchao's and DTensors, and FlashOptim's objects."""
     if hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()
         yield from tensors_in([getattr(value, name) for name in names])
@@ -457,6 +457,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(item)
+    elif type(value).__module__.partition(".")[0] == "flashoptim":
+        yield from tensors_in(vars(value))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

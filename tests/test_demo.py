@@ -154,6 +154,9 @@ def test_state_is_counted_within_wrappers_and_once() -> None:
         1: {"a": momentum, "nested": {"codes": [codes]}},
     }
     assert demo.state_bytes(optimizer) == 2 * 40 + 12 + 64
+    holder = type("Quantized", (), {"__module__": "flashoptim.optimizers"})()
+    holder._quantized, holder._scales = torch.zeros(64, dtype=torch.int8), torch.zeros(2, dtype=torch.float16)
+    assert sum(tensor.nbytes for tensor in demo.tensors_in({"exp_avg": holder, "step": 1})) == 64 + 4
 
 
 def test_bitsandbytes_failure_becomes_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
