@@ -53,6 +53,13 @@ def run_quick(name: str, folder: Path, *arguments: str) -> tuple[dict[str, Any],
     return record, printed
 
 
+def test_outliers_are_measured_for_every_contender(tmp_path: Path) -> None:
+    record, printed = run_quick("outliers", tmp_path)
+    assert [(row["noisy"], row["ratio"]) for row in record["rows"]] == [(n, r) for n in (False, True) for r in (1, 10)]
+    assert all(0 <= row["block 128"]["wrong"] < 0.1 and row["block 64"]["way"] > 0.9 for row in record["rows"])
+    assert "Steady gradients" in printed
+
+
 # ---- Fidelity --------------------------------------------------------------------------------------------------------
 
 

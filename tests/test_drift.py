@@ -11,6 +11,9 @@ step t, e_t the difference between its stored and its fp32 momentum, and c_t the
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -148,30 +151,13 @@ OUTLIERS = {1.0: (0.0, 0.01), 1e2: (0.0, 0.03), 1e3: (0.0, 0.08), 1e4: (0.12, 0.
 
 @pytest.mark.parametrize("ratio", OUTLIERS)
 @pytest.mark.parametrize("noisy", [False, True])
-def test_small_momenta_beside_a_large_one(ratio: float, noisy: bool) -> None:
+def test_small_momenta_beside_a_large_one(ratio: float, noisy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The share of wrong signs stays in the documented range, and so does the way made in fp32 Lion's direction."""
-    generator = torch.Generator().manual_seed(0)
-    shape, steps = (64, 256), 300
-    small = torch.arange(shape[1]) % 64 > 0
-    mean = torch.randn(shape, generator=generator) if noisy else 1 + torch.rand(shape[0], 1, generator=generator)
-    ours, theirs = (torch.zeros(shape, requires_grad=True) for _ in range(2))
-    optimizers = Lion8bit([ours], lr=1.0), Lion([theirs], lr=1.0)
-    ways = [torch.zeros(shape), torch.zeros(shape)]
-    wrong = torch.zeros(shape)
-    for step in range(steps):
-        grad = (mean + (1.0 if noisy else 0.1) * torch.randn(shape, generator=generator)) * torch.where(
-            small, 1.0, ratio
-        )
-        for param, optimizer in zip((ours, theirs), optimizers, strict=True):
-            param.grad = grad
-            param.detach().zero_()
-            optimizer.step()
-        if step >= 100:
-            wrong += (ours != theirs).detach()
-            ways = [way + param.detach() for way, param in zip(ways, (ours, theirs), strict=True)]
-    share = float(wrong[:, small].mean()) / (steps - 100)
-    assert share <= OUTLIERS[ratio][noisy]
-    way = float((ways[0] * ways[1].sign())[:, small].sum() / ways[1].abs()[:, small].sum())
+    pytest.importorskip("rich", reason="needs the extra named demo")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    outliers = importlib.import_module("outliers")
+    wrong, way = outliers.measure(lambda params: Lion8bit(params, lr=1.0), ratio, noisy)
+    assert wrong <= OUTLIERS[ratio][noisy]
     assert way >= 1 - 2 * max(0.01, OUTLIERS[ratio][noisy])
 
 
