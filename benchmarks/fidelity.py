@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lion8bit import Lion8bit, dequantize, reference
-from lion8bit.layout import BLOCK_SIZES, ZERO_CODE, in_memory_order, memory_order
+from lion8bit.layout import BLOCK_SIZES, in_memory_order, memory_order
 
 DESCRIPTION = """\
 How well do momentum formats follow fp32 Lion? Every format is given the same stream of gradients (open loop: the
@@ -137,7 +137,7 @@ class Ours(Store):
         self.param = torch.nn.Parameter(torch.zeros(shape))
         self.optimizer = Lion8bit([self.param], lr=1.0, betas=betas, block_size=block_size, min_8bit_size=0)
         self.block_size = block_size
-        self.codes = torch.full(shape, ZERO_CODE, dtype=torch.int8)
+        self.codes = torch.zeros(shape, dtype=torch.int8)
 
     def decode(self, codes: Tensor) -> Tensor:
         assert self.scales is not None
@@ -150,11 +150,6 @@ class Ours(Store):
         state = self.optimizer.state[self.param]
         self.codes, self.scales = state["codes"].clone(), state["scales"]  # the next step writes into the codes
         return -self.param.detach()
-
-    def spacing(self) -> Tensor:
-        level = torch.where(self.codes == ZERO_CODE, 0, self.codes.short())
-        below, above = (level - 1).clamp(min=self.levels[0]), (level + 1).clamp(max=self.levels[1])
-        return (self.decode(above) - self.decode(below)) / (above - below)
 
 
 class FlatBlocks(Store):

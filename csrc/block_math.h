@@ -28,18 +28,17 @@ using std::memcpy;
 
 namespace lion8bit {
 
-// ---- The state format, version 3 -----------------------------------------------------------------------------------
+// ---- The state format, version 4 -----------------------------------------------------------------------------------
 //
 // A parameter is [rows, cols] in memory order: rows = shape[0], or 1 for a vector and where shape[0] rows would be
 // shorter than a block. A row is cut into ceil(cols / block_size) blocks, the last may be short.
 //
-//   codes   [rows, cols]            int8   -127..127, or kZeroCode for an exact zero
+//   codes   [rows, cols]            int8   -127..127; 0 is an exact zero
 //   scales  [rows, blocks_per_row]  fp32   s = max |m| over the block, 0 where that is below kMinScale; its low byte is
 //                                          the block's dither
 
-constexpr int32_t kFormatVersion = 3;
+constexpr int32_t kFormatVersion = 4;
 constexpr int32_t kMaxBlockSize = 256;      // block sizes are 64, 128 and 256
-constexpr int32_t kZeroCode = -128;         // the code of an exact zero
 constexpr float kRangeSquared = 16002.25f;  // A * A, A = 126.5: |A + dither| rounds to at most 127
 constexpr float kMinScale = 0x1p-100f;      // below it a block is all zero
 constexpr int32_t kDitherMask = 0xff;       // the scale's bits that hold the dither
@@ -107,9 +106,9 @@ LION8BIT_FN float approximate_reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-LION8BIT_FN float approximate_reciprocal_root(float x) {  // of |x|
+LION8BIT_FN float approximate_reciprocal_root(float x) {
     float y;
-    asm("{.reg .f32 a; abs.f32 a, %1; rsqrt.approx.ftz.f32 %0, a;}" : "=f"(y) : "f"(x));
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 #else  // tests/emulator has its own
@@ -119,16 +118,11 @@ float approximate_reciprocal_root(float x);
 template <> struct LanesOf<float> {
     using Int = int32_t;
     using Uint = uint32_t;
-    // The steps that nvcc emits for __fsqrt_rn on sm_75 to sm_120 where x is neither tiny nor huge. The root of a
-    // smaller x is far below the dither's last bit, so that of 2^-100 will do.
-    static LION8BIT_FN float square_root(float x) {
-        x = fmaxf(x, 0x1p-100f);
-        const float y = approximate_reciprocal_root(x), root = x * y;
-        return __fmaf_rn(__fmaf_rn(-root, root, x), y * 0.5f, root);
-    }
-    // x with its sign taken to its root, by the same steps; NaN where x is 0 or below 2^-126.
+    // The root of |x| with the sign of x, by the steps that nvcc emits for __fsqrt_rn on sm_75 to sm_120 where |x| is
+    // neither tiny nor huge. The sum is |x| from 2^-55 on. A smaller root is far below the dither's last bit and need
+    // not be exact; the sum keeps the reciprocal finite there.
     static LION8BIT_FN float signed_root(float x) {
-        const float y = approximate_reciprocal_root(x), size = fabsf(x) * y, root = x * y;
+        const float y = approximate_reciprocal_root(fabsf(x) + 0x1p-80f), size = fabsf(x) * y, root = x * y;
         return __fmaf_rn(__fmaf_rn(-root, size, x), y * 0.5f, root);
     }
     static LION8BIT_FN float subtract_where(bool condition, float a, float b) { return condition ? a - b : a; }
@@ -150,7 +144,6 @@ template <> struct LanesOf<float> {
 template <> struct LanesOf<float> {
     using Int = int32_t;
     using Uint = uint32_t;
-    static LION8BIT_FN float square_root(float x) { return __builtin_sqrtf(x); }
     static LION8BIT_FN float subtract_where(bool condition, float a, float b) { return condition ? a - b : a; }
     static LION8BIT_FN int32_t truncate(float x) { return static_cast<int32_t>(x); }
     static LION8BIT_FN float range_over(float scale) { return kRangeSquared / scale; }
@@ -206,34 +199,22 @@ LION8BIT_FN float decayed_scale(float scale, float beta) {
     return bit_cast<float>(((bits(scale * beta) - byte + kDitherMask / 2 + 1) & ~kDitherMask) | byte);
 }
 
-// code = rint(copysign(sqrt(|m| * A*A/s), m) + u); an exact zero has a code of its own. The low byte of the result is
-// the code.
+// code = rint(copysign(sqrt(|m| * A*A/s), m) + u), which is 0 for a zero. The low byte of the result is the code.
 // In two parts, between which others may work: roots take long.
 template <class F> LION8BIT_FN F root(F momentum, const Codec& codec) {
-    return LanesOf<F>::square_root(magnitude(momentum) * codec.encode_gain);
+    return LanesOf<F>::signed_root(momentum * codec.encode_gain);
 }
-// NoZeros: the caller looks for the code 0, which an exact zero then gets too.
-template <bool NoZeros = false, class F> LION8BIT_FN Int<F> encode(F momentum, F root_, const Codec& codec) {
-    const F level = copy_sign(root_, momentum) + codec.dither;
-    if constexpr (NoZeros) return LanesOf<F>::round(level);
-    const auto zero = magnitude(momentum) * codec.encode_gain == 0.0f;
-    return LanesOf<F>::round(zero ? F{} + static_cast<float>(kZeroCode) : level);
+template <class F> LION8BIT_FN Int<F> encode(F root_, const Codec& codec) {
+    return LanesOf<F>::round(root_ + codec.dither);
 }
 
-#if defined(__CUDACC__) || defined(LION8BIT_EMULATED)
-// What `encode` returns, in fewer steps, or the bits of a NaN where |m| * A*A/s is below 2^-126.
-LION8BIT_FN int32_t encode_or_nan(float momentum, const Codec& codec) {
-    return LanesOf<float>::round(LanesOf<float>::signed_root(momentum * codec.encode_gain) + codec.dither);
-}
-#endif
-
-// m = t*|t| * (s * 1/(A*A)), t = code - u
-// NoZeros: the caller knows that the code is not that of zero.
+// m = t*|t| * (s * 1/(A*A)), t = code - u; 0 for the code 0.
+// NoZeros: the caller knows that the code is not 0.
 template <bool NoZeros = false, class F> LION8BIT_FN F decode(F code, const Codec& codec) {
     const F t = code - codec.dither;
     const F value = t * magnitude(t) * codec.decode_gain;
     if constexpr (NoZeros) return value;
-    return code == static_cast<float>(kZeroCode) ? F{} : value;
+    return code == 0.0f ? F{} : value;
 }
 
 // ---- The Lion step -------------------------------------------------------------------------------------------------

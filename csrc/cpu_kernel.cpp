@@ -52,6 +52,7 @@ template <> struct LanesOf<Floats> {
         return above < limit ? above : limit;
 #endif
     }
+    static LION8BIT_FN Floats signed_root(Floats x) { return copy_sign(square_root(magnitude(x)), x); }
     static LION8BIT_FN Floats square_root(Floats x) {
 #if defined(__AVX512F__)
         return _mm512_sqrt_ps(x);
@@ -205,11 +206,8 @@ template <bool woven> LION8BIT_FN Pair<Ints> from_bytes(const int8_t* from) {
 #endif
 }
 
-typedef int8_t Bytes __attribute__((vector_size(kGroup)));  // of four vectors
-typedef uint8_t UnsignedBytes __attribute__((vector_size(kGroup)));
-
-// A group of integers in [-128, 127] as bytes, in memory and returned.
-template <bool woven> LION8BIT_FN Bytes to_bytes(int8_t* to, const Ints (&group)[4]) {
+// A group of integers in [-128, 127] as bytes.
+template <bool woven> LION8BIT_FN void to_bytes(int8_t* to, const Ints (&group)[4]) {
 #if defined(LION8BIT_X86)
     Whole v[4];
     for (int i = 0; i < 4; ++i) v[i] = bit_cast<Whole>(group[i]);
@@ -228,7 +226,6 @@ template <bool woven> LION8BIT_FN Bytes to_bytes(int8_t* to, const Ints (&group)
 #else
     for (int i = 0; i < 4; ++i) store(to + i * kLanes, __builtin_convertvector(group[i], Vector<int8_t>));
 #endif
-    return load<Bytes>(to);
 }
 
 // How a parameter or gradient of each dtype is read, and how a parameter is written, two vectors at a time.
@@ -303,11 +300,9 @@ LION8BIT_FN bool any_set(Ints x, uint32_t mask) {
 #endif
 }
 
-LION8BIT_FN bool any_equal(Bytes x, int8_t value) { return any_set(bit_cast<Ints>(x == value), ~0u); }
-
 // ---- Ordinary blocks ------------------------------------------------------------------------------------------------
 //
-// Where the gradients are below 256, no code is that of zero and the scale is in [2^-56, 256), elements need no tests
+// Where the gradients are below 256, no code is 0 and the scale is in [2^-56, 256), elements need no tests
 // of their own, if in addition 2^-6 <= blend <= 1, 0 <= one_minus_blend <= 1 and 0 < lr <= 1:
 //
 // - Momenta are normal numbers: |t| is at least 2^-9, |m| at least 2^-56 * 2^-18 * 2^-14. So codes may stay shifted to
@@ -354,19 +349,20 @@ struct Look {
 template <class Grad> LION8BIT_FN Look look(const typename Grad::Element* grad, const int8_t* codes, int length) {
     using Element = std::conditional_t<sizeof(typename Grad::Element) == 2, int16_t, int32_t>;
     typedef Element Numbers __attribute__((vector_size(kLanes * 4)));
+    typedef uint8_t Bytes __attribute__((vector_size(kGroup)));
     constexpr int kVectors = sizeof(Element);  // of a group
     const auto numbers = [grad](int at, int i) {
         return load<Numbers>(reinterpret_cast<const char*>(grad + at) + i * sizeof(Numbers));
     };
     Numbers joined = {};
-    Bytes least = {};
+    Bytes least = Bytes{} - 1;
     for (int at = 0; at < length; at += kGroup) {
 #pragma GCC unroll 4
         for (int i = 0; i < kVectors; ++i) joined |= numbers(at, i);
         const auto bytes = load<Bytes>(codes + at);
         least = bytes < least ? bytes : least;
     }
-    Look result = {!any_set(bit_cast<Ints>(joined), ~Grad::kSign), !any_equal(least, kZeroCode)};
+    Look result = {!any_set(bit_cast<Ints>(joined), ~Grad::kSign), !any_set(bit_cast<Ints>(least == 0), ~0u)};
     if (result.ordinary && any_set(bit_cast<Ints>(joined), Grad::kLarge)) {
         Numbers largest = {};
         for (int at = 0; at < length; at += kGroup) {
@@ -392,7 +388,6 @@ template <bool woven> struct Waiting {
     const float* momentum = nullptr;
     Codec codec = {};
     int8_t* codes = nullptr;
-    UnsignedBytes least = {};  // of the codes so far
 
     LION8BIT_FN Roots begin(int place) const {
         Roots roots;
@@ -400,21 +395,11 @@ template <bool woven> struct Waiting {
         for (int i = 0; i < 4; ++i) roots.of[i] = root(load<Floats>(momentum + place + i * kLanes), codec);
         return roots;
     }
-    template <bool no_zeros> LION8BIT_FN void end(int place, const Roots& roots) {
+    LION8BIT_FN void end(int place, const Roots& roots) const {
         Ints levels[4];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            levels[i] = encode<no_zeros>(load<Floats>(momentum + place + i * kLanes), roots.of[i], codec);
-        }
-        const auto bytes = bit_cast<UnsignedBytes>(to_bytes<woven>(codes + place, levels));
-        least = bytes < least ? bytes : least;
-    }
-    // Exact zeros are rare: at first none are looked for, but a code of 0 tells that there may be some.
-    LION8BIT_FN void finish(int length) {
-        if (any_equal(bit_cast<Bytes>(least), 0)) {
-            for (int place = 0; place < length; place += kGroup) end<false>(place, begin(place));
-        }
-        any = false;
+        for (int i = 0; i < 4; ++i) levels[i] = encode(roots.of[i], codec);
+        to_bytes<woven>(codes + place, levels);
     }
 };
 
@@ -523,7 +508,7 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
                 step_pair(ordinary, codec, constants, place + 2 * kLanes, residuals + 2);
                 if constexpr (rounding == kCompensated) to_bytes<woven>(at.residual + place, residuals);
                 if constexpr (quantized) {
-                    if (waiting.any) waiting.template end<true>(place, roots);
+                    if (waiting.any) waiting.end(place, roots);
                 }
             }
         };
@@ -542,13 +527,12 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
         }
 
         if constexpr (quantized) {
-            if (waiting.any) waiting.finish(length);
             waiting = next;
             next.any = false;
             float scale = decayed_scale(old_scale, hyper.scalar_beta);
             if (!(idle && scale >= kMinScale)) {
                 scale = stored_scale(bit_cast<float>(horizontal_max(largest)));
-                next = {true, stepped, encoder(scale), at.momentum, UnsignedBytes{} - 1};
+                next = {true, stepped, encoder(scale), at.momentum};
                 std::swap(stepped, free);
                 std::swap(free, free_next);
             }
@@ -566,10 +550,7 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
     if constexpr (quantized) {
         for (int left = 2; left > 0; --left, waiting = next, next.any = false) {
             if (!waiting.any) continue;
-            for (int place = 0; place < length; place += kGroup) {
-                waiting.template end<true>(place, waiting.begin(place));
-            }
-            waiting.finish(length);
+            for (int place = 0; place < length; place += kGroup) waiting.end(place, waiting.begin(place));
         }
     }
     return skipped;
@@ -621,7 +602,7 @@ int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, 
         const int padded = static_cast<int>((length + kGroup - 1) / kGroup * kGroup);
         std::memset(param + length, 0, (padded - length) * sizeof(ParamElement));
         std::memset(grad + length, 0, (padded - length) * sizeof(GradElement));
-        std::memset(momentum + length, quantized ? kZeroCode : 0, (padded - length) * sizeof(Momentum));
+        std::memset(momentum + length, 0, (padded - length) * sizeof(Momentum));
         std::memcpy(param, at.param, length * sizeof(ParamElement));
         std::memcpy(grad, at.grad, length * sizeof(GradElement));
         std::memcpy(momentum, at.momentum, length * sizeof(Momentum));

@@ -224,17 +224,6 @@ template <class T> LION8BIT_FN uint32_t joined(const Elements<T>& numbers) {
 template <class T> constexpr uint32_t kNonzeroBits = sizeof(T) == 4 ? 0x7fffffffu : 0x7fff7fffu;
 template <class T> constexpr uint32_t kLargeBits = sizeof(T) == 4 ? 0x40000000u : 0x40004000u;
 
-// Not 0 where some code is that of zero.
-LION8BIT_FN uint32_t zeros(const Elements<unsigned char>& codes) {
-    uint32_t found = 0;
-#pragma unroll
-    for (const uint32_t word : codes.words) {
-        const uint32_t flipped = word ^ 0x80808080u;  // no bits where the code is kZeroCode
-        found |= (flipped - 0x01010101u) & ~flipped;
-    }
-    return found & 0x80808080u;
-}
-
 // Not 0 where some number of 16 bits is zero.
 LION8BIT_FN uint32_t zeros(const Elements<uint16_t>& numbers) {
     uint32_t nonzero = 0xffffffffu;
@@ -412,7 +401,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
                 load_whole(now, offset);
             } else {
                 if constexpr (rounding == kCompensated) now.residuals.load_part(residual + offset, left, 0);
-                now.momenta.load_part(momentum + offset, left, quantized ? uint32_t(kZeroCode & 0xff) : 0);
+                now.momenta.load_part(momentum + offset, left, 0);
                 now.params.load_part(param + offset, left, 0);
                 now.grads.load_part(grad + offset, left, 0);
             }
@@ -438,14 +427,10 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         constexpr bool nan_matters = param_dtype == kBfloat16 && !packs_nan<rounding>();
         const uint32_t grad_bits = joined(now.grads);
         uint32_t doubts = grad_bits & kLargeBits<Grad>;
-        if constexpr (quantized) doubts |= zeros(now.momenta);
         if constexpr (nan_matters) doubts |= (joined(now.params) & kLargeBits<Param>) | wild;
         if constexpr (rounding == kCompensated) doubts |= zeros(now.params);
         if constexpr (rounding == kStochastic) doubts |= element % 2;  // begins with the second half of a random word
         const auto ordinary = [&] {
-            if constexpr (quantized) {
-                if (zeros(now.momenta)) return false;
-            }
             if constexpr (rounding == kCompensated) {
                 if (zeros(now.params)) return false;
             }
@@ -477,7 +462,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
                 } else {
                     p[i] = to_float<param_dtype>(now.params.get(i));
                 }
-                m[i] = quantized ? decode<plain>(static_cast<float>(static_cast<int8_t>(now.momenta.get(i))), codec)
+                m[i] = quantized ? decode(static_cast<float>(static_cast<int8_t>(now.momenta.get(i))), codec)
                                  : bit_cast<float>(now.momenta.get(i));
                 float g = to_float<grad_dtype>(now.grads.get(i));
                 const bool skipped = lion_step<general, trusted>(hyper, p[i], g, m[i]);
@@ -535,15 +520,10 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             }
             if (!idle) scale = stored_scale(largest);
             codec = encoder(scale);
-            int32_t encoded[kPerLane], encoded_bits = 0;
 #pragma unroll
-            for (int32_t i = 0; i < kPerLane; ++i) encoded_bits |= encoded[i] = encode_or_nan(m[i], codec);
-            if (encoded_bits & 0x20000000) {  // some is a NaN: the others are between 2^23 and 2^24
-#pragma unroll
-                for (int32_t i = 0; i < kPerLane; ++i) encoded[i] = encode(m[i], root(m[i], codec), codec);
+            for (int32_t i = 0; i < kPerLane; ++i) {
+                stored.put(i, static_cast<uint32_t>(encode(root(m[i], codec), codec)) & 0xffu);
             }
-#pragma unroll
-            for (int32_t i = 0; i < kPerLane; ++i) stored.put(i, static_cast<uint32_t>(encoded[i]) & 0xffu);
             if (lane == 0 && block < tile_blocks) scales[pass_block] = scale;
         } else {
 #pragma unroll

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-FORMAT_VERSION = 3
-LOADED_VERSIONS = (2, 3)  # 2 differs in the blocks of narrow rows alone
+FORMAT_VERSION = 4
+LOADED_VERSIONS = (2, 3, FORMAT_VERSION)
 BLOCK_SIZES = (64, 128, 256)
-ZERO_CODE = -128  # the code of an exact zero
 MIN_SCALE = 2.0**-100  # a block whose largest magnitude is below it is stored as zeros
 MOMENTUM_LIMIT = 2.0**127  # magnitudes of the momentum and scales are below it
 

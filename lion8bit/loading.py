@@ -90,6 +90,13 @@ def check_scales(scales: Tensor) -> None:
         raise ValueError(f"scales must be 0 or in [2^-100, 2^127), got {bad}")
 
 
+def check_codes(codes: Tensor) -> None:
+    """Raises ValueError where codes are none of the format, which has those from -127 to 127."""
+    bad = _first_not(lambda piece: piece >= -127, codes)
+    if bad is not None:
+        raise ValueError(f"codes must be in [-127, 127], got {bad:.0f}")
+
+
 def _first_not(legal: Callable[[Tensor], Tensor], tensor: Tensor) -> float | None:
     """The first element that is not legal, or None."""
     order = memory_order(tensor)

@@ -29,7 +29,6 @@ from lion8bit.layout import (
     LOADED_VERSIONS,
     UNSCALE,
     WEIGHT_ROUNDING,
-    ZERO_CODE,
     Hyper,
     decay_terms,
     is_narrow,
@@ -40,6 +39,7 @@ from lion8bit.layout import (
     unmark_order,
 )
 from lion8bit.loading import (
+    check_codes,
     check_momentum,
     check_numbers,
     check_scales,
@@ -269,7 +269,10 @@ class Lion8bit(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-            group.setdefault("format_version", FORMAT_VERSION)
+            if group.setdefault("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+                for param in filter(self.state.get, group["params"]):
+                    self.state[param] = checked_state(self.state[param], param, group)
+                group["format_version"] = FORMAT_VERSION
             if group["decouple_lr"] and "initial_lr" in group:  # which was the key, and schedulers write to it
                 group.setdefault("peak_lr", float(group["initial_lr"]))
         number = 0
@@ -726,8 +729,8 @@ class Lion8bit(torch.optim.Optimizer):
 
         The options of the saved groups replace the present ones, as in every torch optimizer, but for ``is_paged``,
         which is about this machine's memory. Tensors are copied. State of another library's Lion is converted by
-        `lion8bit.convert_state_dict`, under the present options. Momentum of format version 2 is quantized again in the
-        blocks of version 3 where a parameter's rows are shorter than a block.
+        `lion8bit.convert_state_dict`, under the present options. State of format versions 2 and 3 is brought into the
+        present one: momentum of version 2 is quantized again where a parameter's rows are shorter than a block.
 
         Raises:
             ValueError: the state is not a Lion's, has another format version, is damaged, or does not fit the
@@ -800,7 +803,7 @@ def check_saved_group(saved: dict[str, Any], place: int) -> None:
 
 
 def checked_state(state: Mapping[str, Any], param: Tensor, saved_group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's saved state as this version holds it.
+    """A parameter's saved state in the present format.
 
     Raises:
         ValueError: a part of it is missing or not of the format, see `lion8bit.loading`; or it does not fit ``param``.
@@ -809,11 +812,13 @@ def checked_state(state: Mapping[str, Any], param: Tensor, saved_group: Mapping[
         if name in state:
             check_tensor(name, state[name])
     checked = {**state, "step": step_count(state["step"])} if "step" in state else dict(state)
-    checked = _joined(checked, saved_group["block_size"])
+    if saved_group["format_version"] < 4:
+        checked = _joined(_with_zeros_at_0(checked), saved_group["block_size"])
     order, _ = check_state(checked, param, saved_group["block_size"])
     if "momentum" in checked:
         check_momentum(local(checked["momentum"]))
     else:
+        check_codes(local(checked["codes"]))
         check_scales(local(checked["scales"]))
         checked["scales"] = mark_order(checked["scales"].contiguous(), order)
     return checked
@@ -996,9 +1001,9 @@ def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     if _keeps_fp32(param, group):
         momentum = torch.zeros_like(piece, dtype=torch.float32, requires_grad=False, **like)
         return _with_residual({"step": 0, "momentum": as_part_of(param, momentum, param.shape)}, param, group)
-    codes = torch.full_like(piece, ZERO_CODE, dtype=torch.int8, requires_grad=False, **like)
+    codes = torch.zeros_like(piece, dtype=torch.int8, requires_grad=False, **like)
     order = memory_order(codes)
-    assert order is not None  # full_like makes dense tensors
+    assert order is not None  # zeros_like makes dense tensors
     shape = scales_shape([piece.shape[dim] for dim in order], block_size)
     scales = mark_order(torch.zeros(shape, dtype=torch.float32, **place), order)
     state = {
@@ -1007,6 +1012,14 @@ def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         "scales": as_part_of(param, scales, scales_shape(param.shape, block_size)),
     }
     return _with_residual(state, param, group)
+
+
+def _with_zeros_at_0(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with the present code of an exact zero: until format version 3 it was -128."""
+    codes = local(state.get("codes"))
+    if getattr(codes, "dtype", None) != torch.int8:
+        return state  # `check_state` will say what is wrong
+    return {**state, "codes": as_part_of(state["codes"], codes.masked_fill(codes == -128, 0), state["codes"].shape)}
 
 
 def _joined(state: dict[str, Any], block_size: int) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from lion8bit.layout import (
     MIN_SCALE,
     UNSCALE,
     WEIGHT_ROUNDING,
-    ZERO_CODE,
     Hyper,
     blocks_per_row,
     in_memory_order,
@@ -104,7 +103,7 @@ def decayed_scale(scales: Tensor, beta: float) -> Tensor:
 
 
 def encode(momentum: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Quantizes rows: ``s = max|m|`` and ``code = rint(copysign(sqrt(|m| * A*A/s), m) + u)``, -128 for an exact zero.
+    """Quantizes rows: ``s = max|m|`` and ``code = rint(copysign(sqrt(|m| * A*A/s), m) + u)``.
 
     Args:
         momentum: [rows, cols] fp32.
@@ -121,12 +120,11 @@ def encode(momentum: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     gain = torch.where(scales == 0, torch.zeros_like(scales), torch.full_like(scales, RANGE_SQUARED) / scales)
     scaled = magnitudes * gain[..., None]
     level = torch.copysign(square_root(scaled), blocks) + dither(scales)[..., None]
-    codes = torch.where(scaled == 0, ZERO_CODE, level.round()).to(torch.int8)
-    return from_blocks(codes, momentum.shape[1]), scales
+    return from_blocks(level.round().to(torch.int8), momentum.shape[1]), scales
 
 
 def decode(codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
-    """The momentum that codes and scales stand for: ``t = code - u; m = t*|t| * (s * 1/(A*A))``; 0 for the code -128.
+    """The momentum that codes and scales stand for: ``t = code - u; m = t*|t| * (s * 1/(A*A))``; 0 for the code 0.
 
     Args:
         codes: [rows, cols] int8.
@@ -139,7 +137,7 @@ def decode(codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
     blocks = to_blocks(codes, block_size)
     t = blocks.float() - dither(scales)[..., None]
     value = t * t.abs() * (scales * RECIPROCAL_RANGE)[..., None]
-    return from_blocks(torch.where(blocks == ZERO_CODE, torch.zeros_like(value), value), codes.shape[1])
+    return from_blocks(torch.where(blocks == 0, torch.zeros_like(value), value), codes.shape[1])
 
 
 # ---- 16-bit weights ------------------------------------------------------------------------------------------------
@@ -331,7 +329,7 @@ def quantize(momentum: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
 
         s    = max |m| over the block                 (0 if below 2^-100)
         u    = (low byte of s + 1/2)/256 - 1/2
-        code = rint(sign(m) * sqrt(|m| * A*A/s) + u)  A = 126.5; an exact zero is -128
+        code = rint(sign(m) * sqrt(|m| * A*A/s) + u)  A = 126.5
 
     Blocks run along the memory order of each row, ``momentum[i]``, and do not cross it. A vector is one row. Where rows
     are shorter than a block, all of them are one row.
@@ -370,7 +368,7 @@ def dequantize(codes: Tensor, scales: Tensor, block_size: int = 128) -> Tensor:
     """Inverse of `quantize`, up to its rounding::
 
         t = code - u
-        m = t*|t| * s/(A*A)          0 for the code -128
+        m = t*|t| * s/(A*A)          0 for the code 0
 
     Args:
         codes: int8, dense.

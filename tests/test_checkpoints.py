@@ -453,6 +453,7 @@ WHERE = r"\(parameter 0, shape \(70, 90\)\)"
 SCALE, MOMENTUM = r"scales must be 0 or in \[2\^-100, 2\^127\)", "momentum must be finite and below"
 DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     **{f"scale {x}": (in_state("scales", one_is(x)), f"{SCALE}, got {x} {WHERE}") for x in (math.nan, math.inf, -1.0)},
+    "code -128": (in_state("codes", one_is(-128)), rf"codes must be in \[-127, 127\], got -128 {WHERE}"),
     "tiny scale": (in_state("scales", one_is(2.0**-101)), f"{SCALE}, got 3.9.* {WHERE}"),
     "subnormal scale": (in_state("scales", one_is(1e-40)), SCALE),
     "large scale": (in_state("scales", one_is(2.0**127)), SCALE),
@@ -541,7 +542,9 @@ def test_damaged_own_state_changes_nothing(case: str) -> None:
         convert_state_dict(saved, Lion8bit(parameters(), block_size=64))
 
 
-@pytest.mark.parametrize("case", [case for case in DAMAGED if case.startswith(("scale ", "momentum ", "step "))])
+@pytest.mark.parametrize(
+    "case", [case for case in DAMAGED if case.startswith(("code ", "scale ", "momentum ", "step "))]
+)
 def test_a_damaged_optimizer_is_not_exported(case: str) -> None:
     params = parameters()
     optimizer = Lion8bit(params)

@@ -81,7 +81,7 @@ def test_a_file_of_version_2_becomes_one_of_version_3(tmp_path: Path) -> None:
     torch.save(saved, tmp_path / "a.pt")
     convert_file(tmp_path / "a.pt", tmp_path / "b.pt")
     converted = torch.load(tmp_path / "b.pt", weights_only=True)
-    assert converted["param_groups"][0]["format_version"] == 3
+    assert converted["param_groups"][0]["format_version"] == 4
     per_row = dequantize(codes.contiguous(), scales)
     for name, wanted in zip(("codes", "scales"), quantize(per_row), strict=True):
         assert_same(converted["state"][0][name], wanted, name)

@@ -1079,7 +1079,7 @@ def test_state_of_version_2_enters(rounding: str) -> None:
     pristine = copy.deepcopy(saved)
     for loaded in (saved, convert_state_dict(saved, second)):
         second.load_state_dict(loaded)
-        assert second.param_groups[0]["format_version"] == 3
+        assert second.param_groups[0]["format_version"] == 4
         for number, (one, other) in enumerate(zip(old, new, strict=True)):
             state, theirs = second.state[other], saved["state"][number]
             assert state["step"] == 1
@@ -1097,6 +1097,49 @@ def test_state_of_version_2_enters(rounding: str) -> None:
     for param in new:
         param.grad = gradient_like(param)
     second.step()
+
+
+def in_version_3(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with -128 as the code of an exact zero, which 0 was not."""
+    return {**state, "codes": state["codes"].masked_fill(state["codes"] == 0, -128)} if "codes" in state else state
+
+
+@pytest.mark.parametrize("way", ["load", "convert", "unpickle"])
+def test_state_of_version_3_enters(way: str) -> None:
+    """Its zeros become the code 0; all other codes stay, and training goes on with the same bits."""
+    twins = [[leaf(torch.randn(shape)) for shape in ((600, 9), (70, 90), (40, 131), (10, 10))]]
+    twins.append([leaf(param.detach().clone()) for param in twins[0]])
+    optimizers = [Lion8bit(params, lr=1e-3) for params in twins]
+    first, second = optimizers
+    for param in twins[0]:
+        param.grad = gradient_like(param)
+        param.grad[:, ::7] = 0.0
+    first.step()
+    for param, other in zip(*twins, strict=True):
+        other.data.copy_(param.data)
+        assert ("codes" in first.state[param]) == bool((first.momentum(param) == 0).any() and param.numel() >= 4096)
+    saved = copy.deepcopy(first.state_dict())
+    saved["param_groups"][0]["format_version"] = 3
+    saved["state"] = {number: in_version_3(state) for number, state in saved["state"].items()}
+    pristine = copy.deepcopy(saved)
+    if way == "unpickle":
+        second.state.update({other: saved["state"][number] for number, other in enumerate(twins[1])})
+        second.param_groups[0] |= {"format_version": 3, "seed": first.param_groups[0]["seed"]}
+        second.__setstate__(second.__getstate__())
+    else:
+        second.load_state_dict(saved if way == "load" else convert_state_dict(saved, second))
+    assert str(saved) == str(pristine)
+    assert second.param_groups[0]["format_version"] == 4
+    for step in range(2):
+        for param, other in zip(*twins, strict=True):
+            for name, value in first.state[param].items():
+                if name != "step":
+                    assert_same(second.state[other][name], value, name)
+            assert_same(other.detach(), param.detach(), f"parameter before step {step}")
+            param.grad = gradient_like(param)
+            other.grad = param.grad.clone()
+        first.step()
+        second.step()
 
 
 def test_empty_state_round_trips() -> None:
@@ -1130,7 +1173,7 @@ def break_shape(saved: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (break_version, "format_version 3, got 99"),
+        (break_version, "format_version 4, got 99"),
         (break_block_size, r"scales must be float32 \(60, 2\) at block_size 64"),
         (break_names, r"got \['exp_avg'\]"),
         (break_codes, "dense torch.int8"),
@@ -1178,7 +1221,7 @@ def test_older_pickles_get_newer_options() -> None:
         del group["cautious"], group["format_version"]
     fresh = Lion8bit.__new__(Lion8bit)
     fresh.__setstate__(state)
-    assert fresh.param_groups[0]["cautious"] is False and fresh.param_groups[0]["format_version"] == 3
+    assert fresh.param_groups[0]["cautious"] is False and fresh.param_groups[0]["format_version"] == 4
 
 
 def test_older_checkpoints_keep_the_peak_in_initial_lr() -> None:

@@ -391,7 +391,7 @@ def test_state_that_changes_after_it_was_fetched() -> None:
     ahead = pager._ahead[0][0]._batch.entries[0].source
     assert ahead is params[0]
     with torch.no_grad():
-        optimizer.state[ahead]["codes"].fill_(-128)
+        optimizer.state[ahead]["codes"].zero_()
     before = ahead.detach().clone()
     ahead.grad = torch.zeros_like(ahead)
     optimizer.step_param(ahead, {**groups[ahead], "weight_decay": 0.0})
