@@ -31,7 +31,8 @@ from lion8bit.layout import (
     rows_and_cols,
     scales_shape,
 )
-from lion8bit.loading import check_momentum, keeping_dtypes
+from lion8bit.loading import check_momentum, check_structure, check_tensor, keeping_dtypes, naming, pair
+from lion8bit.sharding import local
 
 RANGE_SQUARED = 126.5 * 126.5  # A * A; |A + dither| rounds to at most 127
 DITHER_MASK = 0xFF  # the scale's bits that hold the dither
@@ -562,9 +563,30 @@ class Lion(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned; the momentum stays in fp32, whatever the parameter's dtype is."""
-        with keeping_dtypes(self, ("momentum",)):
+        """Loads what `state_dict` returned; the momentum stays in fp32, whatever the parameter's dtype is.
+
+        Raises:
+            ValueError: the momentum does not fit its parameter or is not finite, or an option is out of its range;
+                nothing has changed.
+        """
+        with keeping_dtypes(self, ("momentum",), self._loadable):
             super().load_state_dict(state_dict)
+
+    def _loadable(self, incoming: dict[str, Any]) -> dict[str, Any]:
+        check_structure(incoming)
+        for saved in incoming["param_groups"]:
+            check_rates({**self.defaults, **saved})
+        for number, param, _saved in pair(self.param_groups, incoming["param_groups"]):
+            state = incoming["state"].get(number)
+            if state:
+                with naming(number, param):
+                    check_tensor("momentum", state.get("momentum"))
+                    if state["momentum"].shape != param.shape:
+                        raise ValueError(
+                            f"momentum must have the parameter's shape, got {tuple(state['momentum'].shape)}"
+                        )
+                    check_momentum(local(state["momentum"]))
+        return incoming
 
 
 def listing_definition(

@@ -556,6 +556,33 @@ def test_a_damaged_optimizer_is_not_exported(case: str) -> None:
         export_state_dict(optimizer)
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        *((in_state("momentum", one_is(x)), f"{MOMENTUM}.* {WHERE}") for x in (math.nan, math.inf, -(2.0**127))),
+        (in_state("momentum", lambda t: t[:5]), rf"the parameter's shape, got \(5, 90\) {WHERE}"),
+        (in_state("momentum", lambda t: 3), f"momentum must be a tensor, got int {WHERE}"),
+        (in_state("momentum", lambda t: t.to("meta")), f"momentum must hold data.* {WHERE}"),
+        (in_state("momentum", lambda _: None), f"momentum must be a tensor, got NoneType {WHERE}"),
+        (lambda saved: saved["state"].update({0: None}), "state of a parameter must be a dict"),
+        (in_group("lr", math.nan), "Invalid learning rate"),
+        (in_group("betas", (2, 3)), "Invalid beta1"),
+    ],
+)
+def test_damaged_state_of_fp32_lion_changes_nothing(damage: Callable[[Any], Any], message: str) -> None:
+    saved = stepped(Lion)
+    damage(saved)
+    params = parameters()
+    optimizer = Lion(params, lr=0.5)
+    step(params, optimizer, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()
+    assert str(after) == str(before)
+    step(params, optimizer, 2)
+
+
 @pytest.mark.parametrize("scale", [0.0, 2.0**-100, math.nextafter(2.0**-100, 1), 1.2345e-30, 2.0**126 * 1.999, 1e-3])
 def test_every_scale_of_the_format_loads(scale: float) -> None:
     saved = stepped(Lion8bit)
