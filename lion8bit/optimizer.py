@@ -269,7 +269,8 @@ class Lion8bit(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-            if group.setdefault("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+            _check_version(group.setdefault("format_version", FORMAT_VERSION))
+            if group["format_version"] != FORMAT_VERSION:
                 for param in filter(self.state.get, group["params"]):
                     self.state[param] = checked_state(self.state[param], param, group)
                 group["format_version"] = FORMAT_VERSION
@@ -791,12 +792,15 @@ class Lion8bit(torch.optim.Optimizer):
             )
 
 
+def _check_version(version: Any) -> None:
+    if version not in LOADED_VERSIONS:
+        raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {version}")
+
+
 def check_saved_group(saved: dict[str, Any], place: int) -> None:
     """Raises ValueError unless the options of a saved group are such as `Lion8bit` takes, in the present format."""
-    version = saved.get("format_version")
     try:
-        if version not in LOADED_VERSIONS:
-            raise ValueError(f"state must have format_version {FORMAT_VERSION}, got {version}")
+        _check_version(saved.get("format_version"))
         _hyper(dict(saved))
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # of values that are no numbers, or on "meta"
         raise ValueError(f"{error} (group {place} of the saved state)") from error

@@ -1222,6 +1222,9 @@ def test_older_pickles_get_newer_options() -> None:
     fresh = Lion8bit.__new__(Lion8bit)
     fresh.__setstate__(state)
     assert fresh.param_groups[0]["cautious"] is False and fresh.param_groups[0]["format_version"] == 4
+    state["param_groups"][0]["format_version"] = 99
+    with pytest.raises(ValueError, match="format_version 4, got 99"):
+        Lion8bit.__new__(Lion8bit).__setstate__(state)
 
 
 def test_older_checkpoints_keep_the_peak_in_initial_lr() -> None:
