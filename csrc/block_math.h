@@ -119,8 +119,8 @@ template <> struct LanesOf<float> {
     using Int = int32_t;
     using Uint = uint32_t;
     // The root of |x| with the sign of x, by the steps that nvcc emits for __fsqrt_rn on sm_75 to sm_120 where |x| is
-    // neither tiny nor huge. The sum is |x| from 2^-55 on. A smaller root is far below the dither's last bit and need
-    // not be exact; the sum keeps the reciprocal finite there.
+    // neither tiny nor huge. Adding 2^-80 changes no |x| of 2^-55 or more, and keeps the reciprocal root finite at 0.
+    // The root of a smaller |x| need not be exact, because it is far below the last bit of the dither.
     static LION8BIT_FN float signed_root(float x) {
         const float y = approximate_reciprocal_root(fabsf(x) + 0x1p-80f), size = fabsf(x) * y, root = x * y;
         return __fmaf_rn(__fmaf_rn(-root, size, x), y * 0.5f, root);

@@ -50,8 +50,8 @@ def decides(device_type: str) -> bool:
 _missing: dict[str, str] = {}  # why, by type of device, as last warned of
 
 
-def look_again() -> None:
-    """Has the next step look for backends that were missing; called by each new optimizer."""
+def forget_missing() -> None:
+    """Makes the next step search for backends that were missing; called by each new optimizer."""
     if _missing:
         cpu.forget_missing()
         select.cache_clear()

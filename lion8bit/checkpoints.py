@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion8bit.layout import FORMAT_VERSION, blocks_per_row, mark_order, memory_order, unmark_order
+from lion8bit.layout import FORMAT_VERSION, blocks_per_row, memory_order
 from lion8bit.loading import check_momentum, check_numbers, check_structure, check_tensor, naming, step_count
-from lion8bit.optimizer import Lion8bit, _new_state, check_saved_group, checked_state
-from lion8bit.reference import dequantize, quantize
-from lion8bit.sharding import as_part_of, check_placement, local
+from lion8bit.optimizer import Lion8bit, _new_state, check_saved_group, checked_state, momentum_of, quantized
+from lion8bit.sharding import check_placement, local
 
 # Mean the same to all.
 _SHARED_OPTIONS = ("lr", "betas", "weight_decay", "initial_lr", "maximize", "decouple_lr", "peak_lr")
@@ -190,8 +189,7 @@ def _fill(state: dict[str, Any], momentum: Tensor, block_size: int) -> None:
         state["momentum"].copy_(momentum)
         return
     in_order = torch.empty_like(state["codes"], dtype=torch.float32).copy_(momentum)
-    state["codes"], scales = quantize(in_order, block_size)
-    state["scales"] = mark_order(scales, memory_order(in_order) or ())
+    state |= quantized(in_order, block_size)
 
 
 # ---- Formats of the momentum ---------------------------------------------------------------------------------------
@@ -223,8 +221,7 @@ def _plain(state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
 
 
 def _own(state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
-    codes, scales = state["codes"], state["scales"]
-    return as_part_of(codes, dequantize(local(codes), unmark_order(local(scales)), group["block_size"]), codes.shape)
+    return momentum_of(state, group["block_size"])
 
 
 def _bitsandbytes(state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:

@@ -56,7 +56,7 @@ def load_library() -> ctypes.CDLL | str:
 
 
 def forget_missing() -> None:
-    """Has the library looked for again if it was not there: it may have been installed since."""
+    """Makes the next call search for the library if it was missing: it may have been installed since."""
     if isinstance(load_library(), str):
         load_library.cache_clear()
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lion8bit.backend import decides, look_again, update_
+from lion8bit.backend import decides, forget_missing, update_
 from lion8bit.batch import STATE_TENSORS, Batch, Entry, check_state, hyper_array, make_entry, turns
 from lion8bit.control import Control, Rate, UpdateCounts
 from lion8bit.cpu import in_default_environment
@@ -174,7 +174,7 @@ class Lion8bit(torch.optim.Optimizer):
         }
         _check_options(defaults)
         defaults = {name: _plain(value) for name, value in defaults.items()}
-        look_again()
+        forget_missing()
         self._plan: _Plan | None = None
         self._plans: dict[Tensor, _Plan] = {}  # of the parameters that are stepped alone
         self._index = _Index([])
@@ -816,8 +816,8 @@ def checked_state(state: Mapping[str, Any], param: Tensor, saved_group: Mapping[
         if name in state:
             check_tensor(name, state[name])
     checked = {**state, "step": step_count(state["step"])} if "step" in state else dict(state)
-    if saved_group["format_version"] < 4:
-        checked = _joined(_with_zeros_at_0(checked), saved_group["block_size"])
+    if saved_group["format_version"] != FORMAT_VERSION:
+        checked = _in_present_format(checked, saved_group["block_size"])
     order, _ = check_state(checked, param, saved_group["block_size"])
     if "momentum" in checked:
         check_momentum(local(checked["momentum"]))
@@ -1018,29 +1018,44 @@ def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     return _with_residual(state, param, group)
 
 
-def _with_zeros_at_0(state: dict[str, Any]) -> dict[str, Any]:
-    """The state with the present code of an exact zero: until format version 3 it was -128."""
-    codes = local(state.get("codes"))
-    if getattr(codes, "dtype", None) != torch.int8:
-        return state  # `check_state` will say what is wrong
-    return {**state, "codes": as_part_of(state["codes"], codes.masked_fill(codes == -128, 0), state["codes"].shape)}
+def momentum_of(state: Mapping[str, Any], block_size: int) -> Tensor:
+    """The fp32 momentum that codes and scales stand for, placed as the codes."""
+    codes = state["codes"]
+    decoded = dequantize(local(codes), unmark_order(local(state["scales"])), block_size)
+    return as_part_of(codes, decoded, codes.shape)
 
 
-def _joined(state: dict[str, Any], block_size: int) -> dict[str, Any]:
-    """The state with the blocks that its shape has now: of format version 2, each narrow row had a scale of its own."""
+def quantized(momentum: Tensor, block_size: int) -> dict[str, Tensor]:
+    """The codes and scales of an fp32 momentum, in its memory order and placed as it is."""
+    codes, scales = quantize(local(momentum), block_size)
+    order = memory_order(codes)
+    assert order is not None  # `quantize` takes no others
+    return {
+        "codes": as_part_of(momentum, codes, momentum.shape),
+        "scales": as_part_of(momentum, mark_order(scales, order), scales_shape(momentum.shape, block_size)),
+    }
+
+
+def _in_present_format(state: dict[str, Any], block_size: int) -> dict[str, Any]:
+    """State of format version 2 or 3 in the present format.
+
+    In both, the code of an exact zero was -128. In version 2, rows that are shorter than a block had a scale each.
+    """
     codes, scales = (local(state.get(name)) for name in ("codes", "scales"))
     if getattr(codes, "dtype", None) != torch.int8 or getattr(scales, "dtype", None) != torch.float32:
-        return state  # `check_state` will say what is wrong
-    scales, order = unmark_order(scales), memory_order(codes)
-    if scales.dim() != 2 or order is None or not is_narrow([codes.shape[dim] for dim in order], block_size):
+        return state  # fp32 momentum, or `check_state` will report what is wrong
+    codes = codes.masked_fill(codes == -128, 0)
+    state = {**state, "codes": as_part_of(state["codes"], codes, state["codes"].shape)}
+    order = memory_order(codes)
+    narrow = order is not None and is_narrow([codes.shape[dim] for dim in order], block_size)
+    if not narrow or unmark_order(scales).dim() != 2:
         return state
     check_scales(scales)
-    momentum = dequantize(codes, scales, block_size)
-    if keeps_blocks_whole(state["codes"], block_size):
-        new_codes, new_scales = quantize(momentum, block_size)
-        return {**state, "codes": new_codes, "scales": new_scales}
+    momentum = momentum_of(state, block_size)
     kept = {name: value for name, value in state.items() if name not in ("codes", "scales")}
-    return {**kept, "momentum": as_part_of(state["codes"], momentum, state["codes"].shape)}
+    if keeps_blocks_whole(momentum, block_size):
+        return {**kept, **quantized(momentum, block_size)}
+    return {**kept, "momentum": momentum}
 
 
 def _asks_fp32(param: Tensor, group: dict[str, Any]) -> bool:
@@ -1056,17 +1071,9 @@ def _in_bits(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dic
     """The state decoded, or encoded, where the group's ``optim_bits`` or ``min_8bit_size`` has changed."""
     block_size = group["block_size"]
     if "codes" in state and _asks_fp32(param, group):
-        momentum = dequantize(local(state["codes"]), unmark_order(local(state["scales"])), block_size)
-        new = {"momentum": as_part_of(param, momentum, param.shape)}
+        new = {"momentum": momentum_of(state, block_size)}
     elif "momentum" in state and not _keeps_fp32(param, group):
-        codes, scales = quantize(local(state["momentum"]), block_size)
-        order = memory_order(codes)
-        assert order is not None  # or quantize had refused it
-        scales = mark_order(scales, order)
-        new = {
-            "codes": as_part_of(param, codes, param.shape),
-            "scales": as_part_of(param, scales, scales_shape(param.shape, block_size)),
-        }
+        new = quantized(state["momentum"], block_size)
     else:
         return state
     return {**new, **{name: value for name, value in state.items() if name not in ("codes", "scales", "momentum")}}

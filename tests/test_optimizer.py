@@ -1117,7 +1117,7 @@ def test_state_of_version_3_enters(way: str) -> None:
     first.step()
     for param, other in zip(*twins, strict=True):
         other.data.copy_(param.data)
-        assert ("codes" in first.state[param]) == bool((first.momentum(param) == 0).any() and param.numel() >= 4096)
+        assert param.numel() < 4096 or bool((first.state[param]["codes"] == 0).any())
     saved = copy.deepcopy(first.state_dict())
     saved["param_groups"][0]["format_version"] = 3
     saved["state"] = {number: in_version_3(state) for number, state in saved["state"].items()}
