@@ -23,8 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from lion8bit import cpu
-from lion8bit.cli import try_to_write
+from lion8bit.backends import cpu
+from lion8bit.tools.cli import try_to_write
 
 SCHEMA = 1
 PACKAGES = ("torch", "lion8bit", "numpy", "bitsandbytes", "lion-pytorch", "torch-optimi", "torchao")

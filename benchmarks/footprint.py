@@ -38,8 +38,8 @@ from step_time import CONTENDERS as TIMED
 from step_time import OURS, Contender
 
 from lion8bit import Lion, Lion8bit
-from lion8bit.demo import state_bytes
 from lion8bit.layout import rows_and_cols
+from lion8bit.tools.demo import state_bytes
 
 DESCRIPTION = """\
 What does the library take? Four goals, each measured and judged:

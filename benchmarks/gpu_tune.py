@@ -18,7 +18,8 @@ import torch
 from common import FLUSH_BYTES, console, describe, environment, new_table, parser, spread, write_json
 from rich.table import Table
 
-from lion8bit import Lion8bit, cuda
+from lion8bit import Lion8bit
+from lion8bit.backends import cuda
 
 DESCRIPTION = """\
 Which tuning of the CUDA kernel is the fastest on this GPU? Each variant changes how the kernel accesses memory
@@ -28,7 +29,7 @@ tensor in rounds: each round times every variant and a copy once.
 """
 
 EPILOG = """\
-The present choice is `TUNINGS` of lion8bit/cuda.py; name there what measured it when you change it. Differences below
+The present choice is `TUNINGS` of lion8bit/backends/cuda.py; name there what measured it when you change it. Differences below
 the spread of "base" between rounds are noise.
 
 examples:

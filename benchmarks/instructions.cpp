@@ -43,7 +43,7 @@ double clock_in_ghz() {
 
 }  // namespace
 
-using Update = int64_t(const lion8bit::Tensor*, int64_t, const lion8bit::Hyper*, int32_t, int32_t);
+using Update = int64_t(const lion8bit::TensorRow*, int64_t, const lion8bit::Hyper*, int32_t, int32_t);
 
 int main(int argc, char** argv) {
     if (argc != 10) return std::fprintf(stderr, "9 arguments, see the top of this file\n"), 2;
@@ -62,7 +62,7 @@ int main(int argc, char** argv) {
     }
     std::vector<int8_t> residual(count, 1);
     std::vector<float> scales(count / 128, 0.01f);
-    lion8bit::Tensor tensor = {};
+    lion8bit::TensorRow tensor = {};
     tensor.param = param.data();
     tensor.grad = grad.data();
     tensor.momentum = momentum.data();

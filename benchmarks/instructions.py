@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import console, describe, environment, new_table, parser, progress, write_json
 
-from lion8bit import cpu
+from lion8bit.backends import cpu
 from lion8bit.layout import CAUTIOUS, DTYPES, WEIGHT_ROUNDING
 
 DESCRIPTION = """\

@@ -43,8 +43,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lion8bit import Lion, Lion8bit, estimate, fuse_into_backward
-from lion8bit.bytelm import rotary_table, rotate
-from lion8bit.demo import limit_gpu_memory, state_bytes
+from lion8bit.tools.demo import limit_gpu_memory, state_bytes
+from lion8bit.tools.demo.bytelm import rotary_table, rotate
 
 DESCRIPTION = """\
 What does training take in memory, at which moment, and what of it does the optimizer change? Transformers in the shapes

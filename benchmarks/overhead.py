@@ -15,7 +15,8 @@ import torch
 from common import available, console, describe, environment, parser, progress, spread, write_json
 from rich.table import Table
 
-from lion8bit import Lion8bit, cpu
+from lion8bit import Lion8bit
+from lion8bit.backends import cpu
 
 DESCRIPTION = """\
 What does a warmed optimizer step cost on the CPU beside its arithmetic? Many parameters of a few elements are stepped

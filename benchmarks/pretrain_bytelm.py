@@ -1,6 +1,6 @@
 """Pretrains the byte-level model that ships with the package, on the Python standard library's source.
 
-python benchmarks/pretrain_bytelm.py --steps 3600 --threads 1 --out lion8bit/data/bytelm.pt
+python benchmarks/pretrain_bytelm.py --steps 3600 --threads 1 --out lion8bit/tools/demo/data/bytelm.pt
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from lion8bit.bytelm import CHECKPOINT, ByteLM, encode, load_pretrained, next_token_loss, save_pretrained
+from lion8bit.tools.demo.bytelm import CHECKPOINT, ByteLM, encode, load_pretrained, next_token_loss, save_pretrained
 
 # Tests and idlelib are left out as far from ordinary library code, encodings as tables of escapes, and
 # pydoc_data because it is the text that the demo fine-tunes and evaluates on.

@@ -21,7 +21,7 @@ from common import console, environment, new_table, parser, progress, write_json
 from machine import program
 from rich.console import Console
 
-from lion8bit import cuda
+from lion8bit.backends import cuda
 from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING
 
 DESCRIPTION = """\

@@ -40,9 +40,10 @@ from common import (
 from rich.table import Table
 from torch import Tensor
 
-from lion8bit import Lion8bit, portable
+from lion8bit import Lion8bit
 from lion8bit import optimizer as lion8bit_optimizer
-from lion8bit.demo import state_bytes
+from lion8bit.backends import portable
+from lion8bit.tools.demo import state_bytes
 
 DESCRIPTION = """\
 How long does a step take, and how near is that to what the memory allows? Every contender steps the same parameters and

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pretrain_bytelm import read_corpus
 from torch import Tensor, nn
 
-from lion8bit.bytelm import ByteLM, ByteLMConfig, encode, load_pretrained
+from lion8bit.tools.demo.bytelm import ByteLM, ByteLMConfig, encode, load_pretrained
 
 Examples = tuple[Tensor, Tensor]
 HELD_OUT_SHARE = 0.1  # of the examples, for validation and for the test each

@@ -68,7 +68,7 @@ struct Hyper {
 static_assert(sizeof(Hyper) == 44, "mirrored by lion8bit/layout.py");
 
 // One parameter with its gradient and state.
-struct Tensor {
+struct TensorRow {
     void* param;       // [rows, cols] of param_dtype, updated in place
     const void* grad;  // [rows, cols] of grad_dtype
     void* momentum;    // [rows, cols] int8 codes, or fp32 values where scales is null; updated in place
@@ -84,7 +84,7 @@ struct Tensor {
     int16_t grad_dtype;   // Dtype
     int32_t hyper;        // index into the array of Hyper
 };
-static_assert(sizeof(Tensor) == 80, "mirrored by lion8bit/layout.py");
+static_assert(sizeof(TensorRow) == 80, "mirrored by lion8bit/layout.py");
 
 LION8BIT_FN int64_t blocks_per_row(int64_t cols, int32_t block_size) { return (cols + block_size - 1) / block_size; }
 

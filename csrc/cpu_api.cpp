@@ -1,4 +1,4 @@
-// Owns the C interface that lion8bit/cpu.py calls: the choice of instruction set, the split of the work over threads
+// Owns the C interface that lion8bit/backends/cpu.py calls: the choice of instruction set, the split of the work over threads
 // and the floating-point environment of each.
 #include <atomic>
 
@@ -25,9 +25,9 @@
 namespace {
 
 using lion8bit::Hyper;
-using lion8bit::Tensor;
+using lion8bit::TensorRow;
 
-// In the order in which they are preferred; lion8bit/cpu.py names them in the same order.
+// In the order in which they are preferred; lion8bit/backends/cpu.py names them in the same order.
 lion8bit::UpdateBlocks* const kKernels[] = {
     lion8bit::update_blocks_baseline,
 #if defined(LION8BIT_X86)
@@ -86,7 +86,7 @@ class DefaultEnvironment {
 
 // Calls work(member, members) for each of at most `team` members, on threads of their own but for the caller's, and
 // returns when all have returned.
-#if defined(_OPENMP)  // torch's pool of threads, see lion8bit/cpu.py
+#if defined(_OPENMP)  // torch's pool of threads, see lion8bit/backends/cpu.py
 template <class Work> void in_parallel(int team, const Work& work) {
 #pragma omp parallel num_threads(team) if (team > 1)
     work(omp_get_thread_num(), omp_get_num_threads());
@@ -105,7 +105,7 @@ template <class Work> void in_parallel(int team, const Work& work) {
 }
 #endif
 
-int64_t count_blocks(const Tensor& tensor, const Hyper& hyper) {
+int64_t count_blocks(const TensorRow& tensor, const Hyper& hyper) {
     return tensor.rows * lion8bit::blocks_per_row(tensor.cols, hyper.block_size);
 }
 
@@ -132,7 +132,7 @@ LION8BIT_EXPORT int32_t lion8bit_kernels() {
 #endif
 }
 
-// The calling thread's floating-point environment and its change; lion8bit/cpu.py derives constants in the default one.
+// The calling thread's floating-point environment and its change; lion8bit/backends/cpu.py derives constants in the default one.
 LION8BIT_EXPORT uint64_t lion8bit_environment() { return control(); }
 LION8BIT_EXPORT void lion8bit_set_environment(uint64_t environment) { set_control(environment); }
 LION8BIT_EXPORT void lion8bit_set_default_environment() { set_control(kDefaultControl); }
@@ -140,9 +140,9 @@ LION8BIT_EXPORT void lion8bit_set_default_environment() { set_control(kDefaultCo
 // Steps `count` parameters in place and returns how many elements were skipped for a bad gradient.
 // Each thread takes an equal share of all blocks, whichever parameters they belong to, and computes in the default
 // floating-point environment, whatever its own is. A child of fork() uses one.
-LION8BIT_EXPORT int64_t lion8bit_update(const Tensor* tensors,  // [count]
+LION8BIT_EXPORT int64_t lion8bit_update(const TensorRow* tensors,  // [count]
                                         int64_t count,
-                                        const Hyper* hypers,  // indexed by Tensor::hyper
+                                        const Hyper* hypers,  // indexed by TensorRow::hyper
                                         int32_t kernel,       // below lion8bit_kernels()
                                         int32_t threads) {    // at least 1
     int64_t total = 0;

@@ -557,7 +557,7 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
 }
 
 template <class Param, class Grad, bool quantized, bool general, int32_t rounding>
-int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, int64_t last) {
+int64_t update_range(const TensorRow& tensor, const Hyper& options, int64_t first, int64_t last) {
     using Momentum = std::conditional_t<quantized, int8_t, float>;
     using ParamElement = typename Param::Element;
     using GradElement = typename Grad::Element;
@@ -624,7 +624,7 @@ int64_t update_range(const Tensor& tensor, const Hyper& options, int64_t first, 
 }
 
 template <class Param, class Grad, bool quantized, int32_t rounding>
-int64_t with_flags(const Tensor& tensor, const Hyper& hyper, int64_t first, int64_t last) {
+int64_t with_flags(const TensorRow& tensor, const Hyper& hyper, int64_t first, int64_t last) {
     // Rare combinations go without the variant that saves the tests of flags, which halves the time to build them.
     constexpr bool common = quantized && !std::is_same<Param, Float16>::value && !std::is_same<Grad, Float16>::value;
     if constexpr (common) {
@@ -633,7 +633,7 @@ int64_t with_flags(const Tensor& tensor, const Hyper& hyper, int64_t first, int6
     return update_range<Param, Grad, quantized, true, rounding>(tensor, hyper, first, last);
 }
 template <class Param, class Grad, bool quantized>
-int64_t with_rounding(const Tensor& tensor, const Hyper& hyper, int64_t first, int64_t last) {
+int64_t with_rounding(const TensorRow& tensor, const Hyper& hyper, int64_t first, int64_t last) {
     if constexpr (sizeof(typename Param::Element) == 2) {
         if (hyper.weight_rounding == kStochastic) {
             return with_flags<Param, Grad, quantized, kStochastic>(tensor, hyper, first, last);
@@ -648,12 +648,12 @@ int64_t with_rounding(const Tensor& tensor, const Hyper& hyper, int64_t first, i
 }
 
 template <class Param, class Grad>
-int64_t with_momentum(const Tensor& tensor, const Hyper& hyper, int64_t first, int64_t last) {
+int64_t with_momentum(const TensorRow& tensor, const Hyper& hyper, int64_t first, int64_t last) {
     return tensor.scales ? with_rounding<Param, Grad, true>(tensor, hyper, first, last)
                          : with_rounding<Param, Grad, false>(tensor, hyper, first, last);
 }
 
-template <class Param> int64_t with_param(const Tensor& tensor, const Hyper& hyper, int64_t first, int64_t last) {
+template <class Param> int64_t with_param(const TensorRow& tensor, const Hyper& hyper, int64_t first, int64_t last) {
     switch (tensor.grad_dtype) {
         case kFloat32: return with_momentum<Param, Float32>(tensor, hyper, first, last);
         case kBfloat16: return with_momentum<Param, Bfloat16>(tensor, hyper, first, last);
@@ -666,7 +666,7 @@ template <class Param> int64_t with_param(const Tensor& tensor, const Hyper& hyp
 #define LION8BIT_NAME_(isa) update_blocks_##isa
 #define LION8BIT_NAME(isa) LION8BIT_NAME_(isa)
 
-int64_t LION8BIT_NAME(LION8BIT_ISA)(const Tensor& tensor, const Hyper& hyper, int64_t first, int64_t last) {
+int64_t LION8BIT_NAME(LION8BIT_ISA)(const TensorRow& tensor, const Hyper& hyper, int64_t first, int64_t last) {
     switch (tensor.param_dtype) {
         case kFloat32: return with_param<Float32>(tensor, hyper, first, last);
         case kBfloat16: return with_param<Bfloat16>(tensor, hyper, first, last);

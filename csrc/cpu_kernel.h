@@ -6,7 +6,7 @@
 namespace lion8bit {
 
 // Steps the blocks [first, last) of a tensor and returns how many elements were skipped for a bad gradient.
-using UpdateBlocks = int64_t(const Tensor& tensor, const Hyper& hyper, int64_t first, int64_t last);
+using UpdateBlocks = int64_t(const TensorRow& tensor, const Hyper& hyper, int64_t first, int64_t last);
 
 UpdateBlocks update_blocks_baseline;
 #if defined(LION8BIT_X86)

@@ -1,13 +1,13 @@
 // Owns the CUDA kernel: how threads walk the blocks of many tensors in one launch; the arithmetic is block_math.h's.
 //
-// lion8bit/cuda.py compiles it with NVRTC, one module per combination of the LION8BIT_* macros, and packs the Launch.
+// lion8bit/backends/cuda.py compiles it with NVRTC, one module per combination of the LION8BIT_* macros, and packs the Launch.
 // Each thread holds 8 (or 16) consecutive elements in registers, neighbouring threads hold a block, and the largest new
 // momentum of a block travels between them by shuffles, so that each byte is read once and written once.
 #include "block_math.h"
 
 namespace lion8bit {
 
-// How the kernel accesses memory: `Tuning` of lion8bit/cuda.py. It changes times, never bits.
+// How the kernel accesses memory: `Tuning` of lion8bit/backends/cuda.py. It changes times, never bits.
 constexpr int32_t kThreads = LION8BIT_THREADS;     // of a CUDA block
 constexpr int32_t kPerLane = LION8BIT_PER_THREAD;  // consecutive elements of a thread: 8 or 16
 enum Ahead : int32_t { kNothing = 0, kToCache = 1, kToRegisters = 2 };
@@ -18,7 +18,7 @@ constexpr uint32_t kFullWarp = 0xffffffffu;
 constexpr int32_t kMany = 1 << 30;  // more elements, and blocks, than a CUDA block steps
 
 // A learning rate in device memory, of one parameter group.
-struct Rate {
+struct DeviceRate {
     const float* lr;  // [1]; null where Hyper has the rate already
     double divisor;   // decay = 1 - lr / divisor * weight_decay
     double weight_decay;
@@ -29,7 +29,7 @@ struct Counter {
     unsigned long long updates;
     unsigned long long arrived;  // of the launch whose first tensor this is: CUDA blocks that have read their counter
 };
-constexpr uint32_t kUncounted = 1u << 31;  // beside the index in Tensor::step: a later piece will count this update
+constexpr uint32_t kUncounted = 1u << 31;  // beside the index in TensorRow::step: a later piece will count this update
 
 // All that one launch works on, passed by value: no table on the device, no copy, and a CUDA graph keeps it.
 // What stands after `nonfinite` up to `counters`, and `rates`, is read where the kernel is compiled for it (on_device).
@@ -37,13 +37,13 @@ template <int32_t tensor_capacity, int32_t hyper_capacity> struct Launch {
     unsigned long long* nonfinite;        // [1], counts elements skipped for a bad gradient
     const float* grad_scale;              // [1], what gradients are to be divided by; or null
     const float* found_inf;               // [1], nothing is written where it is not 0; or null
-    Counter* counters;                    // indexed by Tensor::step, see counter_of
+    Counter* counters;                    // indexed by TensorRow::step, see counter_of
     int32_t count;                        // tensors in use, at least 1
     int32_t passes;                       // a CUDA block steps passes * kThreads * kPerLane elements
     int32_t first_tile[tensor_capacity];  // index of the first CUDA block of each tensor, ascending from 0
-    Tensor tensors[tensor_capacity];      // none of them empty, unless on_device
-    Hyper hypers[hyper_capacity];         // indexed by Tensor::hyper
-    Rate rates[hyper_capacity];           // likewise
+    TensorRow tensors[tensor_capacity];      // none of them empty, unless on_device
+    Hyper hypers[hyper_capacity];         // indexed by TensorRow::hyper
+    DeviceRate rates[hyper_capacity];           // likewise
 };
 
 // ---- The consecutive elements of a thread, as they lie in memory ----------------------------------------------------
@@ -259,14 +259,14 @@ struct Decision {
     bool last;  // this is the CUDA block that counts the update: all others have read their counters
 };
 
-template <class Launch> LION8BIT_FN Counter& counter_of(const Launch& launch, const Tensor& tensor) {
+template <class Launch> LION8BIT_FN Counter& counter_of(const Launch& launch, const TensorRow& tensor) {
     return launch.counters[tensor.step & ~kUncounted];
 }
 
-template <class Launch> LION8BIT_FN Decision decide(const Launch& launch, const Tensor& tensor) {
+template <class Launch> LION8BIT_FN Decision decide(const Launch& launch, const TensorRow& tensor) {
     Decision decision = {launch.hypers[tensor.hyper], 0, false};
     Hyper& hyper = decision.hyper;
-    const Rate& rate = launch.rates[tensor.hyper];
+    const DeviceRate& rate = launch.rates[tensor.hyper];
     if (rate.lr) {  // the formulas of make_hyper in lion8bit/layout.py; what the host refuses below 0 counts as 0
         hyper.lr = *rate.lr < 0.0f ? 0.0f : *rate.lr;
         const double decay = 1.0 - static_cast<double>(hyper.lr) / rate.divisor * rate.weight_decay;
@@ -308,7 +308,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         const int32_t middle = (index + end) / 2;
         (launch.first_tile[middle] <= tile ? index : end) = middle;
     }
-    const Tensor& tensor = launch.tensors[index];
+    const TensorRow& tensor = launch.tensors[index];
     Hyper hyper = launch.hypers[tensor.hyper];
     uint32_t update = tensor.step;
     if constexpr (on_device) {

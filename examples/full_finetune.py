@@ -23,9 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from lion8bit import Lion8bit, fuse_into_backward
-from lion8bit.cli import try_to_write
-from lion8bit.demo import DemoInputError, first_line, limit_gpu_memory, read_text, resolve_device, state_bytes
 from lion8bit.planner import estimate
+from lion8bit.tools.cli import try_to_write
+from lion8bit.tools.demo import DemoInputError, first_line, limit_gpu_memory, read_text, resolve_device, state_bytes
 
 DESCRIPTION = """\
 Fine-tunes every weight of a language model in bf16 (stochastic rounding) on one device: each parameter is stepped

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lion8bit.backend import SlowBackendWarning
+from lion8bit.backends.select import SlowBackendWarning
 from lion8bit.checkpoints import convert_state_dict, export_state_dict
 from lion8bit.groups import keep_32bit
 from lion8bit.optimizer import Lion8bit

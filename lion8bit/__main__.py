@@ -1,4 +1,4 @@
-"""Makes `python -m lion8bit` the command line; the commands themselves are in `lion8bit.cli`."""
+"""Makes `python -m lion8bit` the command line; the commands themselves are in `lion8bit.tools.cli`."""
 
 import os
 import sys
@@ -11,6 +11,6 @@ if __name__ == "__main__":
     if added and sys.path[0] in ("", here) and Path(__file__).resolve().parents[1] != Path(here).resolve():
         del sys.path[0]
 
-    from lion8bit.cli import main
+    from lion8bit.tools.cli import main
 
     main()

@@ -17,8 +17,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from lion8bit.batch import STATE_TENSORS
 from lion8bit.sharding import as_part_of, gradients, is_dtensor, local
+from lion8bit.table import STATE_TENSORS
 
 if TYPE_CHECKING:
     from lion8bit.optimizer import Lion8bit

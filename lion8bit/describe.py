@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lion8bit import cpu
+from lion8bit.backends import cpu
 
 if TYPE_CHECKING:  # numpy does not import it by itself
     import numpy.typing as npt

@@ -118,8 +118,8 @@ def unmark_order(scales: torch.Tensor) -> torch.Tensor:
     return scales[0, 0] if scales.dim() > 2 and scales.shape[:2] == (1, 1) else scales
 
 
-class Tensor(ctypes.Structure):
-    """One parameter with its gradient and state as the kernels take them: `struct Tensor` of `block_math.h`."""
+class TensorRow(ctypes.Structure):
+    """One parameter with its gradient and state as the kernels take them: `struct TensorRow` of `block_math.h`."""
 
     param: int
     grad: int

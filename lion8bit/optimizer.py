@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lion8bit.backend import decides, forget_missing, update_
-from lion8bit.batch import STATE_TENSORS, Batch, Entry, check_state, hyper_array, make_entry, turns
-from lion8bit.control import Control, Rate, UpdateCounts
-from lion8bit.cpu import in_default_environment
+from lion8bit.backends.cpu import in_default_environment
+from lion8bit.backends.select import decides, forget_missing, update_
 from lion8bit.describe import gradients_of
+from lion8bit.device_scalars import DeviceRate, DeviceScalars, UpdateCounts
 from lion8bit.layout import (
     DTYPES,
     FORMAT_VERSION,
@@ -76,6 +75,7 @@ from lion8bit.sharding import (
     local,
     resolved,
 )
+from lion8bit.table import STATE_TENSORS, DeviceTable, Entry, check_state, hyper_array, make_entry, turns
 
 
 class Lion8bit(torch.optim.Optimizer):
@@ -388,7 +388,7 @@ class Lion8bit(torch.optim.Optimizer):
         """`step_param` with the parameter's index in its group, as some trainers call it."""
         self.step_param(param, group)
 
-    def _run(self, batches: Sequence[Batch], groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> None:
+    def _run(self, batches: Sequence[DeviceTable], groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]) -> None:
         """Applies a step whole or not at all, also where Ctrl-C comes in between."""
         try:
             updates = self._updates(batches, groups, hypers)
@@ -407,8 +407,8 @@ class Lion8bit(torch.optim.Optimizer):
                 batch.grads = []
 
     def _updates(
-        self, batches: Sequence[Batch], groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]
-    ) -> list[tuple[Batch, Callable[[], None]]]:
+        self, batches: Sequence[DeviceTable], groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper]
+    ) -> list[tuple[DeviceTable, Callable[[], None]]]:
         """What is to be done with each batch of a step; nothing is changed yet. A call goes on where it was left."""
         grad_scale, found_inf = self._from_scaler()
         if grad_scale is not None:
@@ -417,7 +417,7 @@ class Lion8bit(torch.optim.Optimizer):
         updates = []
         for batch in batches:
             counts = self._counts_on(batch.device, grad_scale is not None or found_inf is not None)
-            control: tuple[Control, ...] = ()
+            control: tuple[DeviceScalars, ...] = ()
             if counts is None:
                 if found_inf is not None and found_inf.item():
                     continue
@@ -426,11 +426,13 @@ class Lion8bit(torch.optim.Optimizer):
             else:
                 batch.begin_on(counts, self.state.values())
                 rates = [_rate(group, batch.device) for group in groups]
-                control = (Control(rates, _on(batch.device, grad_scale), _on(batch.device, found_inf), counts),)
+                control = (DeviceScalars(rates, _on(batch.device, grad_scale), _on(batch.device, found_inf), counts),)
             updates.append((batch, self._update_of(batch, hyper_array(hypers), *control)))
         return updates
 
-    def _update_of(self, batch: Batch, hypers: ctypes.Array[Hyper], *control: Control) -> Callable[[], None]:
+    def _update_of(
+        self, batch: DeviceTable, hypers: ctypes.Array[Hyper], *control: DeviceScalars
+    ) -> Callable[[], None]:
         device, counter = batch.device, self._counter(batch.device)
         if not batch.paged:
             return partial(update_, batch, hypers, counter, *control)
@@ -484,7 +486,7 @@ class Lion8bit(torch.optim.Optimizer):
         grads: Sequence[Tensor],
         counts: Sequence[int],
         hypers: Sequence[Hyper],
-    ) -> list[Batch]:
+    ) -> list[DeviceTable]:
         """Checks parameters, gradients and state, makes the state that is missing; a batch for each device."""
         self._take_index(params)
         owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
@@ -523,9 +525,9 @@ class Lion8bit(torch.optim.Optimizer):
         for entry in entries:
             self.state[entry.source] = entry.state
         if len(places) == 1:
-            return [Batch(device, entries, ordered) for _, device, *_ in places]
+            return [DeviceTable(device, entries, ordered) for _, device, *_ in places]
         return [
-            Batch(device, [entries[i] for i in at], [ordered[i] for i in at], at)
+            DeviceTable(device, [entries[i] for i in at], [ordered[i] for i in at], at)
             for (_, device, *_), at in sorted(places.items(), key=lambda item: item[0][0])
         ]
 
@@ -850,7 +852,7 @@ _RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # a group's, the la
 _ADAMS_OWN = ("betas", "eps", "amsgrad", "foreach", "fused", "differentiable")
 
 
-def _apply(updates: Iterable[tuple[Batch, Callable[[], None]]]) -> None:
+def _apply(updates: Iterable[tuple[DeviceTable, Callable[[], None]]]) -> None:
     for batch, update in updates:
         if not batch.finished:
             update()
@@ -860,7 +862,7 @@ def _apply(updates: Iterable[tuple[Batch, Callable[[], None]]]) -> None:
 class _Plan:
     """The batches of a step, and what must be the same for another step to take them again."""
 
-    def __init__(self, key: Any, states: Iterable[dict[str, Any]], batches: Sequence[Batch]) -> None:
+    def __init__(self, key: Any, states: Iterable[dict[str, Any]], batches: Sequence[DeviceTable]) -> None:
         self.key = key  # parameters and storage of each group
         self.states = list(states)
         self.batches = batches
@@ -977,9 +979,9 @@ def _device_lr(group: dict[str, Any]) -> Tensor | None:
     return lr
 
 
-def _rate(group: dict[str, Any], device: torch.device) -> Rate:
+def _rate(group: dict[str, Any], device: torch.device) -> DeviceRate:
     divisor, weight_decay = decay_terms(group["weight_decay"], group["decoupled_weight_decay"], _peak_lr(group))
-    return Rate(_on(device, _device_lr(group)), divisor, weight_decay)
+    return DeviceRate(_on(device, _device_lr(group)), divisor, weight_decay)
 
 
 def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
@@ -988,7 +990,7 @@ def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
 
 @in_default_environment
 def _complete(hypers: Sequence[Hyper], groups: Sequence[dict[str, Any]], grad_scale: Tensor | None) -> None:
-    """Reads on the host what a `Control` would leave to the device."""
+    """Reads on the host what a `DeviceScalars` would leave to the device."""
     for hyper, group in zip(hypers, groups, strict=True):
         lr = _device_lr(group)
         if lr is not None:

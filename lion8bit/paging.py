@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lion8bit.layout import Hyper, blocks_per_row, in_memory_order
-from lion8bit.layout import Tensor as Row
+from lion8bit.layout import Hyper, TensorRow, blocks_per_row, in_memory_order
 from lion8bit.sharding import is_dtensor, local
 
 if TYPE_CHECKING:
-    from lion8bit.batch import Batch, Entry
+    from lion8bit.table import DeviceTable, Entry
 
 SLOTS = 3  # one comes in, one is updated, one goes back
 SLOT_BYTES = 16 << 20
@@ -193,7 +192,7 @@ def queues(device: torch.device, buffer: Tensor) -> tuple[Queue, Queue, Queue, C
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Segment:
     """Whole blocks of one entry: whole rows, or a part of one row."""
 
     entry: int  # index into the batch
@@ -205,7 +204,9 @@ class Piece:
     last: bool  # no piece of this entry follows
 
 
-def cut(shapes: Sequence[tuple[int, int]], block_sizes: Sequence[int], block_bytes: Sequence[int]) -> list[list[Piece]]:
+def cut(
+    shapes: Sequence[tuple[int, int]], block_sizes: Sequence[int], block_bytes: Sequence[int]
+) -> list[list[Segment]]:
     """Cuts entries into pieces and deals these out to loads of at most `SLOT_BYTES`, in order.
 
     Args:
@@ -216,7 +217,7 @@ def cut(shapes: Sequence[tuple[int, int]], block_sizes: Sequence[int], block_byt
     Returns:
         The pieces of each load.
     """
-    loads: list[list[Piece]] = [[]]
+    loads: list[list[Segment]] = [[]]
     left = SLOT_BYTES
     for index, ((rows, cols), block_size, bytes_) in enumerate(zip(shapes, block_sizes, block_bytes, strict=True)):
         if cols % block_size == 0:  # blocks run on from row to row
@@ -237,7 +238,7 @@ def cut(shapes: Sequence[tuple[int, int]], block_sizes: Sequence[int], block_byt
                 tall, taken = 1, min(room, per_row - in_row)
                 wide = min(taken * block_size, cols - in_row * block_size)
             start = row * cols + in_row * block_size
-            loads[-1].append(Piece(index, start, tall, wide, block, taken, block + taken == blocks))
+            loads[-1].append(Segment(index, start, tall, wide, block, taken, block + taken == blocks))
             block += taken
             left -= taken * bytes_ + 3 * _ALIGNMENT
     return loads
@@ -246,12 +247,14 @@ def cut(shapes: Sequence[tuple[int, int]], block_sizes: Sequence[int], block_byt
 class Load:
     """What one slot takes at a time; to the backends, a batch whose state lies in the slot."""
 
-    def __init__(self, batch: Batch, pieces: Sequence[Piece], place: int, slot: Tensor, homes: frozenset[int]) -> None:
+    def __init__(
+        self, batch: DeviceTable, pieces: Sequence[Segment], place: int, slot: Tensor, homes: frozenset[int]
+    ) -> None:
         self.device = batch.device
         self.place = place  # which slot
         self.homes = homes  # memory that this and the other loads of the batch come from
         self.first = False  # of its batch
-        self.table = (Row * len(pieces))()
+        self.table = (TensorRow * len(pieces))()
         self.cuda_cache: dict[Any, Any] = {}
         self.entries: list[Entry] = []
         self._batch, self._pieces = batch, pieces
@@ -289,7 +292,7 @@ class Load:
             row.scales = 0 if scales is None else scales.data_ptr()
             row.residual = 0 if residual is None else residual.data_ptr()
             row.rows, row.cols, row.first = piece.rows, piece.cols, first & 0xFFFFFFFF
-        self._columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Row))
+        self._columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(TensorRow))
         self._rows = np.array([piece.entry for piece in pieces])
         sizes = np.array([batch.grads[piece.entry].element_size() for piece in pieces])
         self._offsets = (np.array([piece.start for piece in pieces]) * sizes).astype(np.uint64)
@@ -362,12 +365,12 @@ class Pager:
         self.buffer_bytes = self._buffer.nbytes
         self._dealt = 0  # loads that have been given a slot
         self._ahead: deque[tuple[Load, int]] = deque()  # loads in the slots that wait for their updates; their versions
-        self._followers: dict[Batch, Batch] = {}  # what came after each batch in the last turn
-        self._seen: dict[Batch, Batch] = {}  # in this one
-        self._latest: Batch | None = None
+        self._followers: dict[DeviceTable, DeviceTable] = {}  # what came after each batch in the last turn
+        self._seen: dict[DeviceTable, DeviceTable] = {}  # in this one
+        self._latest: DeviceTable | None = None
 
     def run(
-        self, batch: Batch, hypers: ctypes.Array[Hyper], update: Callable[[Load], None], *, on_device: bool
+        self, batch: DeviceTable, hypers: ctypes.Array[Hyper], update: Callable[[Load], None], *, on_device: bool
     ) -> None:
         """Updates a batch whose state is on the host.
 
@@ -409,7 +412,9 @@ class Pager:
         self._ahead.clear()
         self._outward.finish()
 
-    def _stream(self, loads: Sequence[Load], batch: Batch, update: Callable[[Load], None], on_device: bool) -> None:
+    def _stream(
+        self, loads: Sequence[Load], batch: DeviceTable, update: Callable[[Load], None], on_device: bool
+    ) -> None:
         upcoming = self._upcoming(batch)
         if not all(load is next(upcoming, None) and version == load.version() for load, version in self._ahead):
             self._ahead.clear()
@@ -429,7 +434,7 @@ class Pager:
             self._ahead.popleft()
         self._fill(waiting, upcoming)
 
-    def _upcoming(self, batch: Batch | None) -> Iterator[Load]:
+    def _upcoming(self, batch: DeviceTable | None) -> Iterator[Load]:
         """The loads of a batch, then those of the batches that are expected after it."""
         while batch is not None:
             yield from batch.loads or ()
@@ -450,7 +455,7 @@ class Pager:
             waiting = next(upcoming, None)
         return waiting
 
-    def _cut(self, batch: Batch, hypers: ctypes.Array[Hyper]) -> list[Load]:
+    def _cut(self, batch: DeviceTable, hypers: ctypes.Array[Hyper]) -> list[Load]:
         block_sizes = [hypers[entry.hyper].block_size for entry in batch.entries]
         block_bytes = []
         for entry, block_size in zip(batch.entries, block_sizes, strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lion8bit import reference
-from lion8bit.layout import COUPLED_DECAY, DTYPES, UNSCALE, Hyper, Tensor, make_hyper
+from lion8bit.layout import COUPLED_DECAY, DTYPES, UNSCALE, Hyper, TensorRow, make_hyper
 
 PARAM_DTYPES = tuple(DTYPES)
 
@@ -127,8 +127,8 @@ class RowsState:
         )  # fmt: skip
         return int(skipped)
 
-    def descriptor(self, grad: torch.Tensor, step: int, hyper: int = 0) -> Tensor:
-        return Tensor(
+    def descriptor(self, grad: torch.Tensor, step: int, hyper: int = 0) -> TensorRow:
+        return TensorRow(
             param=self.param.data_ptr(),
             grad=grad.data_ptr(),
             momentum=self.momentum.data_ptr(),

@@ -31,8 +31,8 @@ def check_steps(backend: str) -> None:
     import torch
 
     import lion8bit
-    from lion8bit.backend import select
-    from lion8bit.doctor import examine
+    from lion8bit.backends.select import select
+    from lion8bit.tools.doctor import examine
 
     assert not {"typer", "rich", "matplotlib", "transformers"} & set(sys.modules)
     assert select("cpu")[0] == backend

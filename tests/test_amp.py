@@ -19,8 +19,9 @@ from test_cuda import COMPILER, Emulated, library, needs_gpu  # noqa: F401
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lion8bit import Lion8bit, cuda, portable
-from lion8bit.control import UpdateCounts
+from lion8bit import Lion8bit
+from lion8bit.backends import cuda, portable
+from lion8bit.device_scalars import UpdateCounts
 
 ON_EMULATOR = pytest.param("emulated", marks=pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"))
 ON_GPU = pytest.param("cuda", marks=needs_gpu, id="on_gpu")

@@ -19,7 +19,8 @@ from cases import assert_same
 
 import lion8bit.describe
 import lion8bit.optimizer as optimizer_module
-from lion8bit import Lion8bit, cpu, fuse_into_backward
+from lion8bit import Lion8bit, fuse_into_backward
+from lion8bit.backends import cpu
 from lion8bit.describe import describe, gradients_of, look_again, replace
 
 LOOKS = {"native": lion8bit.describe._native(), "portable": None}

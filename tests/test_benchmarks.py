@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lion8bit import cli
+from lion8bit.tools import cli
 
 pytest.importorskip("rich", reason="needs the extra named demo")
 pytest.importorskip("matplotlib", reason="needs the extra named demo")

@@ -17,10 +17,10 @@ from cases import assert_same
 from test_checkpoints import DAMAGED, OPTIONS, PEERS, REFUSED, damaged, parameters, peer_momentum, step
 from torch import nn
 
-import lion8bit.convert
+import lion8bit.tools.convert
 from lion8bit import Lion8bit, dequantize, quantize, reference
-from lion8bit.cli import build_app
-from lion8bit.convert import ConversionError, convert_file
+from lion8bit.tools.cli import build_app
+from lion8bit.tools.convert import ConversionError, convert_file
 
 CliRunner = pytest.importorskip("typer.testing", reason="needs the extra named cli").CliRunner
 KINDS = {"torch-optimi": "optimi", "bitsandbytes": "bitsandbytes Lion8bit", "lion-pytorch": "lion-pytorch"}
@@ -326,7 +326,7 @@ def test_memory_that_runs_out_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     def fail(*_: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: not enough memory\nframe #0")
 
-    monkeypatch.setattr(lion8bit.convert, "convert_state_dict", fail)
+    monkeypatch.setattr(lion8bit.tools.convert, "convert_state_dict", fail)
     with pytest.raises(ConversionError, match=r"cannot be converted: .*not enough memory$"):
         convert_file(tmp_path / "in.pt", tmp_path / "out.pt")
 

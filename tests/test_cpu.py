@@ -32,10 +32,11 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lion8bit import Lion8bit, cpu, portable, reference
-from lion8bit.batch import STATE_TENSORS, hyper_array
-from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Hyper, Tensor, make_hyper
+from lion8bit import Lion8bit, reference
+from lion8bit.backends import cpu, portable
+from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Hyper, TensorRow, make_hyper
 from lion8bit.reference import decode
+from lion8bit.table import STATE_TENSORS, hyper_array
 
 ROOT = Path(__file__).parents[1]
 AVAILABLE = cpu.available_kernels()
@@ -54,10 +55,10 @@ def test_library_was_built() -> None:
     assert AVAILABLE[0] == "baseline"
 
 
-def native_update(rows: list[Tensor], hypers: list[Hyper], kernel: str, threads: int) -> int:
+def native_update(rows: list[TensorRow], hypers: list[Hyper], kernel: str, threads: int) -> int:
     library = cpu.load_library()
     assert isinstance(library, ctypes.CDLL)
-    table = (Tensor * len(rows))(*rows)
+    table = (TensorRow * len(rows))(*rows)
     return int(library.lion8bit_update(table, len(table), hyper_array(hypers), cpu.KERNELS.index(kernel), threads))
 
 
@@ -214,7 +215,7 @@ def test_a_shard_is_the_part_of_the_whole(kernel: str) -> None:
 
 
 def test_environment_variable_selects_the_kernel() -> None:
-    script = "from lion8bit import cpu; print(cpu.KERNELS[cpu.selected_kernel()])"
+    script = "from lion8bit.backends import cpu; print(cpu.KERNELS[cpu.selected_kernel()])"
     for kernel in AVAILABLE:
         result = subprocess.run([sys.executable, "-c", script], env={"LION8BIT_ISA": kernel, "PATH": ""},
                                 capture_output=True, text=True, check=True)  # fmt: skip
@@ -256,7 +257,8 @@ assert ctypes.CDLL(library).lion8bit_update(None, ctypes.c_int64(0), None, 0, 1)
 assert "libgomp.so.1" not in open("/proc/self/maps").read()
 """
 MAPS = """
-from lion8bit import cpu, reference
+from lion8bit import reference
+from lion8bit.backends import cpu
 cpu.load_library()
 print(open("/proc/self/maps").read())
 """
@@ -416,8 +418,8 @@ def test_optimizer_does_not_depend_on_the_float_environment(environment: str) ->
 TRAPS = """
 import ctypes, torch
 from cases import RowsState, hyper_for, make_gradient
-from lion8bit import cpu
-from lion8bit.batch import hyper_array
+from lion8bit.backends import cpu
+from lion8bit.table import hyper_array
 library, shape = cpu.load_library(), (300, 141)
 for kernel in range(library.lion8bit_kernels()):
     state, hyper = RowsState(shape, torch.float32, 128, True, 0), hyper_for("everything", 128)

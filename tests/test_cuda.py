@@ -32,9 +32,10 @@ from cases import (
     roundings,
 )
 
-from lion8bit import Lion8bit, cuda, reference
-from lion8bit.batch import hyper_array
-from lion8bit.layout import BLOCK_SIZES, DTYPES, WEIGHT_ROUNDING, Hyper, Tensor
+from lion8bit import Lion8bit, reference
+from lion8bit.backends import cuda
+from lion8bit.layout import BLOCK_SIZES, DTYPES, WEIGHT_ROUNDING, Hyper, TensorRow
+from lion8bit.table import hyper_array
 
 EMULATOR = Path(__file__).parent / "emulator"
 SOURCES = [*sorted(EMULATOR.iterdir()), *(Path(__file__).parents[1] / "csrc" / name for name in cuda.SOURCES)]
@@ -162,7 +163,7 @@ class Pair:
         grad = make_gradient(tuple(self.expected.param.shape), self.grad_dtype, self.generator, self.bad)  # type: ignore[arg-type]
         self.expected_grad, self.grad = grad, shifted(grad.to(self.device), self.grad_shift)
 
-    def row(self) -> Tensor:
+    def row(self) -> TensorRow:
         return self.actual.descriptor(self.grad, self.steps, self.hyper)
 
 
@@ -172,7 +173,7 @@ def run_steps(
     """Steps all pairs both ways through one batch and compares every bit of them and the counts of skipped elements."""
     device = torch.device(pairs[0].device)
     counter = torch.zeros(1, dtype=torch.int64, device=device)
-    batch = Batch(device, (Tensor * len(pairs))())
+    batch = Batch(device, (TensorRow * len(pairs))())
     for _ in range(steps):
         for i, pair in enumerate(pairs):
             pair.next_grad()
@@ -245,7 +246,7 @@ def test_nvrtc_compiles_for_every_architecture(arch: str) -> None:
 WITH_NVRTC = """
 import ctypes, sys, pytest
 ctypes.CDLL(sys.argv[1])  # cuda-bindings takes what is loaded
-from lion8bit import cuda
+from lion8bit.backends import cuda
 assert cuda.toolchain()[0] == (12, 4), cuda.toolchain()
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[2], "-k", "every_architecture"]))
 """
@@ -491,7 +492,7 @@ def test_padding_of_a_short_block_counts_as_zero(library: ctypes.CDLL, cols: int
     pair.expected_grad = reference.decode(codes, scales, 128) * (-hyper.beta / hyper.one_minus_beta)
     pair.grad, pair.steps = pair.expected_grad.clone(), 2
     pair.expected.reference_step(pair.expected_grad, hyper, 2)
-    batch = Batch(torch.device("cpu"), (Tensor * 1)(pair.row()))
+    batch = Batch(torch.device("cpu"), (TensorRow * 1)(pair.row()))
     cuda.step_(batch, hyper_array([hyper]), torch.zeros(1, dtype=torch.int64), Emulated(library))
     for name, tensor in pair.actual.tensors().items():
         assert_same(tensor, pair.expected.tensors()[name], name)
@@ -614,7 +615,7 @@ def test_more_groups_than_one_launch_holds(library: ctypes.CDLL) -> None:
 def test_a_cached_batch_takes_new_options(library: ctypes.CDLL) -> None:
     emulated = Emulated(library)
     pair = Pair((2, 500), torch.bfloat16, torch.bfloat16, 128)
-    batch = Batch(torch.device("cpu"), (Tensor * 1)())
+    batch = Batch(torch.device("cpu"), (TensorRow * 1)())
     counter = torch.zeros(1, dtype=torch.int64)
     hypers = [
         hyper_for("plain", 128, lr=1e-2),
@@ -636,7 +637,7 @@ def test_a_cached_batch_takes_new_options(library: ctypes.CDLL) -> None:
 @needs_compiler
 def test_an_empty_batch_launches_nothing(library: ctypes.CDLL) -> None:
     emulated = Emulated(library)
-    batch = Batch(torch.device("cpu"), (Tensor * 0)())
+    batch = Batch(torch.device("cpu"), (TensorRow * 0)())
     cuda.step_(batch, hyper_array([]), torch.zeros(1, dtype=torch.int64), emulated)
     run_steps([Pair((0, 0), torch.bfloat16, torch.bfloat16, 128)], [hyper_for("plain", 128)], on(emulated))
     assert emulated.log == []
@@ -656,11 +657,11 @@ def test_tensors_beyond_32_bits(library: ctypes.CDLL, cols: int) -> None:
 
     param, grad = (reserve(total * 2).view(torch.bfloat16) for _ in range(2))
     codes, scales = reserve(total).view(torch.int8), reserve(blocks * 4).view(torch.float32)
-    tensor = Tensor(
+    tensor = TensorRow(
         param=param.data_ptr(), grad=grad.data_ptr(), momentum=codes.data_ptr(), scales=scales.data_ptr(), rows=rows,
         cols=cols, first=2**31 + 9, row_stride=cols, seed=3, step=5, param_dtype=1, grad_dtype=1,
     )  # fmt: skip
-    batch, hyper = Batch(torch.device("cpu"), (Tensor * 1)(tensor)), hyper_for("decay", 128, "stochastic")
+    batch, hyper = Batch(torch.device("cpu"), (TensorRow * 1)(tensor)), hyper_for("decay", 128, "stochastic")
     grid = -(-blocks // 16)
     first_block = (grid - 2) * 16  # the first that runs
     first_row, in_row = divmod(first_block, per_row)
@@ -759,7 +760,7 @@ def test_gpu_launches_on_the_current_stream() -> None:
     pair, hyper = Pair((64, 4096), torch.bfloat16, torch.bfloat16, 128, device="cuda"), hyper_for("plain", 128)
     late, pair.grad = pair.grad, torch.zeros_like(pair.grad)
     counter = torch.zeros(1, dtype=torch.int64, device="cuda")
-    batch, hypers = Batch(torch.device("cuda"), (Tensor * 1)(pair.row())), hyper_array([hyper])
+    batch, hypers = Batch(torch.device("cuda"), (TensorRow * 1)(pair.row())), hyper_array([hyper])
     cuda.prepare(batch, hypers)  # compiling would outlast the sleep
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -777,7 +778,7 @@ def test_gpu_step_is_captured_in_a_graph() -> None:
     pair = Pair((64, 4096), torch.bfloat16, torch.bfloat16, 128, device="cuda")
     hyper = hyper_for("decay", 128)
     counter = torch.zeros(1, dtype=torch.int64, device="cuda")
-    batch = Batch(torch.device("cuda"), (Tensor * 1)(pair.row()))
+    batch = Batch(torch.device("cuda"), (TensorRow * 1)(pair.row()))
     cuda.prepare(batch, hyper_array([hyper]))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -794,7 +795,7 @@ def test_gpu_step_is_captured_in_a_graph() -> None:
 def test_gpu_refuses_to_compile_during_capture() -> None:
     pair = Pair((4, 4096), torch.bfloat16, torch.float16, 256, device="cuda")
     hypers = hyper_array([hyper_for("everything", 256)])
-    batch = Batch(torch.device("cuda"), (Tensor * 1)(pair.row()))
+    batch = Batch(torch.device("cuda"), (TensorRow * 1)(pair.row()))
     gpu = cuda.device_of(batch)
     gpu._functions.clear()
     counter = torch.zeros(1, dtype=torch.int64, device="cuda")

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lion8bit import Lion8bit, demo
-from lion8bit.bytelm import CHECKPOINT, ByteLM, ByteLMConfig, load_pretrained, save_pretrained
-from lion8bit.cli import build_app, main, try_to_write
+from lion8bit import Lion8bit
+from lion8bit.tools import demo
+from lion8bit.tools.cli import build_app, main, try_to_write
+from lion8bit.tools.demo.bytelm import CHECKPOINT, ByteLM, ByteLMConfig, load_pretrained, save_pretrained
 
 pytest.importorskip("matplotlib", reason="needs the extra named demo")
 Console = pytest.importorskip("rich.console", reason="needs the extra named demo").Console

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lion8bit import cli
+from lion8bit.tools import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

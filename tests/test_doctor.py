@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from lion8bit import __version__, cpu, cuda, doctor, portable
-from lion8bit.cli import build_app
-from lion8bit.doctor import Finding
+from lion8bit import __version__
+from lion8bit.backends import cpu, cuda, portable
+from lion8bit.tools import doctor
+from lion8bit.tools.cli import build_app
+from lion8bit.tools.doctor import Finding
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:

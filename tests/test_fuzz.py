@@ -22,7 +22,8 @@ from cases import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lion8bit import Lion8bit, cpu, portable
+from lion8bit import Lion8bit
+from lion8bit.backends import cpu, portable
 from lion8bit.layout import DTYPES
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from cases import assert_same
 
-from lion8bit import Lion8bit, cpu, reference
+from lion8bit import Lion8bit, reference
+from lion8bit.backends import cpu
 from lion8bit.layout import make_hyper
 
 COLS = 1 << 16

@@ -55,7 +55,7 @@ def test_wheel_says_what_it_is(wheel: Path) -> None:
     folder = metadata.rpartition("/")[0]
     assert f"\nVersion: {lion8bit.__version__}\n" in archive.read(metadata).decode()
     assert archive.read(f"{folder}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
-    assert "lion8bit=lion8bit.cli:main" in archive.read(f"{folder}/entry_points.txt").decode().replace(" ", "")
+    assert "lion8bit=lion8bit.tools.cli:main" in archive.read(f"{folder}/entry_points.txt").decode().replace(" ", "")
     assert {name.split("/")[0] for name in archive.namelist()} == {"lion8bit", folder}
 
 
@@ -79,7 +79,7 @@ def test_it_imports_and_steps(wheel: Path, tmp_path: Path) -> None:
 def test_benchmarks_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="needs the extra named bench")
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    program = "import sys; sys.path[:0] = [sys.argv.pop(1)]; from lion8bit.cli import main; main()"
+    program = "import sys; sys.path[:0] = [sys.argv.pop(1)]; from lion8bit.tools.cli import main; main()"
     command = [sys.executable, "-c", program, str(tmp_path), "bench", "fidelity", "--workload", "none"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "invalid choice: 'none'" in result.stderr, result.stderr

@@ -14,7 +14,8 @@ from cases import assert_same
 from test_cuda import Emulated, library, needs_compiler  # noqa: F401
 
 import lion8bit
-from lion8bit import Lion8bit, cuda, paging, portable
+from lion8bit import Lion8bit, paging
+from lion8bit.backends import cuda, portable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SOURCES = str(Path(lion8bit.__file__).parent)

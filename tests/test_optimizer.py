@@ -21,9 +21,11 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import lion8bit
-from lion8bit import Lion, Lion8, Lion8bit, backend, convert_state_dict, cpu, portable, quantize, reference
-from lion8bit.batch import make_entry
+from lion8bit import Lion, Lion8, Lion8bit, convert_state_dict, quantize, reference
+from lion8bit.backends import cpu, portable
+from lion8bit.backends import select as backend
 from lion8bit.layout import DTYPES, in_memory_order, make_hyper, memory_order, rows_and_cols
+from lion8bit.table import make_entry
 
 LAYOUTS = {
     "vector": lambda: torch.randn(5000),

@@ -22,10 +22,10 @@ from torch import nn
 
 import lion8bit
 from lion8bit import Lion, Lion8bit, Plan, PlanError, estimate, planner
-from lion8bit.cli import build_app
-from lion8bit.demo import state_bytes
 from lion8bit.paging import BUFFER_BYTES
 from lion8bit.planner import GIB
+from lion8bit.tools.cli import build_app
+from lion8bit.tools.demo import state_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -632,7 +632,7 @@ def test_no_command_runs_modules_of_the_working_directory(arguments: list[str], 
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
-    script = "import lion8bit.cli, sys; sys.argv[0] = 'lion8bit'; lion8bit.cli.main()"
+    script = "import lion8bit.tools.cli, sys; sys.argv[0] = 'lion8bit'; lion8bit.tools.cli.main()"
     environment = {**os.environ, "PYTHONPATH": str(Path(lion8bit.__file__).parents[1]), "PYTHONSAFEPATH": ""}
     path = f"import sys; sys.path.remove(''); {script}"  # a script's own folder is there instead
     subprocess.run([sys.executable, "-c", path, *arguments], cwd=tmp_path, env=environment, capture_output=True)
@@ -675,7 +675,7 @@ def test_code_of_a_model_is_executed_only_when_trusted(tmp_path: Path, monkeypat
     folder = code_of_its_own(tmp_path / "model", monkeypatch)
     with pytest.raises(PlanError, match=r"brings code of its own; .*--trust-remote-code"):
         estimate(folder)
-    from lion8bit import demo
+    from lion8bit.tools import demo
 
     text = tmp_path / "text.txt"
     text.write_text("words " * 5000)

@@ -33,9 +33,9 @@ from test_cuda import (
     run_steps,
 )
 
-from lion8bit import cuda
-from lion8bit.batch import hyper_array
-from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Tensor
+from lion8bit.backends import cuda
+from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, TensorRow
+from lion8bit.table import hyper_array
 
 pytest.importorskip("rich", reason="needs the extra named demo")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -103,7 +103,7 @@ def test_kernels_take_the_tuning_of_their_dtype(capability: int) -> None:
 
     pairs = [Pair((1, 9 * 4096), dtype, dtype, 128) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     recorder = Recorder()
-    batch = Batch(torch.device("cpu"), (Tensor * len(pairs))(*(pair.row() for pair in pairs)))
+    batch = Batch(torch.device("cpu"), (TensorRow * len(pairs))(*(pair.row() for pair in pairs)))
     cuda.step_(batch, hyper_array([hyper_for("decay", 128)]), torch.zeros(1, dtype=torch.int64), recorder)
     assert recorder.launches == [
         (dtype, tuning, 9 * 4096 // (tuning.threads * tuning.per_thread))

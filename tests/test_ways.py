@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from lion8bit import Lion8bit, portable
+from lion8bit import Lion8bit
+from lion8bit.backends import portable
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

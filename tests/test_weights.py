@@ -12,9 +12,10 @@ from cases import assert_same, hyper_for
 from torch import nn
 
 import lion8bit
-from lion8bit import Lion8bit, cpu, portable, reference
-from lion8bit.batch import hyper_array
-from lion8bit.layout import Tensor
+from lion8bit import Lion8bit, reference
+from lion8bit.backends import cpu, portable
+from lion8bit.layout import TensorRow
+from lion8bit.table import hyper_array
 
 PATTERNS = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)  # all of them
 HAS_RESIDUAL = PATTERNS.isfinite() & (PATTERNS != 0)
@@ -100,10 +101,12 @@ def test_kernel_splits_every_bfloat16_as_the_reference(kernel: str, lr: float) -
         param, below = PATTERNS.clone().view(1, -1), residual.clone().view(1, -1)
         momentum, scales = reference.encode(torch.zeros(1, 2**16), 128)
         if native:
-            row = Tensor(param=param.data_ptr(), grad=grad.data_ptr(), momentum=momentum.data_ptr(),
+            row = TensorRow(param=param.data_ptr(), grad=grad.data_ptr(), momentum=momentum.data_ptr(),
                          scales=scales.data_ptr(), residual=below.data_ptr(), rows=1, cols=2**16, step=1,
                          param_dtype=1)  # fmt: skip
-            cpu.load_library().lion8bit_update((Tensor * 1)(row), 1, hyper_array([hyper]), cpu.KERNELS.index(kernel), 1)  # type: ignore[union-attr]
+            cpu.load_library().lion8bit_update(
+                (TensorRow * 1)(row), 1, hyper_array([hyper]), cpu.KERNELS.index(kernel), 1
+            )  # type: ignore[union-attr]
         else:
             reference.lion_step_(param, grad.view(1, -1), momentum, scales, hyper, residual=below)
         results.append((param.view(-1), below.view(-1)))

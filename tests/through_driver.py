@@ -16,9 +16,9 @@ import torch
 from cases import hyper_for
 from test_cuda import Batch, Emulated, Pair, run_steps
 
-from lion8bit import cuda
-from lion8bit.batch import hyper_array
-from lion8bit.layout import Tensor
+from lion8bit.backends import cuda
+from lion8bit.layout import TensorRow
+from lion8bit.table import hyper_array
 
 STREAM = 85
 LAUNCHED = ctypes.CFUNCTYPE(
@@ -72,7 +72,7 @@ def main() -> None:
 
     def step_one(dtype: torch.dtype) -> None:
         pair, hypers = Pair((2, 300), dtype, dtype, 128), hyper_array([hyper_for("decay", 128)])
-        batch = Batch(torch.device("cpu"), (Tensor * 1)(pair.row()))
+        batch = Batch(torch.device("cpu"), (TensorRow * 1)(pair.row()))
         cuda.update_(batch, hypers, torch.zeros(1, dtype=torch.int64))
 
     capturing[0] = True

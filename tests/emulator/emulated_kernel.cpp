@@ -24,7 +24,7 @@ using lion8bit::kCompensated;
 using lion8bit::kFloat16;
 using lion8bit::kFloat32;
 
-using Small = lion8bit::Launch<36, 14>;   // SMALL of lion8bit/cuda.py
+using Small = lion8bit::Launch<36, 14>;   // SMALL of lion8bit/backends/cuda.py
 using Large = lion8bit::Launch<362, 32>;  // LARGE
 
 // The arguments of `emulate`.

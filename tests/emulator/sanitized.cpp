@@ -44,7 +44,7 @@ int32_t run_case(const Case& c, const std::string& fault) {
     launch->nonfinite = &nonfinite;
     launch->count = 1;
     launch->passes = 1;
-    lion8bit::Tensor& tensor = launch->tensors[0];
+    lion8bit::TensorRow& tensor = launch->tensors[0];
     tensor.param = param.data;
     tensor.grad = fault == "unaligned" ? grad.data + 1 : grad.data;
     tensor.momentum = momentum.data;

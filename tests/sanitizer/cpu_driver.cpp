@@ -15,7 +15,7 @@ extern "C" {
 int32_t lion8bit_kernels();
 uint64_t lion8bit_environment();
 void lion8bit_set_environment(uint64_t environment);
-int64_t lion8bit_update(const lion8bit::Tensor* tensors, int64_t count, const lion8bit::Hyper* hypers, int32_t kernel,
+int64_t lion8bit_update(const lion8bit::TensorRow* tensors, int64_t count, const lion8bit::Hyper* hypers, int32_t kernel,
                         int32_t threads);
 }
 
@@ -65,7 +65,7 @@ void run(const Case& c, const std::string& fault) {
     Buffer momentum = make("momentum", count, c.quantized ? 1 : 4), scales = make("scales", blocks, 4);
     Buffer residual = make("residual", c.rounding == kCompensated ? count : 0, 1);
     if (c.idle && fault.empty()) std::memset(grad.data, 0, count * size(c.grad_dtype));
-    Tensor tensor = {};
+    TensorRow tensor = {};
     tensor.param = param.data;
     tensor.grad = grad.data;
     tensor.momentum = momentum.data;

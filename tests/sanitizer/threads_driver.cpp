@@ -8,10 +8,10 @@
 #include "cpu_kernel.h"
 #include "export.h"
 
-LION8BIT_EXPORT int64_t lion8bit_update(const lion8bit::Tensor* tensors, int64_t count, const lion8bit::Hyper* hypers,
+LION8BIT_EXPORT int64_t lion8bit_update(const lion8bit::TensorRow* tensors, int64_t count, const lion8bit::Hyper* hypers,
                                         int32_t kernel, int32_t threads);
 
-int64_t lion8bit::update_blocks_baseline(const Tensor& tensor, const Hyper&, int64_t first, int64_t last) {
+int64_t lion8bit::update_blocks_baseline(const TensorRow& tensor, const Hyper&, int64_t first, int64_t last) {
     auto* visits = static_cast<std::atomic<int>*>(tensor.param);
     for (int64_t block = first; block < last; ++block) ++visits[block];
     return last - first;
@@ -23,13 +23,13 @@ int main() {
     hyper.block_size = 64;
     for (int32_t threads = 1; threads < 10; ++threads) {
         std::vector<std::vector<std::atomic<int>>> visits;
-        std::vector<lion8bit::Tensor> tensors;
+        std::vector<lion8bit::TensorRow> tensors;
         int64_t total = 0;
         for (const auto& shape : kShapes) {
             const int64_t blocks = shape[0] * lion8bit::blocks_per_row(shape[1], hyper.block_size);
             total += blocks;
             visits.emplace_back(blocks);
-            lion8bit::Tensor tensor = {};
+            lion8bit::TensorRow tensor = {};
             tensor.param = visits.back().data();
             tensor.rows = shape[0];
             tensor.cols = shape[1];

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from lion8bit.control import Control
+from lion8bit.device_scalars import DeviceScalars
 from lion8bit.files import write_whole
-from lion8bit.layout import Hyper, Tensor, blocks_per_row
+from lion8bit.layout import Hyper, TensorRow, blocks_per_row
 
 SOURCES = ("cuda_kernel.cu", "block_math.h")
 CACHE_VARIABLE = "LION8BIT_CACHE_DIR"
@@ -141,10 +141,10 @@ class Kernel(NamedTuple):
 
 
 class Batch(Protocol):
-    """What this backend needs of `lion8bit.batch.Batch`."""
+    """What this backend needs of `lion8bit.table.Batch`."""
 
     device: torch.device
-    table: Any  # ctypes array of Tensor; only grad and step change in its lifetime
+    table: Any  # ctypes array of TensorRow; only grad and step change in its lifetime
     cuda_cache: dict[Any, Any]
     done: list[Any]  # see `backend.update_`
 
@@ -164,8 +164,8 @@ class Runner(Protocol):
 # ---- Packing -------------------------------------------------------------------------------------------------------
 
 
-class Rate(ctypes.Structure):
-    """`struct Rate` of `cuda_kernel.cu`."""
+class DeviceRateRow(ctypes.Structure):
+    """`struct DeviceRate` of `cuda_kernel.cu`."""
 
     _fields_ = [("lr", ctypes.c_void_p), ("divisor", ctypes.c_double), ("weight_decay", ctypes.c_double)]
 
@@ -181,9 +181,9 @@ def launch_type(capacity: Capacity) -> type[ctypes.Structure]:
         ("count", ctypes.c_int32),
         ("passes", ctypes.c_int32),
         ("first_tile", ctypes.c_int32 * capacity.tensors),
-        ("tensors", Tensor * capacity.tensors),
+        ("tensors", TensorRow * capacity.tensors),
         ("hypers", Hyper * capacity.hypers),
-        ("rates", Rate * capacity.hypers),
+        ("rates", DeviceRateRow * capacity.hypers),
     ]
     return type("Launch", (ctypes.Structure,), {"_fields_": fields})
 
@@ -206,10 +206,10 @@ class _Packed:
             self.launch.first_tile[i] = self.grid
             self.grid += -(-amount // per_tile)
         self.grid = max(1, self.grid)  # which counts the updates of tensors without elements
-        self._tensors = np.frombuffer(self.launch.tensors, dtype=np.dtype(Tensor))[: len(rows)]
+        self._tensors = np.frombuffer(self.launch.tensors, dtype=np.dtype(TensorRow))[: len(rows)]
         self._local_hypers = np.array([self.hypers.index(hyper) for hyper in hypers], dtype=np.int32)
 
-    def refresh(self, table: Any, hypers: ctypes.Array[Hyper], nonfinite: int, control: Control | None) -> None:
+    def refresh(self, table: Any, hypers: ctypes.Array[Hyper], nonfinite: int, control: DeviceScalars | None) -> None:
         """Takes in what changes from step to step."""
         self.launch.nonfinite = nonfinite
         self._tensors[:] = table[self.rows]
@@ -221,7 +221,7 @@ class _Packed:
             self.launch.counters = control.counts.table.data_ptr()
             for i, hyper in enumerate(self.hypers):
                 rate = control.rates[hyper]
-                self.launch.rates[i] = Rate(_address(rate.lr), rate.divisor, rate.weight_decay)
+                self.launch.rates[i] = DeviceRateRow(_address(rate.lr), rate.divisor, rate.weight_decay)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -261,7 +261,7 @@ def _pack(table: Any, hypers: ctypes.Array[Hyper], runner: Runner, on_device: bo
 
 
 def launches(
-    batch: Batch, hypers: ctypes.Array[Hyper], nonfinite: int, runner: Runner, control: Control | None = None
+    batch: Batch, hypers: ctypes.Array[Hyper], nonfinite: int, runner: Runner, control: DeviceScalars | None = None
 ) -> list[_Packed]:
     """The launches that step a batch, packed anew only where more than gradients, steps and constants have changed."""
     import numpy as np
@@ -272,7 +272,7 @@ def launches(
     cached = batch.cuda_cache.get(kinds)
     if cached is None:
         batch.cuda_cache.clear()
-        table = np.frombuffer(batch.table, dtype=np.dtype(Tensor)) if len(batch.table) else None
+        table = np.frombuffer(batch.table, dtype=np.dtype(TensorRow)) if len(batch.table) else None
         cached = batch.cuda_cache[kinds] = table, _pack(batch.table, hypers, runner, on_device)
     table, packed = cached
     for each in packed:
@@ -285,7 +285,7 @@ def step_(
     hypers: ctypes.Array[Hyper],
     counter: torch.Tensor,
     runner: Runner,
-    control: Control | None = None,
+    control: DeviceScalars | None = None,
 ) -> None:
     """`update_` on a runner of the caller's choice."""
     for packed in launches(batch, hypers, counter.data_ptr(), runner, control)[len(batch.done) :]:
@@ -330,7 +330,7 @@ def sources() -> dict[str, bytes]:
     Raises:
         RuntimeError: they are in neither place.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "csrc", package.parent / "csrc"):
         try:
             return {name: (folder / name).read_bytes() for name in SOURCES}
@@ -565,7 +565,9 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def update_(batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor, control: Control | None = None) -> None:
+def update_(
+    batch: Batch, hypers: ctypes.Array[Hyper], counter: torch.Tensor, control: DeviceScalars | None = None
+) -> None:
     """One Lion step in place for every parameter of the batch, on torch's current stream, without synchronisation.
 
     The first step of each combination of dtypes and options compiles its kernel; CUDA graphs may capture later ones.

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 import lion8bit
-from lion8bit import cpu, cuda, portable
-from lion8bit.batch import STATE_TENSORS, Batch, hyper_array, make_entry
+from lion8bit.backends import cpu, cuda, portable
 from lion8bit.layout import Hyper, make_hyper
 from lion8bit.reference import encode, lion_step_
+from lion8bit.table import STATE_TENSORS, DeviceTable, hyper_array, make_entry
 
 OLDEST_TORCH = (2, 6)
 REINSTALL = "reinstall it in a checkout (pip install --force-reinstall --no-deps .)"
@@ -217,7 +217,7 @@ def _other_devices() -> Iterator[Finding]:
 
 # ---- Self-checks ----------------------------------------------------------------------------------------------------
 
-Update = Callable[[Batch, "ctypes.Array[Hyper]", Tensor], None]
+Update = Callable[[DeviceTable, "ctypes.Array[Hyper]", Tensor], None]
 
 STEPS = 3
 ROWS, COLS, BLOCK_SIZE = 4, 300, 128  # the last block of a row is short
@@ -283,7 +283,7 @@ def _difference(update: Update, device: torch.device) -> str | None:
             make_entry(case.param, case.grads[step], case.state, block_size=BLOCK_SIZE, seed=i, hyper=i)
             for i, case in enumerate(ours)
         ]
-        batch = Batch(device, [entry for entry, _ in made], [grad for _, grad in made])
+        batch = DeviceTable(device, [entry for entry, _ in made], [grad for _, grad in made])
         batch.begin()
         update(batch, hypers, counter)
         batch.finish()

@@ -1,7 +1,7 @@
 """Fine-tunes one pretrained language model with several optimizers: the runs, the table and the figure.
 
 Every optimizer starts from the same weights, sees the same batches and takes the same number of steps.
-Nothing here prints; `lion8bit.cli` does.
+Nothing here prints; `lion8bit.tools.cli` does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lion8bit import Lion, Lion8bit
-from lion8bit.bytelm import encode, load_pretrained, next_token_loss
+from lion8bit.tools.demo.bytelm import encode, load_pretrained, next_token_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

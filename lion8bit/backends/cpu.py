@@ -19,7 +19,7 @@ import torch
 from lion8bit.layout import FORMAT_VERSION, Hyper
 
 if TYPE_CHECKING:
-    from lion8bit.batch import Work
+    from lion8bit.table import Work
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from lion8bit.batch import Work
 from lion8bit.layout import Hyper, blocks_per_row, in_memory_order
 from lion8bit.reference import lion_step
+from lion8bit.table import Work
 
 PIECE = 1 << 17  # elements at a time: half a megabyte for each temporary, of which some ten live at once
 

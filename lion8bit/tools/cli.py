@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import typer
     from rich.table import Table
 
-    from lion8bit.doctor import Finding
+    from lion8bit.tools.doctor import Finding
 
 SOMETHING_WRONG = 1
 USAGE_ERROR = 2
@@ -97,7 +97,7 @@ def progress_bars(steps: int) -> Iterator[Callable[[str, int, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from lion8bit.demo import LABELS
+    from lion8bit.tools.demo import LABELS
 
     columns = (
         TextColumn("{task.fields[label]}", style="bold"),
@@ -140,7 +140,7 @@ def run_benchmark(name: str, arguments: Sequence[str]) -> None:
         drawing = any(argument.startswith("--plot") for argument in arguments)
         require_packages(["matplotlib"] * drawing + ["sklearn"] * (name in ("fidelity", "convergence")), "bench")
     script = BENCHMARKS[name][0]
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     folders = (package / "benchmarks", package.parent / "benchmarks")
     sys.path.insert(0, next(str(folder) for folder in folders if (folder / f"{script}.py").is_file()))
     sys.argv[:] = [f"lion8bit bench {name}", *arguments]  # the first is what its help calls it
@@ -151,7 +151,7 @@ def findings_table(findings: "Sequence[Finding]") -> "Table":
     """Shows what the doctor found, each problem with its remedy.
 
     Args:
-        findings: what `lion8bit.doctor.examine` returned.
+        findings: what `lion8bit.tools.doctor.examine` returned.
 
     Returns:
         A rich table, a row for each finding.
@@ -252,7 +252,7 @@ def build_app() -> "typer.Typer":
         require_packages(["matplotlib"])
         from rich.console import Console
 
-        from lion8bit import demo as lion8bit_demo
+        from lion8bit.tools import demo as lion8bit_demo
 
         writable = f"out must be a folder that can be written to, got {out}"
         with told(OSError, requirement=writable):
@@ -307,7 +307,7 @@ def build_app() -> "typer.Typer":
         """
         from rich.console import Console
 
-        from lion8bit.doctor import examine, healthy
+        from lion8bit.tools.doctor import examine, healthy
 
         findings = examine()
         if as_json:
@@ -439,7 +439,7 @@ def build_app() -> "typer.Typer":
         lion8bit convert ours.pt theirs.pt --to bitsandbytes
         lion8bit convert ours.pt finer.pt --block-size 64
         """
-        from lion8bit.convert import ConversionError, convert_file
+        from lion8bit.tools.convert import ConversionError, convert_file
 
         options = {"block_size": block_size, "min_8bit_size": min_8bit_size, "optim_bits": optim_bits}
         with told(ConversionError):

@@ -13,7 +13,7 @@ from lion8bit.loading import step_count
 
 
 @dataclass(slots=True)
-class Rate:
+class DeviceRate:
     """The learning rate of a group: ``decay = 1 - lr / divisor * weight_decay`` is formed from it in double."""
 
     lr: Tensor | None  # [1] fp32 on the batch's device; None where the host knows it
@@ -105,10 +105,10 @@ class UpdateCounts:
 
 
 @dataclass(slots=True)
-class Control:
+class DeviceScalars:
     """What the device decides in one step of a batch, from tensors of one element on the batch's device."""
 
-    rates: Sequence[Rate]  # by group
+    rates: Sequence[DeviceRate]  # by group
     grad_scale: Tensor | None  # fp32: gradients are multiplied with fp32(1 / double(grad_scale))
     found_inf: Tensor | None  # fp32: where it is not 0, nothing is written
     counts: UpdateCounts

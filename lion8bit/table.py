@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from lion8bit.control import UpdateCounts
 from lion8bit.describe import describe, listed, look_again, replace
-from lion8bit.layout import DTYPES, Hyper, Tensor, memory_order, rows_and_cols, scales_shape, unmark_order
+from lion8bit.device_scalars import UpdateCounts
+from lion8bit.layout import DTYPES, Hyper, TensorRow, memory_order, rows_and_cols, scales_shape, unmark_order
 from lion8bit.loading import step_count
 from lion8bit.sharding import is_dtensor, local, local_state, place_in_whole
 
@@ -246,7 +246,7 @@ class Work(Protocol):
         """The gradients of the entries."""
 
 
-class Batch:
+class DeviceTable:
     """The entries of one device and the kernels' table of them, kept while memory stays where it is."""
 
     def __init__(
@@ -293,7 +293,7 @@ class Batch:
     def _tabulate(self, entries: Sequence[Entry], grads: Sequence[torch.Tensor]) -> None:
         self.entries = list(entries)
         self.grads = list(grads)  # let go of by `finish`, so that zero_grad frees them
-        self.table = (Tensor * len(self.entries))()
+        self.table = (TensorRow * len(self.entries))()
         for row, entry, grad in zip(self.table, self.entries, self.grads, strict=True):
             row.param = entry.param.data_ptr()
             row.grad = grad.data_ptr()
@@ -304,7 +304,7 @@ class Batch:
             row.first, row.row_stride = entry.first & 0xFFFFFFFF, entry.row_stride & 0xFFFFFFFF
             row.seed, row.hyper = entry.seed, entry.hyper
             row.param_dtype, row.grad_dtype = DTYPES[entry.param.dtype], DTYPES[grad.dtype]
-        self.columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(Tensor))
+        self.columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(TensorRow))
 
     def refresh(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
         """Takes in a step's parameters and gradients; False where more than gradients has changed.

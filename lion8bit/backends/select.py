@@ -10,10 +10,10 @@ from functools import cache
 
 import torch
 
-from lion8bit import cpu, portable
-from lion8bit.batch import Work
-from lion8bit.control import Control
+from lion8bit.backends import cpu, portable
+from lion8bit.device_scalars import DeviceScalars
 from lion8bit.layout import Hyper
+from lion8bit.table import Work
 
 Update = Callable[..., None]
 
@@ -22,7 +22,9 @@ class SlowBackendWarning(UserWarning):
     """Says once per kind of device that a fallback costs speed; results stay the same."""
 
 
-def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, control: Control | None = None) -> None:
+def update_(
+    batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, control: DeviceScalars | None = None
+) -> None:
     """One Lion step in place for every parameter of the batch, by the backend of its device.
 
     ``batch.done`` has an item for each part of the step that has been applied, so a call that was interrupted can be
@@ -69,7 +71,7 @@ def select(device_type: str) -> tuple[str, Update]:
         if reason is None:
             return "cpu", cpu.update_
     elif device_type == "cuda":
-        from lion8bit import cuda
+        from lion8bit.backends import cuda
 
         reason = cuda.unavailable_reason()
         if reason is None:
