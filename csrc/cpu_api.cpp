@@ -1,6 +1,7 @@
-// Owns the C interface that lion8bit/backends/cpu.py calls: the choice of instruction set, the split of the work over threads
-// and the floating-point environment of each.
+// Owns the C interface that lion8bit/backends/cpu.py calls: the choice of instruction set, the split of the work over
+// threads and the floating-point environment of each.
 #include <atomic>
+#include <cstddef>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -109,7 +110,47 @@ int64_t count_blocks(const TensorRow& tensor, const Hyper& hyper) {
     return tensor.rows * lion8bit::blocks_per_row(tensor.cols, hyper.block_size);
 }
 
+// Sizes of the structs and offsets of their fields, in order.
+#define LION8BIT_AT(Struct, field) static_cast<int32_t>(offsetof(Struct, field))
+constexpr int32_t kStructLayouts[] = {
+    sizeof(Hyper),
+    LION8BIT_AT(Hyper, lr),
+    LION8BIT_AT(Hyper, decay),
+    LION8BIT_AT(Hyper, coupled_decay),
+    LION8BIT_AT(Hyper, blend),
+    LION8BIT_AT(Hyper, one_minus_blend),
+    LION8BIT_AT(Hyper, beta),
+    LION8BIT_AT(Hyper, one_minus_beta),
+    LION8BIT_AT(Hyper, unscale),
+    LION8BIT_AT(Hyper, flags),
+    LION8BIT_AT(Hyper, block_size),
+    LION8BIT_AT(Hyper, weight_rounding),
+    sizeof(TensorRow),
+    LION8BIT_AT(TensorRow, param),
+    LION8BIT_AT(TensorRow, grad),
+    LION8BIT_AT(TensorRow, momentum),
+    LION8BIT_AT(TensorRow, scales),
+    LION8BIT_AT(TensorRow, residual),
+    LION8BIT_AT(TensorRow, rows),
+    LION8BIT_AT(TensorRow, cols),
+    LION8BIT_AT(TensorRow, first),
+    LION8BIT_AT(TensorRow, row_stride),
+    LION8BIT_AT(TensorRow, seed),
+    LION8BIT_AT(TensorRow, step),
+    LION8BIT_AT(TensorRow, param_dtype),
+    LION8BIT_AT(TensorRow, grad_dtype),
+    LION8BIT_AT(TensorRow, hyper),
+};
+#undef LION8BIT_AT
+
 }  // namespace
+
+// Writes kStructLayouts, which Python compares with its ctypes mirrors, as far as it fits; returns how many they are.
+LION8BIT_EXPORT int32_t lion8bit_struct_layouts(int32_t* out, int32_t capacity) {
+    constexpr int32_t count = sizeof(kStructLayouts) / sizeof(int32_t);
+    for (int32_t i = 0; i < count && i < capacity; ++i) out[i] = kStructLayouts[i];
+    return count;
+}
 
 // The format version that this library was built with.
 LION8BIT_EXPORT int32_t lion8bit_format_version() { return lion8bit::kFormatVersion; }
@@ -132,7 +173,8 @@ LION8BIT_EXPORT int32_t lion8bit_kernels() {
 #endif
 }
 
-// The calling thread's floating-point environment and its change; lion8bit/backends/cpu.py derives constants in the default one.
+// The calling thread's floating-point environment and its change; lion8bit/backends/cpu.py derives constants in the
+// default one.
 LION8BIT_EXPORT uint64_t lion8bit_environment() { return control(); }
 LION8BIT_EXPORT void lion8bit_set_environment(uint64_t environment) { set_control(environment); }
 LION8BIT_EXPORT void lion8bit_set_default_environment() { set_control(kDefaultControl); }

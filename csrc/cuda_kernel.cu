@@ -1,8 +1,8 @@
 // Owns the CUDA kernel: how threads walk the blocks of many tensors in one launch; the arithmetic is block_math.h's.
 //
-// lion8bit/backends/cuda.py compiles it with NVRTC, one module per combination of the LION8BIT_* macros, and packs the Launch.
-// Each thread holds 8 (or 16) consecutive elements in registers, neighbouring threads hold a block, and the largest new
-// momentum of a block travels between them by shuffles, so that each byte is read once and written once.
+// lion8bit/backends/cuda.py compiles it with NVRTC, one module per combination of the LION8BIT_* macros, and packs the
+// Launch. Each thread holds 8 (or 16) consecutive elements in registers, neighbouring threads hold a block, and the
+// largest new momentum of a block travels between them by shuffles, so that each byte is read once and written once.
 #include "block_math.h"
 
 namespace lion8bit {
@@ -41,9 +41,9 @@ template <int32_t tensor_capacity, int32_t hyper_capacity> struct Launch {
     int32_t count;                        // tensors in use, at least 1
     int32_t passes;                       // a CUDA block steps passes * kThreads * kPerLane elements
     int32_t first_tile[tensor_capacity];  // index of the first CUDA block of each tensor, ascending from 0
-    TensorRow tensors[tensor_capacity];      // none of them empty, unless on_device
+    TensorRow tensors[tensor_capacity];   // none of them empty, unless on_device
     Hyper hypers[hyper_capacity];         // indexed by TensorRow::hyper
-    DeviceRate rates[hyper_capacity];           // likewise
+    DeviceRate rates[hyper_capacity];     // likewise
 };
 
 // ---- The consecutive elements of a thread, as they lie in memory ----------------------------------------------------

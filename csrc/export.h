@@ -1,4 +1,4 @@
-// Owns the mark of the functions that Python calls.
+// Marks functions and data that Python uses.
 #pragma once
 
 #if defined(_WIN32)
