@@ -1,4 +1,4 @@
-// Marks functions and data that Python uses.
+// The mark of functions that Python calls.
 #pragma once
 
 #if defined(_WIN32)

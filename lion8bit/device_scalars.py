@@ -44,7 +44,7 @@ class UpdateCounts:
 
         Args:
             states: one for each parameter of a step.
-            capacity: how many states the optimizer has in all.
+            capacity: how many parameters the optimizer has in all.
 
         Raises:
             RuntimeError: a count would be copied in a CUDA graph, and so in each of its replays.

@@ -275,7 +275,7 @@ class Stepper:
                 read_on_host(hypers, step.groups, step.grad_scale)
                 table.begin()
             else:
-                table.begin_on_device(counts, len(optimizer.state))
+                table.begin_on_device(counts, sum(len(group["params"]) for group in optimizer.param_groups))
                 rates = [device_rate(group, device) for group in step.groups]
                 grad_scale, found_inf = to_scalar(step.grad_scale, device), to_scalar(step.found_inf, device)
                 scalars = (DeviceScalars(rates, grad_scale, found_inf, counts.table),)

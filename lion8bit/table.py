@@ -306,7 +306,7 @@ class DeviceTable:
         self._begin()
 
     def begin_on_device(self, counts: UpdateCounts, capacity: int) -> None:
-        """Begins an update that the device counts; ``capacity``: how many states the optimizer has."""
+        """Begins an update that the device counts; ``capacity``: how many parameters the optimizer has."""
         self._counts = []
         self.columns["step"] = counts.indices(self._states, capacity)
         self._begin()
@@ -315,7 +315,7 @@ class DeviceTable:
         self.done, self.finished = [], False
         for number in self.copied:
             entry = self.entries[number]
-            entry.param = _copy_in_order(entry.param, entry)
+            entry.param = _copy_in_order(local(entry.source), entry)
             self.columns["param"][number] = entry.param.data_ptr()
         if self.copied:
             self.loads = None  # which refer to former copies

@@ -7,12 +7,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 
 from lion8bit import reference
-from lion8bit.layout import COUPLED_DECAY, DTYPES, UNSCALE, Hyper, TensorRow, make_hyper
+from lion8bit.backends import select
+from lion8bit.layout import COUPLED_DECAY, DTYPES, UNSCALE, Hyper, TensorRow
+from lion8bit.options import make_hyper
 
 PARAM_DTYPES = tuple(DTYPES)
 
@@ -68,11 +69,13 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None
 
 @contextlib.contextmanager
 def override_backend(update_: Callable[..., None] | None, decides: bool = False) -> Iterator[None]:
-    """Lets `update_` step all parameters; None leaves the usual backend. `decides` as `backends.select.decides`."""
+    """Lets `update_` step all parameters; None leaves the usual backend. `decides`: it reads device memory."""
     if update_ is None:
         yield
         return
-    with mock.patch.multiple("lion8bit.optimizer", update_=update_, decides=lambda device_type: decides):
+    with contextlib.ExitStack() as stack:
+        for device_type in ("cpu", "cuda"):
+            stack.enter_context(select.override(device_type, select.Backend("test", update_, decides)))
         yield
 
 

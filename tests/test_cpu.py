@@ -34,9 +34,11 @@ from hypothesis import strategies as st
 
 from lion8bit import Lion8bit, reference
 from lion8bit.backends import cpu, portable
-from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Hyper, TensorRow, make_hyper
+from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Hyper, TensorRow
+from lion8bit.options import make_hyper
 from lion8bit.reference import decode
-from lion8bit.table import STATE_TENSORS, hyper_array
+from lion8bit.state import STATE_TENSORS
+from lion8bit.table import hyper_array
 
 ROOT = Path(__file__).parents[1]
 AVAILABLE = cpu.available_kernels()

@@ -14,7 +14,8 @@ from cases import assert_same, override_backend
 from test_cuda import Emulated, library, needs_compiler  # noqa: F401
 
 import lion8bit
-from lion8bit import Lion8bit, paging
+from lion8bit import Lion8bit
+from lion8bit import state as state_module
 from lion8bit.backends import cuda, portable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,8 +67,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, use
         emulated = Emulated(request.getfixturevalue("library"))
         use_backend(lambda *arguments: cuda.step_(*arguments, emulated))
     if request.param == "paged":
-        monkeypatch.setattr(paging, "DEVICES", {"cpu"})
-        monkeypatch.setattr(paging, "LEAST", 1000)
+        monkeypatch.setattr(state_module, "PAGED_DEVICES", {"cpu"})
+        monkeypatch.setattr(state_module, "MIN_PAGED_SIZE", 1000)
     return str(request.param)
 
 
@@ -174,8 +175,8 @@ def test_a_failed_step_lets_go_of_gradients_and_counts_nothing() -> None:
     with override_backend(fail), pytest.raises(RuntimeError, match="no memory"):
         optimizer.step()
     assert same(contents(params, optimizer), before)
-    assert optimizer._plan is not None
-    assert [batch.grads for batch in optimizer._plan.batches] == [[]] * len(optimizer._plan.batches)
+    assert optimizer._stepper.plan is not None
+    assert [batch.grads for batch in optimizer._stepper.plan.tables] == [[]] * len(optimizer._stepper.plan.tables)
 
 
 @pytest.mark.parametrize("count", [3.5, None, "2", -1, 2**63, torch.tensor(1.5), torch.tensor(torch.nan)], ids=str)

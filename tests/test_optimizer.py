@@ -24,7 +24,8 @@ import lion8bit
 from lion8bit import Lion, Lion8, Lion8bit, convert_state_dict, quantize, reference
 from lion8bit.backends import cpu, portable
 from lion8bit.backends import select as backend
-from lion8bit.layout import DTYPES, in_memory_order, make_hyper, memory_order, rows_and_cols
+from lion8bit.layout import DTYPES, in_memory_order, memory_order, rows_and_cols
+from lion8bit.options import make_hyper
 from lion8bit.table import make_entry
 
 LAYOUTS = {
@@ -191,9 +192,9 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str | None]]:
     reason: list[str | None] = ["the wheel was built without a C++ compiler"]
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: reason[0])
     monkeypatch.setattr(backend, "_missing", {})
-    backend.select.cache_clear()
+    backend._fastest.cache_clear()
     yield reason
-    backend.select.cache_clear()
+    backend._fastest.cache_clear()
 
 
 def step_here(optimizer: Lion8bit, param: torch.Tensor) -> None:
@@ -1385,7 +1386,7 @@ def test_random_bits_follow_a_parameter_that_leaves_its_group() -> None:
                 param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
             if step == 2:
                 del optimizer.param_groups[0]["params"][0]
-                optimizer._plan = optimizer._plan if keep else None
+                optimizer._stepper.plan = optimizer._stepper.plan if keep else None
             optimizer.step()
         results.append(params)
     assert all(map(torch.equal, *results))
