@@ -5,10 +5,10 @@ Nothing here prints; `lion8bit.tools.cli` does.
 """
 
 from lion8bit.tools.demo.report import FILES as FILES
+from lion8bit.tools.demo.report import LABELS as LABELS
+from lion8bit.tools.demo.report import Results as Results
 from lion8bit.tools.demo.report import result_table as result_table
 from lion8bit.tools.demo.report import save_results as save_results
-from lion8bit.tools.demo.results import LABELS as LABELS
-from lion8bit.tools.demo.results import Results as Results
 from lion8bit.tools.demo.run import run_demo as run_demo
 from lion8bit.tools.demo.task import DemoInputError as DemoInputError
 from lion8bit.tools.demo.task import first_line as first_line

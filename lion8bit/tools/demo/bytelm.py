@@ -120,12 +120,6 @@ def next_token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") ->
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().long(), reduction=reduction)
 
 
-def save_pretrained(model: ByteLM, path: Path) -> None:
-    """Writes a checkpoint: the configuration, and the weights in fp16."""
-    weights = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in model.state_dict().items()}
-    torch.save({"config": dataclasses.asdict(model.config), "weights": weights}, path)
-
-
 def load_pretrained(path: Path = CHECKPOINT) -> ByteLM:
     """Loads a checkpoint in fp32, on the CPU; the default is the one that `benchmarks/pretrain_bytelm.py` made."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -12,16 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lion8bit.tools.demo.results import LABELS, Results
+from lion8bit.tools.demo.report import LABELS, Results
 
 # Okabe and Ito's palette, which is distinct with any common colour blindness: https://jfly.uni-koeln.de/color/
-COLOURS = {
-    "none": "#767676",
-    "adamw": "#D55E00",
-    "lion": "#0072B2",
-    "lion8bit": "#009E73",
-    "bitsandbytes": "#CC79A7",
-}
+COLOURS = {"adamw": "#D55E00", "lion": "#0072B2", "lion8bit": "#009E73", "bitsandbytes": "#CC79A7", "none": "#767676"}
 # Width, opacity and dashes of the held-out curves: where Lions coincide, the wider show under the narrower.
 LINES: dict[str, tuple[float, float, Any]] = {
     "adamw": (2.6, 1.0, "-"),
@@ -29,6 +23,7 @@ LINES: dict[str, tuple[float, float, Any]] = {
     "bitsandbytes": (3.4, 1.0, "-"),
     "lion8bit": (2.2, 1.0, (0, (3, 2))),
 }
+WEIGHTS = {"lion8bit": "bold"}  # of fonts
 INK, FAINT_INK, RULE = "#222222", "#6B6B6B", "#BBBBBB"
 
 
@@ -62,9 +57,8 @@ def plot_losses(axes: Axes, results: Results) -> None:
         heights = [(y - low) / (high - low) for y in (row.loss_after, place, place)]
         style = {"color": COLOURS[row.key], "transform": axes.transAxes}
         axes.plot([1.012, 1.03, 1.05], heights, linewidth=1, clip_on=False, **style)
-        weight = "bold" if row.key == "lion8bit" else "normal"
-        label = f"{LABELS[row.key]}  {row.loss_after:.3f}"
-        axes.text(1.06, heights[-1], label, va="center", fontsize=10.5, fontweight=weight, **style)
+        style |= {"fontsize": 10.5, "fontweight": WEIGHTS.get(row.key)}
+        axes.text(1.06, heights[-1], f"{LABELS[row.key]}  {row.loss_after:.3f}", va="center", **style)
     axes.set_xlim(0, results.setting["steps"])
     axes.set_ylim(low, high)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
@@ -98,9 +92,9 @@ def plot_memory(axes: Axes, results: Results) -> None:
     rows = [row for row in results.rows if row.runs and row.key != "none"]
     largest = max(row.state_bytes_per_param for row in rows)
     for place, row in enumerate(rows):
-        size, weight = row.state_bytes_per_param, "bold" if row.key == "lion8bit" else "normal"
+        size = row.state_bytes_per_param
         axes.barh(place, size, color=COLOURS[row.key], height=0.58)
-        text: dict[str, Any] = {"color": INK, "fontsize": 10.5, "fontweight": weight}
+        text: dict[str, Any] = {"color": INK, "fontsize": 10.5, "fontweight": WEIGHTS.get(row.key)}
         axes.text(0, place - 0.34, LABELS[row.key], va="bottom", **text)
         axes.text(size + 0.02 * largest, place, f"{size:.2f}", va="center", **text)
     axes.set_xlim(0, largest * 1.1)
@@ -120,9 +114,10 @@ def plot(results: Results, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(RULE)
         axes.tick_params(colors=FAINT_INK, labelsize=9.5)
-    title = f"{results.setting['model']}, fine-tuned on {results.setting['text']}"
+    title = results.title()
     figure.text(0.045, 0.94, title[0].upper() + title[1:], fontsize=14.5, fontweight="bold", color=INK)
-    figure.text(0.045, 0.893, results.describe_run(), fontsize=10.5, color=FAINT_INK)
-    conclusion = textwrap.fill(results.conclusion, 160)
-    figure.text(0.045, 0.085, conclusion, fontsize=10.5, color=INK, va="top", linespacing=1.4)
+    figure.text(0.045, 0.893, results.subtitle(), fontsize=10.5, color=FAINT_INK)
+    figure.text(
+        0.045, 0.085, textwrap.fill(results.conclusion, 160), fontsize=10.5, color=INK, va="top", linespacing=1.4
+    )
     figure.savefig(path)

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from lion8bit import Lion, Lion8bit
-from lion8bit.tools.demo.results import LABELS, Results, Row, Run, conclude
+from lion8bit.tools.demo.report import LABELS, Results, Row, Run, conclude
 from lion8bit.tools.demo.task import DemoInputError, Task, first_line, load_task, resolve_device
 from lion8bit.tools.memory import checkpoint_bytes, state_bytes
 
 Progress = Callable[[str, int, str], None]
+OnStep = Callable[[int, float], None]
 
 WARMUP_SHARE = 0.05
 FINAL_LR_SHARE = 0.1
@@ -64,12 +66,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def fine_tune(
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    on_step: Callable[[int, float], None],
+    task: Task, optimizer: torch.optim.Optimizer, steps: int, batch_size: int, seed: int, on_step: OnStep
 ) -> Run:
     """Fine-tunes from the pretrained weights and calls `on_step(steps taken, loss of the last batch)`.
 
@@ -111,18 +108,15 @@ def fastest_threads(task: Task, batch_size: int) -> Iterator[None]:
 
     On a busy machine it can be ten times faster: threads wait actively for those that have no processor.
     """
+
+    def seconds(threads: int) -> float:
+        names = {"task": task, "windows": task.held_out[:batch_size]}
+        return Timer("task.loss(windows).backward()", globals=names, num_threads=threads).timeit(THREAD_TRIALS).mean
+
     threads = torch.get_num_threads()
-    seconds: dict[int, float] = {}
-    windows = task.held_out[:batch_size]
-    for count in {threads, 1} if task.device.type == "cpu" and threads > 1 else ():
-        torch.set_num_threads(count)
-        torch.autograd.backward(task.loss(windows))
-        started = time.perf_counter()
-        for _ in range(THREAD_TRIALS):
-            torch.autograd.backward(task.loss(windows))
-        seconds[count] = time.perf_counter() - started
     try:
-        torch.set_num_threads(min(seconds, key=seconds.__getitem__, default=threads))
+        if task.device.type == "cpu" and threads > 1:
+            torch.set_num_threads(min(threads, 1, key=seconds))
         yield
     finally:
         torch.set_num_threads(threads)
@@ -151,21 +145,18 @@ def run_row(row: Row, task: Task, counts: dict[str, int], on_progress: Progress)
         on_progress(row.key, counts["seeds"] * steps, f"{row.loss_after:.3f} {task.unit} held out")
 
 
-def describe_device(device: torch.device) -> str:
-    """The displayed name of a device, such as "CPU, 2 threads"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else str(device)
-
-
 def describe_setting(task: Task, counts: dict[str, int]) -> dict[str, Any]:
     """Model, text, device, sizes and versions."""
+    device, threads = str(task.device), torch.get_num_threads()
+    if task.device.type == "cuda":
+        device = torch.cuda.get_device_name(task.device)
+    elif task.device.type == "cpu":
+        device = f"CPU, {threads} thread{'s' * (threads != 1)}"
     tokens_seen = counts["steps"] * counts["batch_size"] * (task.window - 1)
     return {
         "model": task.model_name,
         "text": task.text_name,
-        "device": describe_device(task.device),
+        "device": device,
         "parameters": task.parameters,
         "token": task.token,
         "unit": task.unit,

@@ -117,12 +117,10 @@ def load_hugging_face(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
         return transformers.AutoModelForCausalLM.from_pretrained(folder, **options), tokenizer
     except (OSError, ValueError, KeyError) as error:
+        reason = f"({first_line(error)})"
         if not trust_remote_code and "trust_remote_code" in str(error):
-            raise DemoInputError(
-                f"model must be of a type that transformers has itself, got {folder}, which contains Python code; "
-                "if you trust that code, pass --trust-remote-code"
-            ) from error
-        raise DemoInputError(f"{requirement} ({first_line(error)})") from error
+            reason = "with Python code; if you trust that code, pass --trust-remote-code"
+        raise DemoInputError(f"{requirement} {reason}") from error
 
 
 def load_task(
