@@ -1,13 +1,16 @@
-"""Memory of optimizers: bytes of their state and of their checkpoints, and a limit for this process on a GPU."""
+"""Memory: bytes of an optimizer's state and checkpoint, and a limit for this process."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+GIB = 2**30
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -43,3 +46,21 @@ def limit_gpu_memory(device: torch.device, size: float) -> None:
     index = torch.cuda.current_device() if device.index is None else device.index
     total = torch.cuda.get_device_properties(index).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), index)
+
+
+def limit_memory(device: torch.device, gib: float) -> None:
+    """Limits this process to `gib` GiB of a GPU's memory, or, for the CPU, to so many more than it has now (Linux)."""
+    if device.type == "cuda":
+        limit_gpu_memory(device, gib * GIB)
+        return
+    import resource  # not on Windows
+
+    lines = Path("/proc/self/status").read_text().splitlines()
+    used = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + int(gib * GIB), resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory of a GPU or of the host is exhausted."""
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
