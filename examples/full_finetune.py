@@ -241,7 +241,8 @@ def report(record: dict[str, Any]) -> str:
     lines = [
         f"{record['model']} on {record['device']}: {record['optimizer']}" + ", gradient release" * record["release"]
     ]
-    lines += [f"{label:36} {size / GIB:9.4f} GiB" for label, size in sizes.items() if size is not None]
+    lines += [f"{record['parameters']:,} parameters"] if "parameters" in record else []
+    lines += [f"{label:36} {size / GIB:9.4f} GiB" for label, size in sizes.items() if size]
     if record["losses"]:
         lines.append("loss " + " ".join(f"{loss:.3f}" for loss in record["losses"]))
         lines.append(f"{record['tokens_per_second']:.0f} tokens/s after the first step")
