@@ -233,16 +233,11 @@ def run(settings: argparse.Namespace, device: torch.device, advance: Advance) ->
 
 def report(record: dict[str, Any]) -> str:
     """The record in words."""
-    names = {"weights": "weight_bytes", "optimizer state": "state_bytes", "of it on the host": "state_bytes_on_host"}
-    names |= {"peak": "peak_bytes", "requested": "requested_bytes", "reserved": "reserved_bytes"}
-    sizes = {label: record.get(name) for label, name in names.items()}
-    sizes |= {f"planned peak ({record.get('planned_peak')})": record.get("planned_bytes")}
+    release = ", gradient release" if record["release"] else ""
+    lines = [f"{record['model']} on {record['device']}: {record['optimizer']}{release}"]
+    sizes = {name.replace("_bytes", ""): size for name, size in record.items() if name.endswith("_bytes")}
     sizes |= {f"peak of {work}": size for work, size in record["peaks"].items()}
-    lines = [
-        f"{record['model']} on {record['device']}: {record['optimizer']}" + ", gradient release" * record["release"]
-    ]
-    lines += [f"{record['parameters']:,} parameters"] if "parameters" in record else []
-    lines += [f"{label:36} {size / GIB:9.4f} GiB" for label, size in sizes.items() if size]
+    lines += [f"{name.replace('_', ' '):32} {size / GIB:9.4f} GiB" for name, size in sizes.items() if size]
     if record["losses"]:
         lines.append("loss " + " ".join(f"{loss:.3f}" for loss in record["losses"]))
         lines.append(f"{record['tokens_per_second']:.0f} tokens/s after the first step")
