@@ -131,12 +131,22 @@ def test_state_is_counted_within_wrappers_and_once() -> None:
     assert sum(tensor.nbytes for tensor in tensors_in({"exp_avg": holder, "step": 1})) == 64 + 4
 
 
-def test_bitsandbytes_failure_becomes_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+@pytest.mark.parametrize("missing", [True, False])
+def test_bitsandbytes_failure_becomes_its_row(missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_with_the_second_seed(params: Any, **options: Any) -> Lion8bit:
+        seen.append(options)
+        if len(seen) == 2:
+            raise RuntimeError("no kernel\nmore")
+        return Lion8bit(params, **options)
+
+    seen: list[dict[str, Any]] = []
+    fake = SimpleNamespace(optim=SimpleNamespace(Lion8bit=fail_with_the_second_seed))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None if missing else fake)
     monkeypatch.setattr("lion8bit.tools.demo.task.load_pretrained", lambda: ByteLM(SMALL))
-    results = demo.run_demo(steps=1, batch_size=1, eval_windows=1, device="cpu")
-    assert results.rows[-1].unavailable == "pip install bitsandbytes"
-    assert results.to_dict()["rows"][-1]["loss_after"] is None
+    results = demo.run_demo(steps=1, batch_size=1, eval_windows=1, seeds=2, device="cpu", lion_lr=0.1)
+    assert results.rows[-1].unavailable == ("pip install bitsandbytes" if missing else "RuntimeError: no kernel")
+    assert results.rows[-1].runs == [] and results.to_dict()["rows"][-1]["loss_after"] is None
+    assert all(options == {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.028} for options in seen)
     assert "bitsandbytes" not in results.conclusion
     assert demo.result_table(results).row_count == len(results.rows)
 

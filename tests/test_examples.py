@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lion8bit import estimate
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -107,12 +109,21 @@ def test_others_run_too(finetune: Any, optimizer: str, tmp_path: Path) -> None:
     assert len({*losses}) == 3 and run(finetune, tmp_path, *options, "--no-release")["losses"] == losses
 
 
-def test_the_planned_rows_exist(finetune: Any, llama: Any) -> None:
+def test_the_plan_is_that_of_the_options(finetune: Any, llama: Any) -> None:
     with torch.device("meta"):
-        model = llama.Llama(llama.SHAPES["tiny"])
-    options = ("", "--paged", "--no-release", "--optimizer flashlion", "--no-release --optimizer flashlion")
-    for more in (*options, "--no-release --optimizer adamw"):
-        assert None not in finetune.plan(model, finetune.parse(["--shape", "tiny", *more.split()])), more
+        model = llama.Llama(llama.SHAPES["smollm-135m"])
+    rows = estimate(model, batch=1, sequence=2048).rows
+    expected = {
+        "": "lion8bit-release",
+        "--paged": "lion8bit-release-host",
+        "--no-release": "lion8bit",
+        "--optimizer flashlion": "flashlion-release",
+        "--optimizer adamw --no-release": "adamw",
+    }
+    for options, key in expected.items():
+        settings = finetune.parse(["--shape", "tiny", *options.split()])
+        assert finetune.plan(model, settings) == (rows[key].total, rows[key].peak), options
+    assert finetune.plan(model, finetune.parse(["--shape", "tiny", "--optimizer", "adamw"])) == (None, None)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to limit a CPU run's memory")
