@@ -1,5 +1,6 @@
 // The C interface that lion8bit/backends/cpu.py calls: instruction sets, threads and their floating-point environment.
 #include <atomic>
+#include <cstddef>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -86,7 +87,7 @@ class DefaultEnvironment {
 
 // Calls work(member, members) for each of at most `team` members in parallel, one of them on the calling thread.
 // Returns when all calls have returned.
-#if defined(_OPENMP)  // uses torch's thread pool, see lion8bit/backends/cpu.py
+#if defined(_OPENMP)  // uses torch's thread pool, see native_library.py
 template <class Work> void in_parallel(int team, const Work& work) {
 #pragma omp parallel num_threads(team) if (team > 1)
     work(omp_get_thread_num(), omp_get_num_threads());
@@ -109,7 +110,48 @@ int64_t count_blocks(const TensorRow& tensor, const Hyper& hyper) {
     return tensor.rows * lion8bit::blocks_per_row(tensor.cols, hyper.block_size);
 }
 
+// Sizes of the structs and offsets of their fields, in order.
+#define LION8BIT_AT(Struct, field) static_cast<int32_t>(offsetof(Struct, field))
+constexpr int32_t kStructLayouts[] = {
+    sizeof(Hyper),
+    LION8BIT_AT(Hyper, lr),
+    LION8BIT_AT(Hyper, decay),
+    LION8BIT_AT(Hyper, coupled_decay),
+    LION8BIT_AT(Hyper, blend),
+    LION8BIT_AT(Hyper, one_minus_blend),
+    LION8BIT_AT(Hyper, beta),
+    LION8BIT_AT(Hyper, one_minus_beta),
+    LION8BIT_AT(Hyper, unscale),
+    LION8BIT_AT(Hyper, flags),
+    LION8BIT_AT(Hyper, block_size),
+    LION8BIT_AT(Hyper, weight_rounding),
+    sizeof(TensorRow),
+    LION8BIT_AT(TensorRow, param),
+    LION8BIT_AT(TensorRow, grad),
+    LION8BIT_AT(TensorRow, momentum),
+    LION8BIT_AT(TensorRow, scales),
+    LION8BIT_AT(TensorRow, residual),
+    LION8BIT_AT(TensorRow, rows),
+    LION8BIT_AT(TensorRow, cols),
+    LION8BIT_AT(TensorRow, first),
+    LION8BIT_AT(TensorRow, row_stride),
+    LION8BIT_AT(TensorRow, seed),
+    LION8BIT_AT(TensorRow, step),
+    LION8BIT_AT(TensorRow, param_dtype),
+    LION8BIT_AT(TensorRow, grad_dtype),
+    LION8BIT_AT(TensorRow, hyper),
+};
+#undef LION8BIT_AT
+
 }  // namespace
+
+// Writes up to `capacity` numbers of kStructLayouts, which Python compares with its ctypes mirrors. Returns how many
+// numbers there are.
+LION8BIT_EXPORT int32_t lion8bit_struct_layouts(int32_t* out, int32_t capacity) {
+    constexpr int32_t count = sizeof(kStructLayouts) / sizeof(int32_t);
+    for (int32_t i = 0; i < count && i < capacity; ++i) out[i] = kStructLayouts[i];
+    return count;
+}
 
 // The format version that this library was built for.
 LION8BIT_EXPORT int32_t lion8bit_format_version() { return lion8bit::kFormatVersion; }
@@ -132,8 +174,8 @@ LION8BIT_EXPORT int32_t lion8bit_kernels() {
 #endif
 }
 
-// Read and write the calling thread's floating-point environment. lion8bit/backends/cpu.py uses them to derive
-// constants in the default environment.
+// Read and write the calling thread's floating-point environment. lion8bit/backends/native_library.py uses them to
+// derive constants in the default environment.
 LION8BIT_EXPORT uint64_t lion8bit_environment() { return control(); }
 LION8BIT_EXPORT void lion8bit_set_environment(uint64_t environment) { set_control(environment); }
 LION8BIT_EXPORT void lion8bit_set_default_environment() { set_control(kDefaultControl); }

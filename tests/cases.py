@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -61,6 +64,16 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None
             f"{what}: {int(differs.sum())} of {differs.numel()} differ, first at {where}: "
             f"{actual[where].item()!r} != {expected[where].item()!r}"
         )
+
+
+@contextlib.contextmanager
+def override_backend(update_: Callable[..., None] | None, decides: bool = False) -> Iterator[None]:
+    """Lets `update_` step all parameters; None leaves the usual backend. `decides` as `backends.select.decides`."""
+    if update_ is None:
+        yield
+        return
+    with mock.patch.multiple("lion8bit.optimizer", update_=update_, decides=lambda device_type: decides):
+        yield
 
 
 def scale_of_each(scales: torch.Tensor, shape: torch.Size, block_size: int) -> torch.Tensor:

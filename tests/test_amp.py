@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lion8bit import Lion8bit
-from lion8bit.backends import cuda, portable
+from lion8bit.backends import cpu, cuda, portable
 from lion8bit.device_scalars import UpdateCounts
 
 ON_EMULATOR = pytest.param("emulated", marks=pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"))
@@ -38,10 +38,10 @@ class Place:
 
 
 @pytest.fixture(params=["cpu", "portable", ON_EMULATOR, ON_GPU])
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(request: pytest.FixtureRequest, use_backend: Callable[..., None]) -> Place:
     where = Place(request.param)
     if where.name == "portable":
-        monkeypatch.setattr("lion8bit.optimizer.update_", portable.update_)
+        use_backend(portable.update_)
     if where.name == "emulated":
         runner = Emulated(request.getfixturevalue("library"))
 
@@ -58,8 +58,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pl
         def step_(batch: Any, hypers: Any, counter: torch.Tensor, control: Any = None) -> None:
             cuda.step_(batch, hypers, counter, Recorder(), control)
 
-        monkeypatch.setattr("lion8bit.optimizer.update_", step_)
-        monkeypatch.setattr("lion8bit.optimizer.decides", lambda device_type: True)
+        use_backend(step_, decides=True)
     return where
 
 
@@ -374,13 +373,13 @@ def test_counts_survive_everything(place: Place) -> None:
     assert_same_contents(results[0], results[2])
 
 
-def test_the_host_reads_what_it_needs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_reads_what_it_needs_itself(monkeypatch: pytest.MonkeyPatch, use_backend: Callable[..., None]) -> None:
     """Parameters on the CPU beside others on a GPU, where lr and the scale are: here the GPU's part is left out."""
     results = []
     for elsewhere in (False, True):
         place = Place("cpu")
         params = parameters(place, torch.float32)
-        monkeypatch.setattr("lion8bit.optimizer.decides", lambda device_type, elsewhere=elsewhere: elsewhere)
+        use_backend(cpu.update_, decides=elsewhere)
         monkeypatch.setattr(Lion8bit, "_counts_on", lambda *arguments: None)
         optimizer = Lion8bit(params, lr=torch.tensor(1e-3), weight_decay=0.1, capturable=True, fused=True)
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)

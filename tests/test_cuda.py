@@ -560,13 +560,13 @@ def assert_same_training(one: Lion8bit, other: Lion8bit) -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", PARAM_DTYPES, ids=str)
 def test_optimizer_through_the_kernel_equals_cpu(
-    library: ctypes.CDLL, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    library: ctypes.CDLL, dtype: torch.dtype, use_backend: Callable[..., None]
 ) -> None:
     models = [small_model(dtype) for _ in range(2)]
     optimizers = [Lion8bit(model.parameters(), lr=1e-3, weight_decay=0.1) for model in models]
     train_alike(models[0], optimizers[0], 3, seed=1)
     emulated = Emulated(library)
-    monkeypatch.setattr("lion8bit.optimizer.update_", lambda *arguments: cuda.step_(*arguments, emulated))
+    use_backend(lambda *arguments: cuda.step_(*arguments, emulated))
     train_alike(models[1], optimizers[1], 3, seed=1)
     assert len(emulated.log) == 3 * 3  # each step: the quantized parameters, the small, and those that are copied
     assert_same_training(*optimizers)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import assert_same
+from cases import assert_same, override_backend
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -138,19 +138,18 @@ def test_portable_backend_equals_native(monkeypatch: pytest.MonkeyPatch) -> None
                 a.grad.view(-1)[:1] = float("nan")
                 b.grad = a.grad.clone()
             optimizers[0].step()
-            with monkeypatch.context() as patch:
-                patch.setattr("lion8bit.optimizer.update_", portable.update_)
+            with override_backend(portable.update_):
                 optimizers[1].step()
         assert_same_all(*(snapshot(optimizer) for optimizer in optimizers))
         assert optimizers[0].nonfinite_count() == optimizers[1].nonfinite_count() == 3 * 5
 
 
 @pytest.mark.parametrize("lr, bad", [(3.4e38, 0.0), (1e-3, float("nan")), (1e-3, float("-inf"))])
-def test_portable_backend_equals_native_beyond_numbers(lr: float, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_portable_backend_equals_native_beyond_numbers(lr: float, bad: float, use_backend: Callable[..., None]) -> None:
     """The largest rates, or momentum that is no number, move the parameter as the kernel does."""
     finals = []
-    for update in (backend.update_, portable.update_):
-        monkeypatch.setattr("lion8bit.optimizer.update_", update)
+    for update_ in (None, portable.update_):
+        use_backend(update_)
         param = leaf(torch.ones(1, 8))
         param.grad = torch.tensor([[0.0, 1.0, -1.0, 0.0, 1.0, -1.0, 0.0, 1.0]])
         optimizer = Lion8bit([param], lr=0.0, optim_bits=32)
@@ -162,10 +161,10 @@ def test_portable_backend_equals_native_beyond_numbers(lr: float, bad: float, mo
     assert_same(*finals, "parameter")
 
 
-def test_portable_temporaries_do_not_grow_with_the_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_portable_temporaries_do_not_grow_with_the_parameter(use_backend: Callable[..., None]) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    monkeypatch.setattr("lion8bit.optimizer.update_", portable.update_)
+    use_backend(portable.update_)
     param = leaf(torch.zeros(8 * portable.PIECE, dtype=torch.bfloat16))
     param.grad = torch.ones_like(param)
     optimizer = Lion8bit([param])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same
+from cases import assert_same, override_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_amp import ON_GPU, Place, assert_same_contents, contents, place, scaler_for, set_grads  # noqa: F401
@@ -19,8 +19,8 @@ from test_cuda import library, needs_gpu  # noqa: F401
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lion8bit.optimizer
 from lion8bit import Lion8bit, convert_state_dict, export_state_dict, fuse_into_backward, paging
+from lion8bit.backends import cpu
 from lion8bit.layout import BLOCK_SIZES, blocks_per_row
 from lion8bit.paging import Load, Pager
 
@@ -321,10 +321,10 @@ def test_readers_wait_for_the_copies(read: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Load]:
+def fetched(monkeypatch: pytest.MonkeyPatch, use_backend: Callable[..., None]) -> list[Load]:
     """Loads in the order in which they were fetched and updated; an updated one appears as None."""
     log: list[Any] = []
-    fetch, update = Load.fetch, lion8bit.optimizer.update_
+    fetch = Load.fetch
 
     def logged_fetch(self: Load) -> None:
         log.append(self)
@@ -333,10 +333,10 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Load]:
     def logged_update(batch: Any, *arguments: Any) -> None:
         if isinstance(batch, Load):
             log.append(None)
-        update(batch, *arguments)
+        cpu.update_(batch, *arguments)
 
     monkeypatch.setattr(Load, "fetch", logged_fetch)
-    monkeypatch.setattr(lion8bit.optimizer, "update_", logged_update)
+    use_backend(logged_update)
     return log
 
 
@@ -398,7 +398,7 @@ def test_state_that_changes_after_it_was_fetched() -> None:
     assert_same(optimizer.momentum(ahead), torch.zeros_like(before, dtype=torch.float32), "momentum")
 
 
-def test_a_failed_update_leaves_nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_update_leaves_nothing_ahead() -> None:
     params, optimizer = twins = twin(is_paged=True)
     train(twins, 1)
     saved = copy.deepcopy((params, optimizer.state_dict()))
@@ -407,10 +407,8 @@ def test_a_failed_update_leaves_nothing_ahead(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("no kernel")
 
     set_grads(params, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(lion8bit.optimizer, "update_", fail)
-        with pytest.raises(RuntimeError, match="no kernel"):
-            optimizer.step()
+    with override_backend(fail), pytest.raises(RuntimeError, match="no kernel"):
+        optimizer.step()
     optimizer.load_state_dict(saved[1])
     other = twin()
     train(other, 1)

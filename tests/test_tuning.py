@@ -220,14 +220,14 @@ class StandIn:
 
 @needs_compiler
 def test_other_bits_are_found_and_times_compared(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, use_backend: Callable[..., None]
 ) -> None:
     """All that runs on a GPU but its clock."""
     names = ["base", "passes 4", "128 threads", "registers ahead", "load no_allocate, store cs"]
     tunings = {name: gpu_tune.changed(cuda.Tuning(grid=1), name) for name in names}
     cpu = torch.device("cpu")
     gpu = StandIn(request.config.cache.mkdir("emulator"), wrong=tunings["128 threads"])
-    monkeypatch.setattr("lion8bit.optimizer.update_", lambda *arguments: cuda.step_(*arguments, gpu))
+    use_backend(lambda *arguments: cuda.step_(*arguments, gpu))
     monkeypatch.setattr(gpu_tune, "SHAPES", ((64, 512), (5, 1000), (1, 5003)))
     monkeypatch.setattr(gpu_tune, "FLUSH_BYTES", {"cuda": 1 << 20})
     for case in ("fp32", "compensated"):
