@@ -87,7 +87,7 @@ class DefaultEnvironment {
 
 // Calls work(member, members) for each of at most `team` members in parallel, one of them on the calling thread.
 // Returns when all calls have returned.
-#if defined(_OPENMP)  // uses torch's thread pool, see lion8bit/backends/cpu.py
+#if defined(_OPENMP)  // uses torch's thread pool, see native_library.py
 template <class Work> void in_parallel(int team, const Work& work) {
 #pragma omp parallel num_threads(team) if (team > 1)
     work(omp_get_thread_num(), omp_get_num_threads());
@@ -145,7 +145,8 @@ constexpr int32_t kStructLayouts[] = {
 
 }  // namespace
 
-// Writes kStructLayouts, which Python compares with its ctypes mirrors, as far as it fits; returns how many they are.
+// Writes up to `capacity` numbers of kStructLayouts, which Python compares with its ctypes mirrors. Returns how many
+// numbers there are.
 LION8BIT_EXPORT int32_t lion8bit_struct_layouts(int32_t* out, int32_t capacity) {
     constexpr int32_t count = sizeof(kStructLayouts) / sizeof(int32_t);
     for (int32_t i = 0; i < count && i < capacity; ++i) out[i] = kStructLayouts[i];
@@ -173,8 +174,8 @@ LION8BIT_EXPORT int32_t lion8bit_kernels() {
 #endif
 }
 
-// Read and write the calling thread's floating-point environment. lion8bit/backends/cpu.py uses them to derive
-// constants in the default environment.
+// Read and write the calling thread's floating-point environment. lion8bit/backends/native_library.py uses them to
+// derive constants in the default environment.
 LION8BIT_EXPORT uint64_t lion8bit_environment() { return control(); }
 LION8BIT_EXPORT void lion8bit_set_environment(uint64_t environment) { set_control(environment); }
 LION8BIT_EXPORT void lion8bit_set_default_environment() { set_control(kDefaultControl); }

@@ -1,13 +1,13 @@
 // The CUDA kernel: one launch steps the blocks of many tensors. The arithmetic is in block_math.h.
 //
-// lion8bit/backends/cuda.py compiles it with NVRTC, one module per combination of the LION8BIT_* macros, and fills in
-// the Launch. A thread holds 8 or 16 consecutive elements in registers, and neighbouring threads hold a block. They
-// exchange the largest new momentum of the block by shuffles. So each byte is read once and written once.
+// lion8bit/backends/nvrtc.py compiles it with NVRTC, one module per combination of the LION8BIT_* macros, and cuda.py
+// fills in the Launch. A thread holds 8 or 16 consecutive elements in registers, and neighbouring threads hold a block.
+// They exchange the largest new momentum of the block by shuffles. So each byte is read once and written once.
 #include "block_math.h"
 
 namespace lion8bit {
 
-// How the kernel accesses memory, see `Tuning` in lion8bit/backends/cuda.py. It changes times, never bits.
+// How the kernel accesses memory, see `Tuning` in lion8bit/backends/nvrtc.py. It changes times, never bits.
 constexpr int32_t kThreads = LION8BIT_THREADS;     // of a CUDA block
 constexpr int32_t kPerLane = LION8BIT_PER_THREAD;  // consecutive elements of a thread: 8 or 16
 enum Ahead : int32_t { kNothing = 0, kToCache = 1, kToRegisters = 2 };

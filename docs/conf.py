@@ -1,4 +1,4 @@
-"""Owns how Sphinx builds the documentation, from Markdown pages and docstrings; `make docs` calls it."""
+"""Settings of Sphinx, which `make docs` runs on the Markdown pages and docstrings."""
 
 import lion8bit
 
@@ -18,5 +18,5 @@ myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
 default_role = "literal"  # single backquotes in docstrings
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the docstrings tell dtypes and shapes, which annotations do not
+autodoc_typehints = "none"  # docstrings have dtypes and shapes, annotations do not
 exclude_patterns = ["_build"]
