@@ -131,7 +131,7 @@ def export_state_dict(optimizer: torch.optim.Optimizer, peer: torch.optim.Optimi
 
     Args:
         optimizer: the one to leave.
-        peer: the one to enter, over parameters of the same shapes in the same order; its options stay but for those
+        peer: the one to enter, over parameters of the same shapes in the same order; its options stay, except those
             that `convert_state_dict` takes over. None suits lion-pytorch, timm and FlashLion, not torch-optimi and
             bitsandbytes, which need more in a group than is known here.
 
@@ -248,7 +248,7 @@ def _bitsandbytes(state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
     """``m = qmap1[state1] * absmax1`` per block of the flattened tensor, or fp32 ``state1``."""
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not betas[1]:
-        raise ValueError("state must be a Lion's, got that of bitsandbytes' SGD, RMSprop, LARS or Adagrad; start anew")
+        raise ValueError("state must be a Lion's, got that of bitsandbytes' SGD, RMSprop, LARS or Adagrad; start without this state")
     codes = _contiguous("state1", state)  # its kernels for CPU and CUDA walk others in different orders
     if "qmap1" not in state:
         return _plain(state, group)

@@ -51,7 +51,7 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters with options of its own; see `torch.optim.Optimizer.add_param_group`."""
+        """Adds a group of parameters with separate options; see `torch.optim.Optimizer.add_param_group`."""
         if isinstance(param_group, dict):
             options = {**self.defaults, **param_group}
             check_rates(options)

@@ -35,7 +35,7 @@ def check_numbers(groups: Sequence[dict[str, Any]], saved_groups: Sequence[dict[
     for number, param, _saved in pair(groups, saved_groups):
         if owners.setdefault(number, param) is not param:
             with naming(number, param):
-                raise ValueError("param_groups must give each parameter a number of its own, got one twice")
+                raise ValueError("param_groups must give each parameter a separate number, got one twice")
 
 
 # ---- Loading ---------------------------------------------------------------------------------------------------------

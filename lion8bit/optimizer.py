@@ -423,8 +423,8 @@ class Lion8bit(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned; codes, scales and momentum keep their dtypes, whatever the parameter's is.
 
-        The options of the saved groups replace the present ones, as in every torch optimizer, but for ``is_paged``,
-        which is about this machine's memory. Tensors are copied. State of another library's Lion is converted by
+        The options of the saved groups replace the present ones, as in every torch optimizer, except ``is_paged``,
+        which depends on this machine's memory. Tensors are copied. State of another library's Lion is converted by
         `lion8bit.convert_state_dict`, under the present options. State of format versions 2 and 3 is brought into the
         present one: momentum of version 2 is quantized again where a parameter's rows are shorter than a block.
 

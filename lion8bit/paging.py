@@ -229,12 +229,12 @@ class Load:
             blocks = slice(segment.first_block, segment.first_block + segment.blocks)
             shape = (segment.rows, segment.cols)
             param = _flat(whole.param, whole)[elements].view(shape)
-            momentum = self._bring(_flat(whole.momentum, whole)[elements], slot).view(shape)
+            momentum = self._copied_to(_flat(whole.momentum, whole)[elements], slot).view(shape)
             residual = scales = None
             if whole.residual is not None:
-                residual = self._bring(_flat(whole.residual, whole)[elements], slot).view(shape)
+                residual = self._copied_to(_flat(whole.residual, whole)[elements], slot).view(shape)
             if whole.scales is not None:
-                scales = self._bring(whole.scales.view(-1)[blocks], slot).view(segment.rows, -1)
+                scales = self._copied_to(whole.scales.view(-1)[blocks], slot).view(segment.rows, -1)
             first = whole.first + segment.start
             entry = replace(
                 whole,
@@ -290,7 +290,7 @@ class Load:
         """A number that changes when torch writes to the state on the host."""
         return sum(host._version for host, _ in self._copies)
 
-    def _bring(self, host: Tensor, slot: Tensor) -> Tensor:
+    def _copied_to(self, host: Tensor, slot: Tensor) -> Tensor:
         here = slot[self._taken : self._taken + host.nbytes].view(host.dtype)
         self._taken += -(-host.nbytes // _ALIGNMENT) * _ALIGNMENT
         self._copies.append((host, here))
@@ -305,7 +305,7 @@ def _flat(tensor: Tensor, entry: Entry) -> Tensor:
 
 
 class _Slot:
-    """A part of the buffer, and what has been asked of it."""
+    """A part of the buffer, with events of the work that uses it."""
 
     def __init__(self, buffer: Tensor, event: Callable[[], Any]) -> None:
         self.buffer = buffer
@@ -336,9 +336,9 @@ class Pager:
     ) -> None:
         """Updates a table whose state is on the host.
 
-        When all of it has been asked of the device, loads of the table that came next in the last turn are fetched too.
-        It happens in a thread of its own, where Python does not raise KeyboardInterrupt: a half of it cannot be undone.
-        Called again for the same update, it does nothing.
+        When all of its work is queued, loads of the table that came next in the last turn are fetched too. All of this
+        runs in a separate thread, where Python does not raise KeyboardInterrupt, because half an update cannot be
+        undone. If it is called again for the same update, it does nothing.
 
         Args:
             table: on this device.

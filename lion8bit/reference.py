@@ -150,7 +150,7 @@ def random_bits(
 
     Args:
         shape: [rows, cols].
-        seed: tells parameters apart.
+        seed: of the parameter.
         step: the parameter's update count, from 1.
         first: index of the first element within the whole parameter.
         row_stride: elements of the whole parameter from the start of a row to that of the next.

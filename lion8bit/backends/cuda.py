@@ -152,7 +152,7 @@ def _pack(table: Any, hypers: ctypes.Array[Hyper], runner: Runner, on_device: bo
 def launches(
     batch: Work, hypers: ctypes.Array[Hyper], nonfinite: int, runner: Runner, scalars: DeviceScalars | None = None
 ) -> list[_Packed]:
-    """The launches that step a batch, packed anew only where more than gradients, steps and constants have changed."""
+    """The launches that step a batch, packed again only if more than gradients, steps and constants has changed."""
     on_device = scalars is not None
     options = ((hyper.block_size, hyper.weight_rounding, hyper.flags != 0) for hyper in hypers)
     kinds = (on_device, runner.tunings, *options)
