@@ -1,4 +1,36 @@
-"""The memory of training in bytes, by optimizer, computed from the shapes of a model."""
+"""The memory of training, by optimizer.
+
+Weights, gradients and state are the exact bytes of the tensors. Activations
+of a transformer are what each layer saves for its backward pass, counted as
+by Korthikanti et al. (arXiv 2205.05198) for attention that stores no scores,
+without dropout. With t = batch * sequence tokens, width h, queries q, keys k,
+inner width f, a heads, L layers, a vocabulary of v, e bytes per number:
+
+  layer  = t * (norms + e*(h + 2q + 2k) + 4a + e*(h + s*f))
+  norms  = n*e for each LayerNorm of width n, n*(e + 4) for an RMSNorm,
+           8n for a norm that applies its weight in fp32 (Gemma, OLMo 2)
+  s      = 4 with a gate, as in SwiGLU; without one 2 for GELU and SiLU
+  inside = t * e*(h + 2f)      the gradients inside a layer
+  logits = t * v * (e + 12)    with their softmax and its gradients in fp32
+
+  activations = L*layer + max(inside, logits), and with checkpointing
+                L*t*e*h + max(layer + inside, logits)
+
+Where queries, keys and values are one product and rotated, q + k more numbers
+are saved. The total is that of the worst moment: gradients grow while
+activations shrink. Activations are known for decoders and encoders of Hugging
+Face with one stack of equal layers. For other models (experts, several
+towers) the total is a lower bound without them, and the verdict never "fits".
+
+"release" is lion8bit.fuse_into_backward, "24-bit" compensated weights, "host"
+momentum in the host's memory. "transient" is the largest gradient that lives
+for a moment. Under FSDP2 (`fully_shard` on each block and on the whole) it
+includes the gathered weights of the root and of two blocks, and the whole
+gradients of the largest unit.
+
+Not counted: buffers, workspaces of libraries, temporaries of a step, 16-bit
+copies of fp32 weights under autocast.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +45,10 @@ from torch import nn
 
 from lion8bit.layout import blocks_per_row, is_narrow, scales_shape
 from lion8bit.paging import BUFFER_BYTES, LEAST
-from lion8bit.planner.models import Model, PlanError, Shape, Weight, load_model
+from lion8bit.planner.models import Model, PlanError, Shape, Weight, Widths, load_model
 
 GIB = 2**30
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-
-
-# ---- State, by optimizer ---------------------------------------------------------------------------------------------
 
 
 class Piece(NamedTuple):
@@ -46,13 +75,12 @@ def piece_of(weight: Weight, gpus: int, width: int) -> Piece:
     return Piece(shape, weight.shape, gpus > 1, width)
 
 
-def lion8bit_state(piece: Piece, compensated: bool = False, block_size: int = 128, min_8bit_size: int = 4096) -> int:
-    """Bytes of Lion8bit's state, by the rules of docs/design.md."""
-    residual = piece.numel if compensated and piece.width == 2 else 0
+def lion8bit_state(piece: Piece, block_size: int, min_8bit_size: int) -> int:
+    """A code per element and an fp32 scale per block, or fp32 momentum, by the rules of docs/design.md."""
     part_of_a_row = piece.sharded and (len(piece.whole) < 2 or is_narrow(piece.whole, block_size))
     if math.prod(piece.whole) < min_8bit_size or part_of_a_row:
-        return 4 * piece.numel + residual
-    return piece.numel + 4 * math.prod(scales_shape(piece.shape, block_size)) + residual
+        return 4 * piece.numel
+    return piece.numel + 4 * math.prod(scales_shape(piece.shape, block_size))
 
 
 def adamw_state(piece: Piece) -> int:
@@ -70,10 +98,9 @@ def lion_state(piece: Piece) -> int:
     return 4 * piece.numel
 
 
-def flashlion_state(piece: Piece, compensated: bool = False) -> int:
-    """FlashLion on a GPU: a code, an fp16 scale per 32 elements, and a byte that completes 24-bit weights."""
-    residual = piece.numel if compensated and piece.width == 2 else 0
-    return piece.numel + 2 * blocks_per_row(piece.numel, 32) + residual
+def flashlion_state(piece: Piece) -> int:
+    """FlashLion on a GPU: a code, and an fp16 scale per 32 elements."""
+    return piece.numel + 2 * blocks_per_row(piece.numel, 32)
 
 
 class Method(NamedTuple):
@@ -84,6 +111,7 @@ class Method(NamedTuple):
     dtypes: str = "bf16 fp16 fp32"  # of the trained weights for which the row differs from others
     shared: int = 0  # bytes of state that the parameters of 4096 elements and more share
     fp32: bool = False  # parameters and gradients are fp32 (and autocast computes in 16 bits)
+    compensated: bool = False  # a byte of state completes each 16-bit weight to 24 bits
     release: bool = False  # each gradient is freed as soon as its parameter has been stepped
     host: bool = False  # the state is in the host's memory (`lion8bit.paging`), except that of small parameters
 
@@ -91,25 +119,22 @@ class Method(NamedTuple):
 def methods(dtype: str, block_size: int = 128, min_8bit_size: int = 4096) -> dict[str, Method]:
     """The rows for trained weights of a dtype, by key."""
     ours = partial(lion8bit_state, block_size=block_size, min_8bit_size=min_8bit_size)
-    flash, comp = partial(flashlion_state, compensated=True), partial(ours, compensated=True)
+    both = {"compensated": True, "release": True}
     rows = {
         "adamw-fp32": Method("AdamW, fp32 weights", adamw_state, "bf16 fp16", fp32=True),
         "adamw": Method("AdamW", adamw_state),
         "adamw8bit": Method("AdamW, 8 bits", adamw8bit_state, shared=2048),
         "lion": Method("Lion, fp32 momentum", lion_state),
         "flashlion": Method("FlashLion", flashlion_state),
-        "flashlion-24": Method("FlashLion, 24-bit weights", flash, "bf16"),
+        "flashlion-24": Method("FlashLion, 24-bit weights", flashlion_state, "bf16", compensated=True),
         "flashlion-release": Method("FlashLion, release", flashlion_state, release=True),
         "lion8bit": Method("Lion8bit", ours),
-        "lion8bit-compensated": Method("Lion8bit, 24-bit weights", comp, "bf16"),
+        "lion8bit-compensated": Method("Lion8bit, 24-bit weights", ours, "bf16", compensated=True),
         "lion8bit-release": Method("Lion8bit, release", ours, release=True),
-        "lion8bit-release-compensated": Method("Lion8bit, release, 24-bit", comp, "bf16", release=True),
+        "lion8bit-release-compensated": Method("Lion8bit, release, 24-bit", ours, "bf16", **both),
         "lion8bit-release-host": Method("Lion8bit, release, host", ours, release=True, host=True),
     }
     return {key: row for key, row in rows.items() if dtype in row.dtypes.split()}
-
-
-# ---- The plan --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -168,37 +193,7 @@ def estimate(
 ) -> Plan:
     """Plans the memory of training, by optimizer.
 
-    Weights, gradients and state are the exact bytes of the tensors.
-    Activations of a transformer are what each layer saves for its backward
-    pass, counted as by Korthikanti et al. (arXiv 2205.05198) for attention
-    that stores no scores, without dropout. With t = batch * sequence tokens,
-    width h, queries q, keys k, inner width f, a heads, L layers, a vocabulary
-    of v, and e bytes per number:
-
-        layer  = t * (norms + e*(h + 2q + 2k) + 4a + e*(h + s*f))
-        norms  = n*e for each LayerNorm of width n, n*(e + 4) for an RMSNorm,
-                 8n for a norm that applies its weight in fp32 (Gemma, OLMo 2)
-        s      = 4 with a gate, as in SwiGLU; without: 2 for GELU and SiLU
-        inside = t * e*(h + 2f)       gradients inside a layer
-        logits = t * v * (e + 12)     with fp32 softmax and its gradients
-
-        activations = L*layer + max(inside, logits), or with checkpointing
-                      L*t*e*h + max(layer + inside, logits)
-
-    Where queries, keys and values are one product and rotated, q + k more
-    numbers are saved.
-
-    The total is that of the worst moment: gradients grow while activations
-    shrink. Activations are known for decoders and encoders of Hugging Face
-    with one stack of equal layers. For other models (experts, several towers)
-    totals are a lower bound without them, and the verdict is never "fits".
-
-    Not counted: buffers, workspaces of libraries, temporaries of a step, and
-    16-bit copies of fp32 weights under autocast.
-
-    With ``gpus`` above 1 everything is per GPU under FSDP2, `fully_shard` on
-    each block and on the whole. "transient" then includes the gathered weights
-    of the root and of two blocks, and the whole gradients of the largest unit.
+    Bytes of tensors are exact. `lion8bit.planner.formulas` has the equations for the rest, and what is not counted.
 
     Args:
         model: a count (an int, "7B", "124M"), which is taken as a Llama; a local Hugging Face folder or config.json;
@@ -221,21 +216,11 @@ def estimate(
     given = {"batch": batch, "gpus": gpus, **({} if sequence is None else {"sequence": sequence})}
     _check(dtype=dtype, lora=lora, vram=vram, reserve=reserve, **given)
     found = load_model(model, lora, trust_remote_code)
-    plan = Plan(
-        model=found.name,
-        note=found.note,
-        parameters=sum(math.prod(weight.shape) for weight in found.weights),
-        trained=sum(math.prod(weight.shape) for weight in found.weights if weight.trained),
-        dtype=dtype,
-        batch=batch,
-        sequence=found.sequence if sequence is None else sequence,
-        checkpointing=checkpointing,
-        lora=lora,
-        gpus=gpus,
-        vram=vram,
-        reserve=reserve,
-        rows={},
-    )
+    parameters = sum(math.prod(weight.shape) for weight in found.weights)
+    trained = sum(math.prod(weight.shape) for weight in found.weights if weight.trained)
+    sequence = found.sequence if sequence is None else sequence
+    setting = (dtype, batch, sequence, checkpointing, lora, gpus, vram, reserve)
+    plan = Plan(found.name, found.note, parameters, trained, *setting, rows={})
     for key, method in methods("fp32" if lora else dtype, block_size, min_8bit_size).items():
         if gpus == 1 or not method.host:  # FSDP2 has its own offloading, which moves the weights too
             plan.rows[key] = _row(found, method, plan)
@@ -256,21 +241,6 @@ def _check(*, dtype: str, lora: int | None, vram: float | None, reserve: float, 
         raise PlanError(f"reserve must be at least 0 GiB, got {reserve}")
 
 
-class _Gradients(NamedTuple):
-    """Bytes of gradients on one GPU."""
-
-    whole: int
-    table: int  # the largest outside of the blocks: the output layer's and, unless tied, the embedding's
-    largest: int  # inside of the blocks
-    block: int  # of a whole block
-    tied: bool  # the table waits for the embedding's part, and autograd adds the two into a third tensor
-
-    @property
-    def transient(self) -> int:
-        """What lives for a moment if each gradient is freed as soon as it is complete."""
-        return max((3 if self.tied else 1) * self.table, self.largest + self.tied * self.table)
-
-
 def _row(model: Model, method: Method, plan: Plan) -> Row:
     width = DTYPE_BYTES[plan.dtype]
 
@@ -283,61 +253,76 @@ def _row(model: Model, method: Method, plan: Plan) -> Row:
     def gradients(weights: Iterable[Weight], gpus: int = plan.gpus) -> int:
         return size((weight for weight in weights if weight.trained), gpus)
 
+    def state(piece: Piece) -> int:
+        return method.state(piece) + piece.numel * (method.compensated and piece.width == 2)
+
     held = pieces(weight for weight in model.weights if weight.trained)
-    state = sum(map(method.state, held)) + method.shared * any(piece.numel >= 4096 for piece in held)
-    host = sum(method.state(piece) for piece in held if piece.numel >= LEAST) if method.host else 0
-    on_gpu = state - host + BUFFER_BYTES * bool(host)
-    grads = _Gradients(
-        whole=gradients(model.weights),
-        table=max((gradients([weight]) for weight in model.rest), default=0),
-        largest=max((gradients([weight]) for unit in model.blocks for weight in unit), default=0),
-        block=gradients(model.blocks[0]) if model.blocks else 0,
-        tied=model.tied,
-    )
+    shared = method.shared * any(piece.numel >= 4096 for piece in held)
+    host = sum(state(piece) for piece in held if piece.numel >= LEAST) if method.host else 0
+    on_gpu = sum(map(state, held)) + shared - host + BUFFER_BYTES * bool(host)
     gathered = 0
     if plan.gpus > 1:
         # Whole weights are gathered in the dtype of the computation, whole gradients are reduced in their own.
-        blocks, root = (
-            [width * sum(math.prod(w.shape) for w in unit) for unit in units] for units in (model.blocks, [model.rest])
-        )
-        gathered = root[0] + sum(sorted(blocks)[-2:]) + max(gradients(unit, 1) for unit in (*model.blocks, model.rest))
-    activations, moments = _backward(model, method.release, grads, plan)
-    moments = {name: extra + gathered for name, extra in moments.items()}
-    moments = {"step": 0 if method.release else grads.whole, **moments}
+        units = [*model.blocks, model.rest]
+        *blocks, root = (width * sum(math.prod(weight.shape) for weight in unit) for unit in units)
+        gathered = root + sum(sorted(blocks)[-2:]) + max(gradients(unit, 1) for unit in units)
+    activations, transient, moments = _backward(model, method.release, gradients, plan)
+    whole = 0 if method.release else gradients(model.weights)
+    moments = {"step": whole, **{name: extra + gathered for name, extra in moments.items()}}
     peak = max(moments, key=lambda name: moments[name])
     weights = size(model.weights)
     total = weights + on_gpu + moments[peak]
     fits = None if plan.vram is None else total + plan.reserve * GIB <= plan.vram * GIB
-    return Row(
-        label=method.label,
-        weights=weights,
-        gradients=0 if method.release else grads.whole,
-        state=on_gpu,
-        transient=(grads.transient if method.release else 0) + gathered,
-        activations=activations,
-        total=total,
-        peak=peak,
-        host=host,
-        fits=None if fits and activations is None else fits,  # activations that are not known may be too much
+    if fits and activations is None:  # which may be too much
+        fits = None
+    transient += gathered
+    return Row(method.label, weights, whole, on_gpu, transient, activations, total, peak, host, fits)
+
+
+def _backward(
+    model: Model, release: bool, gradients: Callable[[Iterable[Weight]], int], plan: Plan
+) -> tuple[int | None, int, dict[str, int]]:
+    """Bytes of activations, of the largest gradient that lives for a moment, and of both at the moments of the peak.
+
+    ``gradients`` returns the bytes of the gradients of weights; with ``release`` each is freed when it is complete.
+    """
+    # The largest gradient outside of the blocks is the output layer's and, unless they are tied, the embedding's.
+    table = max((gradients([weight]) for weight in model.rest), default=0)
+    largest = max((gradients([weight]) for unit in model.blocks for weight in unit), default=0)
+    whole, tied = gradients(model.weights), model.tied
+    # A tied gradient waits for the embedding's part, and autograd adds the two into a third tensor.
+    transient = max((3 if tied else 1) * table, largest + tied * table) if release else 0
+    if model.widths is None:
+        return None, transient, {"backward": transient if release else whole}
+    widths, tokens, width = model.widths, plan.batch * plan.sequence, DTYPE_BYTES[plan.dtype]
+    layer = tokens * layer_bytes(widths, width)
+    inside = tokens * width * (widths.hidden + 2 * widths.inner)
+    logits = tokens * widths.vocabulary * (width + 12)
+    kept = layer
+    if plan.checkpointing:
+        kept, inside = tokens * width * widths.hidden, layer + inside
+    stack = widths.layers * kept
+    head = table if tied or not release else 0
+    body = 0 if release else max(0, whole - (1 if tied else 2) * table)
+    first_block = gradients(model.blocks[0]) if model.blocks else 0
+    return (
+        stack + max(inside, logits),
+        transient,
+        {
+            "loss": stack + logits,
+            "head": stack + 2 * tokens * width * widths.vocabulary + table,
+            "first block": stack + inside + head + largest,
+            "last block": kept
+            + inside
+            + head
+            + (largest if release else body - first_block // 2),  # half of it is done
+            "embedding": body + head + table * (2 if tied else 1),
+        },
     )
 
 
-def _backward(model: Model, release: bool, grads: _Gradients, plan: Plan) -> tuple[int | None, dict[str, int]]:
-    """Bytes of all activations, and of gradients and activations at each moment that can be the worst."""
-    if model.widths is None:
-        return None, {"backward": grads.transient if release else grads.whole}
-    tokens, width = plan.batch * plan.sequence, DTYPE_BYTES[plan.dtype]
-    layer, inside = tokens * model.widths.layer_bytes(width), tokens * model.widths.inside_bytes(width)
-    logits, kept = tokens * model.widths.logits_bytes(width), layer
-    if plan.checkpointing:
-        kept, inside = tokens * width * model.widths.hidden, inside + layer
-    stack = model.widths.layers * kept
-    head = grads.table if model.tied or not release else 0
-    body = 0 if release else max(0, grads.whole - (1 if model.tied else 2) * grads.table)
-    return stack + max(inside, logits), {
-        "loss": stack + logits,
-        "head": stack + 2 * tokens * width * model.widths.vocabulary + grads.table,
-        "first block": stack + inside + head + grads.largest,
-        "last block": kept + inside + head + (grads.largest if release else body - grads.block // 2),  # half is done
-        "embedding": body + head + grads.table * (2 if model.tied else 1),
-    }
+def layer_bytes(widths: Widths, width: int) -> int:
+    """Bytes per token that a layer saves for its backward pass, computing in ``width`` bytes per number."""
+    norms = widths.layer_norms * width + widths.rms_norms * (width + 4) + widths.fp32_norms * (4 + 4)
+    attention = width * (widths.hidden + (2 + widths.fused) * (widths.query + widths.key)) + 4 * widths.heads
+    return norms + attention + width * (widths.hidden + widths.saved * widths.inner)

@@ -1,4 +1,4 @@
-"""The shapes of a model: of its parameters, and the widths of a transformer's layers; nothing is allocated or measured."""
+"""The shapes of a model's parameters, and the widths of a transformer's layers; nothing is allocated."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ SMALLEST_COUNT, LARGEST_COUNT = 10**6, 10**14  # outside of them the shape of a 
 USUAL_SEQUENCE = 2048  # tokens, where neither the user nor the model says otherwise
 
 # Numbers per inner width that a feed-forward network without a gate saves for its backward pass: the activation's input
-# and its result, which the second matrix needs. ReLU needs the result only. Functions that are written out in elementary
-# operations also save their intermediate results.
+# and result; of ReLU the result only; of functions made of elementary operations also the intermediate results.
 SAVED = {"relu": 1, "gelu": 2, "gelu_pytorch_tanh": 2, "silu": 2, "swish": 2, "quick_gelu": 3, "gelu_new": 5}
 
 # The field of `Widths` that norms of these classes count in; the first pattern that matches holds.
@@ -60,21 +59,6 @@ class Widths:
     fp32_norms: int  # of those that apply their weight in fp32 too, as Gemma's
     vocabulary: int  # of the logits; 0 for a model without
     fused: bool = False  # queries, keys and values are one matrix product, and rotated: the values keep all of it
-
-    def layer_bytes(self, width: int) -> int:
-        """Bytes per token that a layer saves for its backward pass, computing in ``width`` bytes per number."""
-        norms = self.layer_norms * width + self.rms_norms * (width + 4) + self.fp32_norms * (4 + 4)
-        attention = width * (self.hidden + (2 + self.fused) * (self.query + self.key)) + 4 * self.heads
-        feed_forward = width * (self.hidden + self.saved * self.inner)
-        return norms + attention + feed_forward
-
-    def inside_bytes(self, width: int) -> int:
-        """Bytes per token of the gradients inside a layer during its backward pass."""
-        return width * (self.hidden + 2 * self.inner)
-
-    def logits_bytes(self, width: int) -> int:
-        """Bytes per token of the logits, and of their softmax and its gradients in fp32."""
-        return self.vocabulary * (width + 12)
 
 
 @dataclass(frozen=True)
@@ -124,9 +108,6 @@ def load_model(
     )
 
 
-# ---- Counts ----------------------------------------------------------------------------------------------------------
-
-
 def parse_count(text: str) -> int | None:
     """The number that "7B", "124M" or "6738415616" means; None where a text is no number."""
     match = re.fullmatch(r"\s*(-?\d[\d_,]*(?:\.\d+)?)\s*([KMBT]?)\s*", text, re.IGNORECASE)
@@ -174,9 +155,6 @@ def typical_model(count: int, name: str = "", lora: int | None = None) -> Model:
     return Model(name, (tuple(block),) * layers, rest, widths=widths, note=note)
 
 
-# ---- Modules ---------------------------------------------------------------------------------------------------------
-
-
 def model_of(module: nn.Module, config: Any = None, lora: int | None = None) -> Model:
     """The shapes of a module, which may be on the meta device; shared parameters count once.
 
@@ -186,29 +164,31 @@ def model_of(module: nn.Module, config: Any = None, lora: int | None = None) -> 
         lora: rank of adapters at every linear layer except the output layer, everything else frozen; None trains the
             parameters that require a gradient.
     """
-    names: list[str] = []  # of the blocks
     stacks: list[nn.ModuleList] = []
-    for name, part in module.named_modules():
-        if isinstance(part, nn.ModuleList) and len(part) > 1 and not _block_of(name, names):
-            names += [f"{name}.{index}" for index in range(len(part))]
+    block_of: dict[nn.Module, nn.Module] = {}
+    for part in module.modules():
+        if isinstance(part, nn.ModuleList) and len(part) > 1 and part not in block_of:
             stacks.append(part)
-    units: dict[str, list[Weight]] = {name: [] for name in [*names, ""]}
+            for block in part:
+                for inner in block.modules():
+                    block_of.setdefault(inner, block)
+    units: dict[nn.Module | None, list[Weight]] = {block: [] for stack in stacks for block in stack} | {None: []}
     output = _output(module)
     seen: set[torch.Tensor] = set()
-    for name, part in module.named_modules():
-        unit = units[_block_of(name, names)]
-        own = [param for param in part.parameters(recurse=False) if param not in seen]
-        seen.update(own)
-        for param in own:
-            shape = tuple(param.shape[dim] for dim in memory_order(param) or range(param.dim()))
-            unit.append(Weight(shape, lora is None and param.requires_grad))
+    for part in module.modules():
+        unit = units[block_of.get(part)]
+        for param in part.parameters(recurse=False):
+            if param not in seen:
+                shape = tuple(param.shape[dim] for dim in memory_order(param) or range(param.dim()))
+                unit.append(Weight(shape, lora is None and param.requires_grad))
+                seen.add(param)
         if lora is not None and part is not output and (features := _features(part)):
             unit += _adapters(lora, *features)
     if lora is not None and not any(weight.adapter for unit in units.values() for weight in unit):
         raise PlanError(f"lora must meet a linear layer in the model, got {type(module).__name__} without any")
     model = Model(
         name=type(module).__name__,
-        rest=tuple(units.pop("")),
+        rest=tuple(units.pop(None)),
         blocks=tuple(tuple(unit) for unit in units.values() if unit),
         tied=len(seen) < len(list(module.named_parameters(remove_duplicate=False))),
     )
@@ -219,11 +199,6 @@ def model_of(module: nn.Module, config: Any = None, lora: int | None = None) -> 
         return replace(model, widths=_widths(config.get_text_config(), module, stacks))
     except _NotKnownError as error:
         return replace(model, note=f"activations are not known for {config.model_type}: {error}")
-
-
-def _block_of(name: str, blocks: Sequence[str]) -> str:
-    """The name of the block that a module is part of; empty for none."""
-    return next((block for block in blocks if name == block or name.startswith(f"{block}.")), "")
 
 
 def _features(part: nn.Module) -> tuple[int, int] | None:
@@ -252,9 +227,6 @@ def _sequence(config: Any, module: nn.Module) -> int:
         return int(height // high * (width // wide) + sum(param.numel() // param.shape[-1] for param in added))
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(USUAL_SEQUENCE, longest) if isinstance(longest, int) and longest > 0 else USUAL_SEQUENCE
-
-
-# ---- Widths of a transformer -----------------------------------------------------------------------------------------
 
 
 class _NotKnownError(Exception):
@@ -333,9 +305,6 @@ def _widths(config: Any, module: nn.Module, stacks: Sequence[nn.ModuleList]) -> 
         vocabulary=config.vocab_size if _output(module) is not None else 0,
         fused=one and bool(_first(config, "rope_parameters", "rope_theta", "rotary_dim")),
     )
-
-
-# ---- Folders and factories -------------------------------------------------------------------------------------------
 
 
 def _from_hugging_face(path: Path, lora: int | None, trust_remote_code: bool) -> Model:

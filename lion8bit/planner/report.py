@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-PICTURES = (".png", ".svg", ".pdf")
 # Colours that people with any common colour blindness can distinguish, by Okabe and Ito: https://jfly.uni-koeln.de/color/
 PARTS = {"weights": "#0072B2", "optimizer state": "#009E73", "gradients and activations at the peak": "#E69F00"}
 
@@ -84,29 +83,38 @@ def plan_bars(plan: Plan, columns: int) -> RenderableType:
     return Group(grid, legend)
 
 
+def print_plan(plan: Plan) -> None:
+    """Prints the table and the bars."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(plan_table(plan))
+    console.print(plan_bars(plan, console.width))
+
+
 def check_suffix(path: Path) -> None:
     """A ValueError unless `plot_plan` can write a file of this name."""
-    if path.suffix.lower() not in PICTURES:
-        raise ValueError(f"path must end in one of {', '.join(PICTURES)}, got {path.name!r}")
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"path must end in one of .png, .svg, .pdf, got {path.name!r}")
 
 
 def plot_plan(plan: Plan, path: Path) -> None:
-    """Draws the totals as horizontal bars into a .png, .svg or .pdf, with a line at the GPU's memory."""
-    check_suffix(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draws the totals as horizontal bars into a .png, .svg or .pdf, with a line at the GPU's memory.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     from matplotlib.figure import Figure
 
     rows = list(plan.rows.values())
     figure = Figure(figsize=(9, 1.2 + 0.4 * len(rows)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     left = [0.0] * len(rows)
     for index, (name, colour) in enumerate(PARTS.items()):
         sizes = [parts(row)[index] / GIB for row in rows]
-        axes.barh(range(len(rows)), sizes, left=left, color=colour, height=0.7, label=name)
+        bars = axes.barh(range(len(rows)), sizes, left=left, color=colour, height=0.7, label=name)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
-    for place, end in enumerate(left):
-        axes.text(end, place, f" {end:.1f}", va="center", fontsize=9)
+    axes.bar_label(bars, [f"{total:.1f}" for total in left], padding=3, fontsize=9)
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
     axes.invert_yaxis()
     axes.margins(x=0.08)
