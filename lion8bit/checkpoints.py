@@ -248,7 +248,9 @@ def _bitsandbytes(state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
     """``m = qmap1[state1] * absmax1`` per block of the flattened tensor, or fp32 ``state1``."""
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not betas[1]:
-        raise ValueError("state must be a Lion's, got that of bitsandbytes' SGD, RMSprop, LARS or Adagrad; start without this state")
+        raise ValueError(
+            "state must be a Lion's, got that of bitsandbytes' SGD, RMSprop, LARS or Adagrad; start without this state"
+        )
     codes = _contiguous("state1", state)  # its kernels for CPU and CUDA walk others in different orders
     if "qmap1" not in state:
         return _plain(state, group)

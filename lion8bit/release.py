@@ -162,8 +162,8 @@ def fuse_into_backward(model: nn.Module, optimizer: Lion8bit) -> GradientRelease
     """Steps each parameter when ``backward()`` has accumulated its gradient, and frees the gradient at once.
 
     All gradients are then never in memory together. The bits are those of the ordinary step. The training loop stays
-    as it is: ``optimizer.step()`` still ends each iteration, for schedulers and to mark the end of an iteration, and steps
-    only what still has a gradient, such as parameters outside ``model`` or unfrozen later.
+    as it is: ``optimizer.step()`` still ends each iteration, which schedulers need too, and steps only what still has a
+    gradient, such as parameters outside ``model`` or unfrozen later.
 
     One backward pass is one step; micro-batches but the last go under ``accumulate()`` of the handle. Activation
     checkpointing and FSDP2's ``fully_shard`` work. A graph that was made before the pass that steps cannot be used

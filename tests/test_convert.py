@@ -8,26 +8,30 @@ import random
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import assert_same
+from command import Done, run_cli
 from test_checkpoints import DAMAGED, OPTIONS, PEERS, REFUSED, damaged, parameters, peer_momentum, step
 from torch import nn
 
 import lion8bit.tools.convert
 from lion8bit import Lion8bit, dequantize, quantize, reference
-from lion8bit.tools.cli import build_app
 from lion8bit.tools.convert import ConversionError, convert_file
 
-CliRunner = pytest.importorskip("typer.testing", reason="needs the extra named cli").CliRunner
 KINDS = {"torch-optimi": "optimi", "bitsandbytes": "bitsandbytes Lion8bit", "lion-pytorch": "lion-pytorch"}
 
 
-def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(build_app(), ["convert", *map(str, arguments)])
+Invoke = Callable[..., Done]
+
+
+@pytest.fixture
+def invoke(capsys: pytest.CaptureFixture[str]) -> Invoke:
+    return partial(run_cli, capsys, "convert")
 
 
 def saved_by(name: str, path: Path) -> torch.optim.Optimizer:
@@ -57,7 +61,7 @@ def test_into_lion8bit_as_load_state_dict_does(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("to", KINDS)
-def test_out_of_lion8bit(to: str, tmp_path: Path) -> None:
+def test_out_of_lion8bit(to: str, tmp_path: Path, invoke: Invoke) -> None:
     ours = saved_by("lion8bit", tmp_path / "ours.pt")
     done = invoke(tmp_path / "ours.pt", tmp_path / "theirs.pt", "--to", to, "--json")
     summary = json.loads(done.stdout)
@@ -88,7 +92,7 @@ def test_a_file_of_version_2_becomes_one_of_version_3(tmp_path: Path) -> None:
         assert_same(converted["state"][1][name], saved["state"][1][name], name)
 
 
-def test_another_block_size_keeps_the_options(tmp_path: Path) -> None:
+def test_another_block_size_keeps_the_options(tmp_path: Path, invoke: Invoke) -> None:
     params = parameters(torch.bfloat16)
     ours = Lion8bit(params, lr=1e-3, momentum_first=True, cautious=True, weight_rounding="compensated")
     step(params, ours, 0)
@@ -128,7 +132,7 @@ class Code:
         return print, ("ran",)
 
 
-def test_errors_name_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Invoke) -> None:
     good, out = tmp_path / "good.pt", tmp_path / "out.pt"
     saved_by("lion-pytorch", good)
     adam = torch.optim.AdamW(parameters())
@@ -146,7 +150,7 @@ def test_errors_name_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ".": "dcp_to_torch",
     }.items():
         done = invoke(tmp_path / name, out)
-        assert done.exit_code == 2 and message in done.stderr and done.stderr.startswith("error: "), done.output
+        assert done.exit_code == 2 and message in done.stderr and done.stderr.startswith("error: "), done
         assert "ran" not in done.stdout
     assert not out.exists()
     with pytest.raises(ConversionError, match="block_size must be"):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import run_cli
 
 from lion8bit import __version__
-from lion8bit.backends import cpu, cuda, portable
+from lion8bit.backends import cpu, cuda, native_library, nvrtc, portable
+from lion8bit.backends.native_library import BackendError
 from lion8bit.tools import doctor
-from lion8bit.tools.cli import build_app
 from lion8bit.tools.doctor import Finding
 
 
@@ -59,7 +62,7 @@ def test_a_wrong_count_and_an_error_are_found() -> None:
     assert doctor._checked("it", check).found.endswith("bad gradients counted instead of 108")
 
     def failing() -> None:
-        raise RuntimeError("loading must succeed, got an old driver; update the driver\nlog")
+        raise BackendError("loading must succeed, got an old driver", "update the driver", "log")
 
     assert doctor._checked("it", failing) == Finding(
         "it", "problem", "loading must succeed, got an old driver\nlog", "update the driver"
@@ -70,14 +73,24 @@ def test_a_wrong_count_and_an_error_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "remedy"),
+    ("missing", "remedy"),
     [
-        ("the wheel was built without a C++ compiler (_cpu.so is missing)", "install CMake and a C++17 compiler"),
-        ("_cpu.so cannot be loaded: libgomp.so.1: cannot open shared object file", "apt install libgomp1"),
-        ("_cpu.so belongs to another version of lion8bit; reinstall it", "pip install --force-reinstall"),
+        ("file", "install CMake and a C++17 compiler"),
+        ("openmp", "apt install libgomp1"),
+        ("version", "pip install --force-reinstall"),
     ],
 )
-def test_no_native_kernel(reason: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_native_kernel(missing: str, remedy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def without_openmp() -> None:
+        raise OSError("libgomp.so.1: cannot open shared object file")
+
+    if missing == "file":
+        monkeypatch.setattr(native_library.resources, "files", lambda package: tmp_path)
+    elif missing == "openmp":
+        monkeypatch.setattr(native_library, "_provide_openmp", without_openmp)
+    else:
+        monkeypatch.setattr(native_library, "FORMAT_VERSION", 99)
+    reason = native_library.load_library.__wrapped__()
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: reason)
     monkeypatch.setattr(doctor, "_difference", lambda *_: None)
     assert remedies(list(doctor._cpu()))["CPU kernel"].count(remedy) == 1
@@ -192,16 +205,17 @@ def test_driver_of_this_machine() -> None:
 # ---- The command ----------------------------------------------------------------------------------------------------
 
 
-def test_command_reports_and_exits(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = pytest.importorskip("typer.testing", reason="needs the extra named cli").CliRunner()
-    app = build_app()
-    done = runner.invoke(app, ["doctor", "--json"])
+def test_command_reports_and_exits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run_cli(capsys, "doctor", "--json")
     report = json.loads(done.stdout)
     problems = [finding for finding in report["findings"] if finding["status"] == "problem"]
     assert report["healthy"] == (not problems) and done.exit_code == (1 if problems else 0)
     assert all(finding["remedy"] for finding in problems)
-    assert runner.invoke(app, ["doctor", "--nonsense"]).exit_code == 2
+    assert run_cli(capsys, "doctor", "--nonsense").exit_code == 2
     monkeypatch.setenv(cpu.ISA_VARIABLE, "none")
-    forced = runner.invoke(app, ["doctor"])
-    assert forced.exit_code == 1 and "remedy: unset LION8BIT_ISA" in forced.stdout
+    monkeypatch.setitem(sys.modules, "rich", None)  # it needs no extra
+    forced = run_cli(capsys, "doctor")
+    assert forced.exit_code == 1 and re.search(
+        r"^wrong  CPU kernel .*\n +fix: unset LION8BIT_ISA$", forced.stdout, re.M
+    )
     assert by_name([Finding(**finding) for finding in report["findings"]]).keys() >= {"Python", "NVRTC"}

@@ -74,12 +74,3 @@ def test_it_imports_and_steps(wheel: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-S", "-c", STEP, str(tmp_path), str(Path(torch.__file__).parents[1])]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-
-
-def test_benchmarks_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
-    pytest.importorskip("sklearn", reason="needs the extra named bench")
-    zipfile.ZipFile(wheel).extractall(tmp_path)
-    program = "import sys; sys.path[:0] = [sys.argv.pop(1)]; from lion8bit.tools.cli import main; main()"
-    command = [sys.executable, "-c", program, str(tmp_path), "bench", "fidelity", "--workload", "none"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and "invalid choice: 'none'" in result.stderr, result.stderr

@@ -9,7 +9,7 @@ from itertools import starmap
 
 import torch
 
-from lion8bit.backends.native_library import load_library
+from lion8bit.backends.native_library import BackendError, load_library
 from lion8bit.layout import Hyper
 from lion8bit.table import Work
 
@@ -17,16 +17,16 @@ KERNELS = ("baseline", "avx2", "avx512")  # in the order of kKernels in csrc/cpu
 ISA_VARIABLE = "LION8BIT_ISA"
 
 
-def unavailable_reason() -> str | None:
+def unavailable_reason() -> BackendError | None:
     """Why the native kernel cannot be used here, or None where it can."""
     library = load_library()
-    return library if isinstance(library, str) else None
+    return library if isinstance(library, BackendError) else None
 
 
 def available_kernels() -> tuple[str, ...]:
     """The instruction sets that this processor can run, the best last; empty without the native library."""
     library = load_library()
-    return () if isinstance(library, str) else KERNELS[: library.lion8bit_kernels()]
+    return () if isinstance(library, BackendError) else KERNELS[: library.lion8bit_kernels()]
 
 
 @cache
@@ -58,8 +58,8 @@ def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, *, 
         RuntimeError: the native library is not available.
     """
     library = load_library()
-    if isinstance(library, str):
-        raise RuntimeError(f"the native CPU kernel is not available: {library}")
+    if isinstance(library, BackendError):
+        raise BackendError(f"the native CPU kernel is not available: {library.problem}", library.fix)
     if kernel is None:
         kernel = selected_kernel()
     done = batch.done

@@ -15,22 +15,34 @@ from lion8bit.layout import FORMAT_VERSION, Hyper, TensorRow
 P = ParamSpec("P")
 T = TypeVar("T")
 
+REINSTALL = "reinstall it in a checkout (pip install --force-reinstall --no-deps .)"
+COMPILER = f"install CMake and a C++17 compiler (g++ or clang), then {REINSTALL}"
+OPENMP = "install GNU's OpenMP runtime (Debian and Ubuntu: apt install libgomp1)"
+
+
+class BackendError(RuntimeError):
+    """What is wrong with a backend, and how to fix it."""
+
+    def __init__(self, problem: str, fix: str = "", log: str = "") -> None:
+        super().__init__("\n".join(filter(None, ("; ".join(filter(None, (problem, fix))), log))))
+        self.problem, self.fix, self.log = problem, fix, log
+
 
 @cache
-def load_library() -> ctypes.CDLL | str:
+def load_library() -> ctypes.CDLL | BackendError:
     """The loaded library, or the reason why there is none."""
     name = "_cpu.dll" if os.name == "nt" else "_cpu.so"
     with resources.as_file(resources.files("lion8bit") / name) as path:
         if not path.exists():
-            return f"the wheel was built without a C++ compiler ({name} is missing)"
+            return BackendError(f"the wheel was built without a C++ compiler ({name} is missing)", COMPILER)
         try:
             _provide_openmp()
             library = ctypes.CDLL(str(path))
         except OSError as error:
-            return f"{name} cannot be loaded: {error}"
+            return BackendError(f"{name} cannot be loaded: {error}", OPENMP if "libgomp" in str(error) else REINSTALL)
     library.lion8bit_format_version.restype = ctypes.c_int32
     if library.lion8bit_format_version() != FORMAT_VERSION or not _has_these_structs(library):
-        return f"{name} belongs to another version of lion8bit; reinstall it"
+        return BackendError(f"{name} belongs to another version of lion8bit", REINSTALL)
     library.lion8bit_kernels.restype = ctypes.c_int32
     library.lion8bit_update.restype = ctypes.c_int64
     library.lion8bit_update.argtypes = [
@@ -61,7 +73,7 @@ def layout_of(struct: type[ctypes.Structure]) -> list[int]:
 
 def forget_missing() -> None:
     """Makes the next call search for the library if it was missing: it may have been installed since."""
-    if isinstance(load_library(), str):
+    if isinstance(load_library(), BackendError):
         load_library.cache_clear()
 
 
@@ -84,7 +96,7 @@ def in_default_environment(function: Callable[P, T]) -> Callable[P, T]:
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         library = load_library()
-        if isinstance(library, str):
+        if isinstance(library, BackendError):
             return function(*args, **kwargs)
         locked = _locked(library)
         callers = locked.lion8bit_environment()

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lion8bit.backends.native_library import BackendError
 from lion8bit.files import write_whole
 
 SOURCES = ("cuda_kernel.cu", "block_math.h")
@@ -128,11 +129,10 @@ class Kernel(NamedTuple):
 
 
 def check_status(returned: tuple[Any, ...], action: str, name: Any, log: str = "", fix: str = "") -> Any:
-    """The result of a `cuda.bindings` call, without its status; RuntimeError where that is not success."""
+    """The result of a `cuda.bindings` call, without its status; BackendError if that is not success."""
     status, *results = returned
     if status.value != 0:
-        detail = f"\n{log}" if log else ""
-        raise RuntimeError(f"{action} must succeed, got {name(status)}{'; ' + fix if fix else ''}{detail}")
+        raise BackendError(f"{action} must succeed, got {name(status)}", fix, log)
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -158,7 +158,7 @@ def sources() -> dict[str, bytes]:
             return {name: (folder / name).read_bytes() for name in SOURCES}
         except OSError:
             continue
-    raise RuntimeError(f"the CUDA kernel's source must lie in {package / 'csrc'}, got none; reinstall lion8bit")
+    raise BackendError(f"the CUDA kernel's source must be in {package / 'csrc'}, got none", "reinstall lion8bit")
 
 
 @cache
@@ -184,9 +184,10 @@ def architecture(capability: int) -> str:
         return f"sm_{capability}"
     older = [each for each in known if each < capability]
     if not older:
-        raise RuntimeError(
+        raise BackendError(
             f"the GPU's compute capability must be {known[0] / 10:.1f} or newer for NVRTC {version[0]}.{version[1]}, "
-            f"got {capability / 10:.1f}; use a PyTorch built for an older CUDA"
+            f"got {capability / 10:.1f}",
+            "use a PyTorch built for an older CUDA",
         )
     return f"compute_{older[-1]}"
 

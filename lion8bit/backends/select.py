@@ -83,7 +83,7 @@ def select(device_type: str) -> Backend:
 
 @cache
 def _fastest(device_type: str) -> Backend:
-    reason: str | None = None
+    reason: object = None
     if device_type == "cpu":
         reason = cpu.unavailable_reason()
         if reason is None:
@@ -94,8 +94,8 @@ def _fastest(device_type: str) -> Backend:
         reason = cuda.unavailable_reason()
         if reason is None:
             return Backend("cuda", cuda.update_, reads_device_memory=True)
-    if reason is not None and _missing.get(device_type) != reason:
-        _missing[device_type] = reason
+    if reason is not None and _missing.get(device_type) != str(reason):
+        _missing[device_type] = str(reason)
         what = f"lion8bit steps on {device_type} in plain torch, which is slow: {reason}"
         warnings.warn(f"{what}; run `lion8bit doctor`", SlowBackendWarning, stacklevel=_outside())
     return Backend("portable", portable.update_)

@@ -1,9 +1,10 @@
-"""Owns converting checkpoint files between optimizers; the formats themselves are in `lion8bit.checkpoints`."""
+"""Converts checkpoint files between optimizers; the formats themselves are in `lion8bit.checkpoints`."""
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,19 +15,20 @@ from torch import Tensor
 
 from lion8bit.checkpoints import SHAPED, convert_state_dict, export_state_dict, parts_of
 from lion8bit.files import write_whole
-from lion8bit.loading import check_structure, check_tensor, naming
+from lion8bit.loading import check_structure, naming
 from lion8bit.optimizer import Lion8bit
+from lion8bit.state import check_tensor
 
 OWN = "lion8bit"
 WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_states")  # where trainers put the optimizer's state
 
 
 class ConversionError(ValueError):
-    """A file or a name that cannot be converted; the message tells the remedy."""
+    """A file or a name that cannot be converted; the message says how to fix it."""
 
 
-# Who loads the result: module and class of the optimizer that tells what it keeps in a group, None where
-# `export_state_dict` knows that.
+# Libraries that can load the result. Module and class of an optimizer that defines the options of a group;
+# None where `export_state_dict` knows them.
 PEERS: dict[str, tuple[str, str] | None] = {
     "lion-pytorch": None,
     "timm": None,
@@ -48,12 +50,12 @@ def convert_file(
 ) -> dict[str, Any]:
     """Converts the optimizer's state in a file of `torch.save`; everything else in it stays as it is.
 
-    The state alone has all that is needed: no model is asked for, as the momentum has the shape of its parameter.
+    No model is needed, because the momentum has the shape of its parameter.
 
     Args:
         source: holds the ``state_dict()`` of a Lion, itself or under one of `WRAPPERS`. It is read with weights_only,
             so that it cannot run code.
-        target: the file to write; it appears complete or not at all, with the permissions that the umask leaves. One
+        target: the file to write; it appears complete or not at all. A new file gets the permissions of the umask, one
             that ``force`` overwrites keeps its own. A symbolic link is followed.
         to: `OWN` or one of `PEERS`. Peers get the momentum in fp32.
         block_size, min_8bit_size, optim_bits: of `Lion8bit`, where ``to`` is that.
@@ -64,39 +66,30 @@ def convert_file(
         ``bytes_after`` (of the state's tensors).
 
     Raises:
-        ConversionError: the source cannot be read or holds no Lion's state, or it is damaged; the target exists, is not
-            a regular file, or cannot be written.
+        ConversionError: the source cannot be read, holds no Lion's state, or is damaged; the target exists, is not a
+            regular file, or cannot be written.
     """
     if to != OWN and to not in PEERS:
         raise ConversionError(f"to must be one of {', '.join((OWN, *PEERS))}, got {to!r}")
     _check_target(target, force)
     checkpoint = _read(source)
     options = {"block_size": block_size, "min_8bit_size": min_8bit_size, "optim_bits": optim_bits}
-    summary: dict[str, Any] = {"from": "", "to": to, "optimizers": 0, "parameters": 0, "with_state": 0, "elements": 0}
-    summary |= {"bytes_before": 0, "bytes_after": 0}
+    library, total = "", Counter[str]()
     for holder, key in _places(checkpoint):
         before = holder[key]
-        try:
-            check_structure(before)
-            after = _to_own(before, options) if to == OWN else _to_peer(before, to)
-        except ValueError as error:
-            raise ConversionError(f"{source}: {error}") from error
-        except ImportError as error:
-            raise ConversionError(f"{to} must be installed for its options, got {error}; pip install {to}") from error
-        except (RuntimeError, MemoryError) as error:
-            raise ConversionError(f"{source} cannot be converted: {error}".partition("\n")[0]) from error
-        holder[key] = after
-        summary["from"] = _library(before)
-        summary["optimizers"] += 1
-        summary["parameters"] += sum(len(group["params"]) for group in before["param_groups"])
-        summary["with_state"] += len(after["state"])
-        summary["elements"] += sum(_momentum_like(state).numel() for state in _states(before))
-        summary["bytes_before"] += _bytes(before)
-        summary["bytes_after"] += _bytes(after)
-    if not summary["optimizers"]:
-        wrappers = ", ".join(WRAPPERS)
+        after = holder[key] = _converted(before, source, to, options)
+        library = _library(before)
+        total.update(
+            optimizers=1,
+            parameters=sum(len(group["params"]) for group in before["param_groups"]),
+            with_state=len(after["state"]),
+            elements=sum(_momentum_like(state).numel() for state in _states(before)),
+            bytes_before=_bytes(before),
+            bytes_after=_bytes(after),
+        )
+    if not total:
         raise ConversionError(
-            f"{source} must hold an optimizer's state_dict(), itself or under {wrappers}, got neither; "
+            f"{source} must hold an optimizer's state_dict(), itself or under {', '.join(WRAPPERS)}, got neither; "
             "save one with torch.save(optimizer.state_dict(), path)"
         )
     _check_target(target, force)  # a conversion may take minutes
@@ -104,7 +97,19 @@ def convert_file(
         write_whole(Path(os.path.realpath(target)), partial(torch.save, checkpoint["checkpoint"]), keep=True)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
         raise ConversionError(f"{target} cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    return summary
+    return {"from": library, "to": to, **total}
+
+
+def _converted(before: Any, source: Path, to: str, options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        check_structure(before)
+        return _to_own(before, options) if to == OWN else _to_peer(before, to)
+    except ValueError as error:
+        raise ConversionError(f"{source}: {error}") from error
+    except ImportError as error:
+        raise ConversionError(f"{to} must be installed for its options, got {error}; pip install {to}") from error
+    except (RuntimeError, MemoryError) as error:
+        raise ConversionError(f"{source} cannot be converted: {error}".partition("\n")[0]) from error
 
 
 def _check_target(target: Path, force: bool) -> None:
@@ -127,7 +132,7 @@ def _read(source: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConversionError(f"{source} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # damaged files make torch raise almost anything
-        # What torch says first is how to load anything at all, trusted or not.
+        # torch's message begins with advice on loading untrusted files; the reason follows.
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0].partition(". ")[0]
         raise ConversionError(
             f"{source} must be a file of torch.save with tensors and plain values, got something else "
@@ -154,11 +159,10 @@ def _is_state(value: Any) -> bool:
 
 def _to_own(saved: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     own = all("format_version" in group for group in saved["param_groups"])
-    kept = [
-        {name: value for name, value in group.items() if own and name not in ("params", "format_version")}
-        for group in saved["param_groups"]
-    ]
-    groups = [{**kept, **options, **group} for kept, group in zip(kept, _parameters(saved), strict=True)]
+    groups = []
+    for group, params in zip(saved["param_groups"], _parameters(saved), strict=True):
+        kept = {name: value for name, value in group.items() if own and name != "format_version"}
+        groups.append({**kept, **options, **params})
     try:
         optimizer = Lion8bit(groups)
     except TypeError as error:  # of saved options that are no numbers
@@ -167,8 +171,8 @@ def _to_own(saved: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _to_peer(saved: dict[str, Any], to: str) -> dict[str, Any]:
-    # The file does not tell the dtype of the parameters. torch-optimi has to find Kahan sums of 16-bit ones, or it goes
-    # on without any; it ignores those of fp32 ones.
+    # The file does not say the dtype of the parameters. torch-optimi needs the Kahan sums of 16-bit parameters, or it
+    # continues without any; it ignores those of fp32 parameters.
     dtype = torch.bfloat16 if to == "torch-optimi" else torch.float32
     optimizer = Lion8bit(_parameters(saved, dtype), optim_bits=32)
     optimizer.load_state_dict(saved)
@@ -176,14 +180,14 @@ def _to_peer(saved: dict[str, Any], to: str) -> dict[str, Any]:
     if found is not None:
         peer = getattr(importlib.import_module(found[0]), found[1])(_parameters(saved, dtype), lr=1e-4)
     exported = export_state_dict(optimizer, peer)
-    names = [group.get("param_names") for group in saved["param_groups"]]
-    for group, each in zip(exported["param_groups"], names, strict=True):
-        group |= {"param_names": each} if each else {}
+    for group, before in zip(exported["param_groups"], saved["param_groups"], strict=True):
+        if before.get("param_names"):
+            group["param_names"] = before["param_names"]
     return exported
 
 
 def _parameters(saved: dict[str, Any], dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
-    """Groups of parameters laid out as their momentum; empty where there is none, as nothing depends on them."""
+    """Groups of parameters with the shape and strides of their momentum; empty parameters where there is none."""
     groups = []
     for group in saved["param_groups"]:
         params = []

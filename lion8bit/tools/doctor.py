@@ -1,7 +1,4 @@
-"""Owns the examination of an installation: what is there, what is wrong and its remedy, and a self-check of backends.
-
-It prints nothing: `lion8bit doctor` shows what it finds.
-"""
+"""Checks an installation: what is there, what is wrong and how to fix it, and whether each backend computes right."""
 
 from __future__ import annotations
 
@@ -14,37 +11,35 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import lion8bit
 from lion8bit.backends import cpu, cuda, nvrtc, portable
+from lion8bit.backends.native_library import REINSTALL, BackendError
 from lion8bit.layout import Hyper
 from lion8bit.options import make_hyper
 from lion8bit.reference import encode, lion_step_
-from lion8bit.table import STATE_TENSORS, DeviceTable, hyper_array, make_entry
+from lion8bit.table import DeviceTable, hyper_array, make_entry
 
 OLDEST_TORCH = (2, 6)
-REINSTALL = "reinstall it in a checkout (pip install --force-reinstall --no-deps .)"
-OPENMP = "install GNU's OpenMP runtime (Debian and Ubuntu: apt install libgomp1)"
-COMPILER = f"install CMake and a C++17 compiler (g++ or clang), then {REINSTALL}"
 BUILDS = "https://pytorch.org/get-started/locally"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
-    status: Literal["ok", "note", "problem"]  # a note tells of something that is absent and not needed here
+    status: Literal["ok", "note", "problem"]  # a note: something is absent, and not needed here
     found: str
-    remedy: str = ""  # of a problem
+    remedy: str = ""  # how to fix a problem
 
 
 def examine() -> list[Finding]:
-    """Looks at everything that lion8bit uses, and lets every backend of this machine step a small case.
+    """Checks everything that lion8bit uses, and lets every backend of this machine step a small case.
 
     Returns:
         Findings in the order in which one depends on another; no exception, whatever is broken.
@@ -55,7 +50,7 @@ def examine() -> list[Finding]:
         try:
             findings += check()
         except Exception as error:  # a check that fails is a finding itself
-            what = f"{type(error).__name__}: {_first_line(error)}"
+            what = f"{type(error).__name__}: {error}".partition("\n")[0]
             findings.append(Finding(check.__name__.strip("_"), "problem", what, "report it with this message"))
     return findings
 
@@ -63,9 +58,6 @@ def examine() -> list[Finding]:
 def healthy(findings: list[Finding]) -> bool:
     """Whether nothing is wrong."""
     return all(finding.status != "problem" for finding in findings)
-
-
-# ---- What is installed ----------------------------------------------------------------------------------------------
 
 
 def _python() -> Iterator[Finding]:
@@ -102,20 +94,18 @@ def _pytorch() -> Iterator[Finding]:
         yield Finding("PyTorch", "ok", f"{version}, built {built}")
 
 
-# ---- The CPU --------------------------------------------------------------------------------------------------------
-
-
 def _cpu() -> Iterator[Finding]:
     yield _checked("plain torch", partial(_difference, portable.update_, torch.device("cpu")))
     reason = cpu.unavailable_reason()
     if reason is not None:
-        remedies = {"without a C++ compiler": COMPILER, "libgomp": OPENMP, "": REINSTALL}
-        remedy = next(remedy for sign, remedy in remedies.items() if sign in reason)
-        yield Finding("CPU kernel", "problem", f"{reason}; CPU parameters are stepped in plain torch, slowly", remedy)
+        found = f"{reason.problem}; CPU parameters are stepped in plain torch, slowly"
+        yield Finding("CPU kernel", "problem", found, reason.fix)
         return
     available, forced = cpu.available_kernels(), os.environ.get(cpu.ISA_VARIABLE)
     if forced is None or forced == available[-1]:
-        yield Finding("CPU kernel", "ok", f"{available[-1]}, {_threads()}")
+        count = torch.get_num_threads()
+        threads = f"{count} thread{'s' * (count != 1)} (torch.get_num_threads)"
+        yield Finding("CPU kernel", "ok", f"{available[-1]}, {threads}")
     else:
         found = f"{cpu.ISA_VARIABLE}={forced}, where the best of {', '.join(available)} would be used"
         yield Finding("CPU kernel", "problem", found, f"unset {cpu.ISA_VARIABLE}")
@@ -124,30 +114,24 @@ def _cpu() -> Iterator[Finding]:
         yield _checked(f"CPU kernel, {name}", partial(_difference, update, torch.device("cpu")))
 
 
-def _threads() -> str:
-    count = torch.get_num_threads()
-    return f"{count} thread{'s' * (count != 1)} (torch.get_num_threads)"
-
-
-# ---- NVIDIA GPUs ----------------------------------------------------------------------------------------------------
-
-
 def _cuda() -> Iterator[Finding]:
     driver, gpus = _driver()
-    yield Finding("NVIDIA driver", "ok" if driver else "note", _describe_driver(driver, gpus))
+    if driver is None:
+        yield Finding("NVIDIA driver", "note", "none, so there is no GPU to use")
+    else:
+        offered = f"for CUDA {driver[0]}.{driver[1]}, {gpus} GPU{'s' * (gpus != 1)}"
+        yield Finding("NVIDIA driver", "ok", offered)
     wrong = _unusable(driver) if gpus and torch.version.hip is None else None
     if wrong is not None:
         yield wrong
     needed = gpus > 0 and wrong is None and torch.version.hip is None
     try:
         (major, minor), architectures = nvrtc.toolchain()
-        known = ", ".join(f"sm_{each}" for each in architectures)
-        with_bindings = f"by cuda-bindings {metadata.version('cuda-bindings')}"
-        yield Finding("NVRTC", "ok", f"{major}.{minor} {with_bindings}, compiles for {known}")
+        known, bindings = ", ".join(f"sm_{each}" for each in architectures), metadata.version("cuda-bindings")
+        yield Finding("NVRTC", "ok", f"{major}.{minor} by cuda-bindings {bindings}, compiles for {known}")
     except (ImportError, RuntimeError, OSError) as error:
-        missing, remedy = "NVRTC", cuda.install_nvrtc()
-        if isinstance(error, ImportError):
-            missing, remedy = "cuda-bindings", cuda.INSTALL
+        no_bindings = isinstance(error, ImportError)
+        missing, remedy = ("cuda-bindings", cuda.INSTALL) if no_bindings else ("NVRTC", cuda.install_nvrtc())
         found = f"{missing} cannot be loaded ({str(error).partition(':')[0]})"
         if needed:
             yield Finding("NVRTC", "problem", f"{found}; CUDA parameters are stepped in plain torch, slowly", remedy)
@@ -159,7 +143,12 @@ def _cuda() -> Iterator[Finding]:
             yield from _gpu(index)
     else:
         arch = f"sm_{architectures[-1]}"
-        yield _checked("CUDA kernel", partial(_compiles, arch), f"compiles for {arch}")
+        kernel = nvrtc.Kernel(0, 0, True, BLOCK_SIZE, 0, False, nvrtc.SMALL)
+
+        def compiles() -> None:
+            nvrtc.compile_kernel(kernel, arch)
+
+        yield _checked("CUDA kernel", compiles, f"compiles for {arch}")
 
 
 def _gpu(index: int) -> Iterator[Finding]:
@@ -167,17 +156,16 @@ def _gpu(index: int) -> Iterator[Finding]:
     name = f"cuda:{index}"
     try:
         arch = nvrtc.architecture(10 * major + minor)
-    except RuntimeError as error:
-        message, _, remedy = str(error).rpartition("; ")
-        yield Finding(name, "problem", message, remedy)
+    except BackendError as error:
+        yield Finding(name, "problem", error.problem, error.fix)
         return
-    how = f"{arch}" if arch.startswith("sm_") else f"PTX for {arch}, which the driver translates"
+    how = arch if arch.startswith("sm_") else f"PTX for {arch}, which the driver translates"
     yield Finding(name, "ok", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}, as {how}")
     yield _checked(f"CUDA kernel, {name}", partial(_difference, cuda.update_, torch.device("cuda", index)))
 
 
 def _driver() -> tuple[tuple[int, int] | None, int]:
-    """The CUDA version that the NVIDIA driver offers, None without one, and how many GPUs it has; asks no torch."""
+    """The CUDA version that the NVIDIA driver offers, None without one, and its number of GPUs; without torch."""
     try:
         library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:
@@ -188,12 +176,6 @@ def _driver() -> tuple[tuple[int, int] | None, int]:
     if library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count)):
         count.value = 0
     return (version.value // 1000, version.value % 1000 // 10), count.value
-
-
-def _describe_driver(driver: tuple[int, int] | None, gpus: int) -> str:
-    if driver is None:
-        return "none, so there is no GPU to use"
-    return f"for CUDA {driver[0]}.{driver[1]}, {gpus} GPU{'s' * (gpus != 1)}"
 
 
 def _unusable(driver: tuple[int, int] | None) -> Finding | None:
@@ -216,110 +198,85 @@ def _other_devices() -> Iterator[Finding]:
         yield Finding(accelerator.type, "note", "has no kernel: its parameters are stepped in plain torch")
 
 
-# ---- Self-checks ----------------------------------------------------------------------------------------------------
-
 Update = Callable[[DeviceTable, "ctypes.Array[Hyper]", Tensor], None]
 
 STEPS = 3
 ROWS, COLS, BLOCK_SIZE = 4, 300, 128  # the last block of a row is short
-CASES = (  # parameter, gradient, how weights are rounded
+DTYPES = (  # of parameter and gradient, and how weights are rounded
     (torch.float32, torch.float32, ("nearest",)),
     (torch.bfloat16, torch.bfloat16, ("nearest", "stochastic", "compensated")),
     (torch.bfloat16, torch.float32, ("nearest", "stochastic", "compensated")),
     (torch.float16, torch.float16, ("nearest", "stochastic")),
 )
+CASES = [(param, grad, how, bits) for param, grad, roundings in DTYPES for how in roundings for bits in (8, 32)]
 
 
-@dataclass
-class _Case:
+class _Case(NamedTuple):
     label: str
     hyper: Hyper
     param: Tensor  # [ROWS, COLS]
     grads: list[Tensor]  # one for each step
     state: dict[str, Any]
 
-    @property
-    def kind(self) -> str:
-        return "codes" if "codes" in self.state else "momentum"
-
 
 def _cases(device: torch.device) -> list[_Case]:
-    """The same small parameters, gradients and state each time: every dtype, rounding and width of the momentum."""
+    """Small parameters, gradients and state, the same in each call: every dtype, rounding and width of the momentum."""
     generator = torch.Generator().manual_seed(0)
     cases = []
-    for param_dtype, grad_dtype, roundings in CASES:
-        for rounding in roundings:
-            for bits in (8, 32):
-                param = torch.randn(ROWS, COLS, generator=generator).to(param_dtype)
-                grads = [torch.randn(ROWS, COLS, generator=generator) * 1e-3 for _ in range(STEPS)]
-                for grad in grads:
-                    grad[0] = 0.0  # idle blocks
-                    grad[1, :2] = torch.tensor([torch.nan, torch.inf])
-                momentum = torch.zeros(ROWS, COLS)
-                state: dict[str, Any] = {"momentum": momentum}
-                if bits == 8:
-                    codes, scales = encode(momentum, BLOCK_SIZE)
-                    state = {"codes": codes.contiguous(), "scales": scales}
-                if rounding == "compensated":
-                    state["residual"] = torch.zeros(ROWS, COLS, dtype=torch.int8)
-                cases.append(
-                    _Case(
-                        f"{param_dtype} parameter, {grad_dtype} gradient, {rounding}, {bits} bits",
-                        make_hyper(lr=1e-3, weight_decay=0.1, block_size=BLOCK_SIZE, weight_rounding=rounding),
-                        param.to(device),
-                        [grad.to(device, grad_dtype) for grad in grads],
-                        {"step": 0, **{name: tensor.to(device) for name, tensor in state.items()}},
-                    )
-                )
+    for param_dtype, grad_dtype, rounding, bits in CASES:
+        param = torch.randn(ROWS, COLS, generator=generator).to(device, param_dtype)
+        grads = [torch.randn(ROWS, COLS, generator=generator) * 1e-3 for _ in range(STEPS)]
+        for grad in grads:
+            grad[0] = 0.0  # idle blocks
+            grad[1, :2] = torch.tensor([torch.nan, torch.inf])
+        state = {"momentum": torch.zeros(ROWS, COLS)}
+        if bits == 8:
+            codes, scales = encode(state["momentum"], BLOCK_SIZE)
+            state = {"codes": codes.contiguous(), "scales": scales}
+        if rounding == "compensated":
+            state["residual"] = torch.zeros(ROWS, COLS, dtype=torch.int8)
+        label = f"{param_dtype} parameter, {grad_dtype} gradient, {rounding}, {bits} bits"
+        hyper = make_hyper(lr=1e-3, weight_decay=0.1, block_size=BLOCK_SIZE, weight_rounding=rounding)
+        on_device = {"step": 0, **{name: tensor.to(device) for name, tensor in state.items()}}
+        cases.append(_Case(label, hyper, param, [grad.to(device, grad_dtype) for grad in grads], on_device))
     return cases
 
 
 def _difference(update: Update, device: torch.device) -> str | None:
-    """What a backend computes otherwise than the reference, the first of it; None where every bit is the same."""
+    """The first difference between a backend and the reference; None where every bit is the same."""
     ours, expected = _cases(device), _cases(torch.device("cpu"))
     hypers = hyper_array([case.hyper for case in ours])
     counter, skipped = torch.zeros(1, dtype=torch.int64, device=device), 0
     for step in range(STEPS):
-        made = [
-            make_entry(case.param, case.grads[step], case.state, block_size=BLOCK_SIZE, seed=i, hyper=i)
-            for i, case in enumerate(ours)
+        grads = [case.grads[step] for case in ours]
+        entries = [
+            make_entry(case.param, grad, case.state, block_size=BLOCK_SIZE, seed=i, hyper=i)
+            for i, (case, grad) in enumerate(zip(ours, grads, strict=True))
         ]
-        batch = DeviceTable(device, [entry for entry, _ in made], [grad for _, grad in made])
-        batch.begin()
-        update(batch, hypers, counter)
-        batch.finish()
-        for i, case in enumerate(expected):
-            momentum, scales, residual = (case.state.get(name) for name in (case.kind, "scales", "residual"))
-            assert momentum is not None
-            counted = {"seed": i, "step": step + 1}
-            bad = lion_step_(case.param, case.grads[step], momentum, scales, case.hyper, residual=residual, **counted)
-            skipped += int(bad)
+        table = DeviceTable(entries, grads)
+        table.begin()
+        update(table, hypers, counter)
+        table.finish()
+        for i, (_, hyper, param, grads, state) in enumerate(expected):
+            momentum = state["codes"] if "codes" in state else state["momentum"]
+            counted = {"residual": state.get("residual"), "seed": i, "step": step + 1}
+            skipped += int(lion_step_(param, grads[step], momentum, state.get("scales"), hyper, **counted))
     for one, other in zip(ours, expected, strict=True):
-        for name in ("param", *STATE_TENSORS):
-            if name != "param" and name not in one.state:
-                continue
+        for name in ("param", *(name for name in other.state if name != "step")):
             actual, wanted = (case.param if name == "param" else case.state[name] for case in (one, other))
             if not torch.equal(actual.cpu().view(torch.uint8), wanted.view(torch.uint8)):
                 return f"{name} differs ({one.label})"
     return None if int(counter) == skipped else f"{int(counter)} bad gradients counted instead of {skipped}"
 
 
-def _compiles(arch: str) -> None:
-    nvrtc.compile_kernel(nvrtc.Kernel(0, 0, True, BLOCK_SIZE, 0, False, nvrtc.SMALL), arch)
-
-
 def _checked(name: str, check: Callable[[], str | None], fine: str = "steps with the reference's bits") -> Finding:
-    """The finding of a check that returns what is wrong, or raises with the remedy after the last semicolon."""
+    """The finding of a check, which returns what is wrong or raises it."""
     try:
         difference = check()
+    except BackendError as error:
+        return Finding(name, "problem", "\n".join(filter(None, (error.problem, error.log))), error.fix or REINSTALL)
     except Exception as error:
-        message, newline, log = str(error).partition("\n")
-        message, _, remedy = message.rpartition("; ")
-        return Finding(name, "problem", (message or remedy) + newline + log, remedy if message else REINSTALL)
+        return Finding(name, "problem", str(error) or type(error).__name__, REINSTALL)
     if difference is None:
         return Finding(name, "ok", fine)
     return Finding(name, "problem", f"not the reference's bits: {difference}", f"{REINSTALL}; if it stays, report it")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
