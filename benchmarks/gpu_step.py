@@ -1,4 +1,4 @@
-"""Owns the measurement of one model's step on a GPU, by every optimizer; `gpu.py` runs it for several models."""
+"""Measures the time of one model's optimizer step on a GPU, by optimizer and dtype."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from common import (
     Shape,
     available,
     console,
-    describe,
     environment,
     flush_cache,
     make_params,
@@ -43,32 +42,9 @@ examples:
   python benchmarks/gpu_step.py --model gpt2 --device cpu --quick       proves the program without a GPU
 """
 
-SECONDS_PER_CONTENDER = 3.0  # of repeats, its first steps apart
+SECONDS_PER_CONTENDER = 3.0  # of repeats, without the first steps
 MOST_SPARE = 1 << 28  # parameters of a list that has a second set of gradients
-SHARE_OF_MEMORY = 0.9  # of what is free, that parameters, gradients and our state may take
-
-
-class ForeachLion(torch.optim.Optimizer):
-    """Lion with fp32 momentum by torch's foreach functions."""
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params, {})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            params = group["params"]
-            for param in params:
-                if not self.state[param]:
-                    self.state[param]["momentum"] = torch.zeros_like(param, dtype=torch.float32)
-            momenta = [self.state[param]["momentum"] for param in params]
-            grads = [param.grad.float() for param in params]
-            updates = torch._foreach_mul(momenta, 0.9)
-            torch._foreach_add_(updates, grads, alpha=1 - 0.9)
-            torch._foreach_sign_(updates)
-            updates = [update.to(param.dtype) for update, param in zip(updates, params)]
-            torch._foreach_add_(params, updates, alpha=-LR)
-            torch._foreach_lerp_(momenta, grads, 1 - 0.99)
+SHARE_OF_MEMORY = 0.9  # of the free memory, for parameters, gradients and our state
 
 
 def flash(bits: int | None) -> Callable[[Params], torch.optim.Optimizer]:
@@ -82,20 +58,16 @@ def flash(bits: int | None) -> Callable[[Params], torch.optim.Optimizer]:
     return make
 
 
+def compensated(params: Params) -> torch.optim.Optimizer:
+    """Ours with 8 further bits of each weight."""
+    return Lion8bit(params, lr=LR, weight_rounding="compensated")
+
+
 GPU_CONTENDERS: dict[str, Contender] = {
-    OURS: CONTENDERS[OURS],
-    "lion8bit-stochastic": CONTENDERS["lion8bit-stochastic"],
-    "lion8bit-compensated": Contender(
-        "lion8bit, 24-bit weights",
-        lambda params: Lion8bit(params, lr=LR, weight_rounding="compensated"),
-        dtypes=("bf16",),
-    ),
-    "bitsandbytes": CONTENDERS["bitsandbytes"],
+    **{key: CONTENDERS[key] for key in (OURS, "lion8bit-stochastic", "bitsandbytes", "adamw", "compiled-lion")},
+    "lion8bit-compensated": Contender("lion8bit, 24-bit weights", compensated, dtypes=("bf16",)),
     "flashlion": Contender("FlashLion", flash(None), "flashoptim"),
     "flashlion-24": Contender("FlashLion, 24-bit weights", flash(24), "flashoptim", dtypes=("bf16",)),
-    "adamw": CONTENDERS["adamw"],
-    "foreach-lion": Contender("foreach Lion, fp32 state", ForeachLion),
-    "compiled-lion": CONTENDERS["compiled-lion"],
 }
 
 
@@ -148,16 +120,7 @@ def measure(
     repeats: int,
     bandwidth: float,
 ) -> dict[str, Any]:
-    """The figures of one contender, or why there are none.
-
-    Args:
-        contender: the optimizer.
-        params: with gradients.
-        spare: other gradients, to find what a step costs whose gradients are new; may be empty.
-        device: where they are.
-        repeats: measurements at most.
-        bandwidth: bytes per second of a copy.
-    """
+    """The figures of one contender, or why there are none; ``spare``: other gradients for "wall_new", or nothing."""
     optimizer = None
 
     def step_with_new_gradients() -> float:
@@ -217,37 +180,32 @@ def rows(
             contender = GPU_CONTENDERS[key]
             if dtype not in contender.dtypes or not available(contender.package):
                 continue
-            yield {
-                **place,
-                "contender": key,
-                "label": contender.label,
-                **measure(contender, params, spare, device, repeats, bandwidth),
-            }
+            row = {**place, "contender": key, "label": contender.label}
+            yield row | measure(contender, params, spare, device, repeats, bandwidth)
             free_memory(device)
         del params, spare
 
 
 def context() -> dict[str, Any]:
-    """The machine's record, what of NVIDIA's programs it has, and the seconds of the first work on the GPU."""
+    """The machine's record with the driver's answers, NVIDIA's programs, and the seconds of the first work on the GPU."""
     start = time.perf_counter()
     if torch.cuda.is_available():
         torch.ones(1, device="cuda").item()
     seconds = time.perf_counter() - start
-    tools = [name for name in PROGRAMS if program(name)]
     asked = asked_of_driver()
     return {
         **environment(),
         "driver": asked.get("driver_version"),
         "driver_says": asked,
-        "tools": tools,
+        "tools": [name for name in PROGRAMS if program(name)],
         "context_seconds": seconds,
     }
 
 
 def main() -> None:
-    """Measures a list and writes each row as it is there, or only the machine's record."""
+    """Measures a list and writes each row when it is there, or only the machine's record."""
     options = parser(DESCRIPTION, EPILOG)
-    options.add_argument("--environment", action="store_true", help="only the machine's record")
+    options.add_argument("--machine", action="store_true", help="only the machine's record")
     options.add_argument("--model", choices=list(GPU_MODELS), default="gpt2")
     options.add_argument("--dtype", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
     options.add_argument("--contender", nargs="+", choices=list(GPU_CONTENDERS), default=list(GPU_CONTENDERS))
@@ -255,13 +213,10 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=20)
     settings = options.parse_args()
     record, out = context(), console()
-    tools = record["tools"]
     if settings.device == "cuda" and not torch.cuda.is_available():
         options.error("torch must find an NVIDIA GPU, got none; use another python, or --device cpu")
-    if settings.environment:
-        out.print(*(f"{name} {value}" for name, value in record["driver_says"].items()), sep=", ", highlight=False)
-        out.print(f"NVIDIA's programs: {', '.join(tools) or 'none'}; context {record['context_seconds']:.1f} s")
-        out.print(f"Python {record['python']}, driver {record['driver']}; {describe(record)}", highlight=False)
+    if settings.machine:
+        out.print_json(data=record)
         if settings.json is not None:
             write_whole(settings.json, json.dumps(record) + "\n")
         return
