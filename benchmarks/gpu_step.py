@@ -14,6 +14,7 @@ from common import (
     Shape,
     available,
     console,
+    describe,
     environment,
     flush_cache,
     make_params,
@@ -187,7 +188,7 @@ def rows(
 
 
 def context() -> dict[str, Any]:
-    """The machine's record with the driver's answers, NVIDIA's programs, and the seconds of the first work on the GPU."""
+    """The machine's record, what its driver reports, NVIDIA's programs, and seconds of the first work on the GPU."""
     start = time.perf_counter()
     if torch.cuda.is_available():
         torch.ones(1, device="cuda").item()
@@ -216,7 +217,7 @@ def main() -> None:
     if settings.device == "cuda" and not torch.cuda.is_available():
         options.error("torch must find an NVIDIA GPU, got none; use another python, or --device cpu")
     if settings.machine:
-        out.print_json(data=record)
+        out.print(record["driver_says"], record["tools"], describe(record))
         if settings.json is not None:
             write_whole(settings.json, json.dumps(record) + "\n")
         return
