@@ -58,11 +58,8 @@ CONTENDERS = ("lion8bit", "lion8bit-stochastic", "lion8bit-compensated", "bitsan
 FEW_TUNINGS = (*(f"passes {count}" for count in (1, 2, 4, 16)), "8 elements, resident 4, nothing ahead",
                "16 elements, resident 3, nothing ahead", "8 elements, resident 4, registers ahead")  # fmt: skip
 LISTS = {"gpt2": 70, "1B": 60, "llama": 70, "lora": 45}  # models of `gpu_step.py`: seconds
-TRAININGS = {  # of `examples/full_finetune.py`: shape, GiB of the GPU, and further options; sequences have 2048 tokens
-    "7B": ("llama-7b", 24, ""),
-    "8B": ("llama3-8b", 24, "--paged"),
-    "3B": ("llama-3b", 12, "--paged"),
-}
+# Of `examples/full_finetune.py`: shape, GiB of the GPU, and further options. Sequences have 2048 tokens.
+TRAININGS = {"7B": ("llama-7b", 24, ""), "8B": ("llama3-8b", 24, "--paged"), "3B": ("llama-3b", 12, "--paged")}
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy")
 PROFILE = "--clock-control none -k regex:lion8bit_update -s 10 -c 1"  # the first launch on a large tensor
 PROFILE += "".join(f" --section {section}" for section in SECTIONS)
@@ -98,7 +95,7 @@ def sanitizer(name: str) -> list[str | Path]:
     return [program("compute-sanitizer") or "compute-sanitizer", "--tool", name, *options.split()]
 
 
-def gpu_tests(gpu: bool, folder: Path = ROOT / "tests", limit: int = 100, workers: int = 10) -> list[str | Path]:
+def gpu_tests(gpu: bool, scratch: Path, folder: Path = ROOT / "tests", limit: int = 100) -> list[str | Path]:
     """pytest on the tests that need a GPU; without one, on those that are skipped and a few that run.
 
     A fault on a GPU loses the context of its process, so later tests of the same worker fail too. pytest names the
@@ -109,10 +106,10 @@ def gpu_tests(gpu: bool, folder: Path = ROOT / "tests", limit: int = 100, worker
     files = [path for path in sorted(folder.glob("test_*.py")) if text.search(path.read_text())]
     # Without a GPU, a test with the parameter gpu_or_cpu would run on the CPU.
     names = "test_gpu or on_gpu" if gpu else f"(test_gpu or on_gpu or {instead}) and not gpu_or_cpu"
-    options = "-v --tb short -o addopts=--strict-markers --maxfail 60 --disable-warnings -p no:cacheprovider"
+    options = f"-v --tb short -o addopts=--strict-markers -o cache_dir={scratch}/cache --maxfail 60 --disable-warnings"
     options += " -W ignore::lion8bit.SlowBackendWarning"
     if importlib.util.find_spec("xdist") is not None:
-        options += f" -n {min(workers, os.cpu_count() or 1)} --dist worksteal"
+        options += f" -n {min(10, os.cpu_count() or 1)} --dist worksteal"
     if importlib.util.find_spec("pytest_timeout") is not None:  # its thread also ends a worker that waits for a kernel
         options += f" --timeout {limit} --timeout-method thread"
     pytest = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
@@ -121,16 +118,15 @@ def gpu_tests(gpu: bool, folder: Path = ROOT / "tests", limit: int = 100, worker
 
 def check(gpu: bool, device: Sequence[str], quick: Sequence[str], scratch: Path) -> Iterator[Step]:
     """Is it right?"""
-    first = script("gpu_first", *device)
+    first, slow = script("gpu_first", *device), {"CUDA_LAUNCH_BLOCKING": "1"}
     yield Step("doctor", [sys.executable, "-m", "lion8bit", "doctor"], 90, tail=16)
-    slow = {"CUDA_LAUNCH_BLOCKING": "1"}
     yield Step("first, blocking", first, 60, tail=12, only_after="doctor", environment=slow)
     watched = [*sanitizer("memcheck"), *first]
     yield Step("first, memcheck", watched, 90, tail=25, only_after="doctor", environment={**slow, **UNCACHED})
     fresh = {"LION8BIT_CACHE_DIR": str(scratch / "fresh")}
     for process in ("first process", "second process"):
         yield Step(process, first, 60, tail=1, recorded=True, environment=fresh)
-    yield Step("tests", gpu_tests(gpu), 130, least=20, tail=40, says=r"[1-9]\d* passed")
+    yield Step("tests", gpu_tests(gpu, scratch), 130, least=20, tail=40, says=r"[1-9]\d* passed")
     tune = script("gpu_tune", *([] if gpu else ["--dry"]), *quick, "--case", "nearest", "fp32", "stochastic")
     tune += ["--seconds", "60", "--variant", *FEW_TUNINGS]
     yield Step("variants", tune, 90, least=20, tail=60, recorded=True)
@@ -139,12 +135,13 @@ def check(gpu: bool, device: Sequence[str], quick: Sequence[str], scratch: Path)
 def speed(gpu: bool, device: Sequence[str], quick: Sequence[str], scratch: Path) -> Iterator[Step]:
     """Is it fast?"""
     for model, limit in LISTS.items():
-        command = script("gpu_step", *device, *quick, "--model", model, "--contender", *CONTENDERS)
+        contenders = [name for name in CONTENDERS if gpu or name != "bitsandbytes"]  # which is slow on a CPU
+        command = script("gpu_step", *device, *quick, "--model", model, "--contender", *contenders)
         yield Step(model, command, limit, least=15, recorded=True)
     for name, (shape, limit, more) in TRAININGS.items():
-        size = (
-            f"--shape {shape} --memory-limit {limit}" if gpu and not quick else "--shape tiny --sequence 64 --lr 1e-3"
-        )
+        size = f"--shape {shape} --memory-limit {limit}"
+        if quick or not gpu:
+            size = "--shape tiny --sequence 32 --lr 1e-3 --steps 8"
         command = [sys.executable, ROOT / "examples" / "full_finetune.py", *size.split(), *more.split(), *device]
         yield Step(name, command, 110, least=35, tail=12, recorded=True)
 
@@ -157,11 +154,10 @@ def deep(gpu: bool, device: Sequence[str], quick: Sequence[str], scratch: Path) 
         yield Step(name, command, 75, least=20, tail=6, environment=UNCACHED, says=says)
     profiler = [program("ncu") or "ncu", *PROFILE.split()] if gpu else []
     for case in ("nearest", "stochastic"):
-        command = script("gpu_tune", *([] if gpu else ["--dry"]), *quick, "--case", case, "--variant", "base")
+        options = f"--case {case} --variant base --log2 27 --rounds 1{'' if gpu else ' --dry'}".split()
+        command = [*profiler, *script("gpu_tune", *quick, *options)]
         says = "Memory Throughput" if gpu else ""  # ncu also succeeds where it has profiled nothing
-        yield Step(
-            f"ncu {case}", [*profiler, *command, "--log2", "27", "--rounds", "1"], 45, least=15, tail=70, says=says
-        )
+        yield Step(f"ncu {case}", command, 45, least=15, tail=70, says=says)
 
 
 def steps_of(stage: str, device: str, quick: bool, scratch: Path) -> list[Step]:
@@ -197,25 +193,28 @@ class Visit:
         write_whole(self.output / f"{self.stage}.json", json.dumps(self.record, indent=1) + "\n")
 
     def run(self, steps: Sequence[Step]) -> bool:
-        """Runs steps in turn until it is stopped; whether all have passed."""
+        """Runs steps in turn until it is stopped; whether all have passed or had no reason to run."""
         all_passed = True
         for step in steps:
-            passed = not self.stopped and self.run_one(step)
-            if self.stopped or (step.name == "machine" and not passed):
+            if self.stopped:
                 return False
+            failed = {entry["step"] for entry in self.steps if entry["status"] != "passed"}
+            if step.only_after and step.only_after not in failed:
+                continue
+            left = self.end - time.monotonic()
+            if left < step.least:
+                passed = self.leave_out(step, "dropped", f"needs {step.least:.0f} s, {max(0.0, left):.0f} s were left")
+            elif shutil.which(step.command[0]) is None:
+                passed = self.leave_out(step, "skipped", f"{step.command[0]} is not installed")
+            else:
+                passed = self.execute(step, min(step.limit, left))
             all_passed &= passed
+            if step.name == "machine" and not passed:
+                return False
         return all_passed
 
-    def run_one(self, step: Step) -> bool:
-        """Runs a step if it can; whether it passed, or had no reason to run."""
-        if step.only_after and not any(e["step"] == step.only_after and e["status"] != "passed" for e in self.steps):
-            return True
-        left = self.end - time.monotonic()
-        if left >= step.least and shutil.which(step.command[0]) is not None:
-            return self.execute(step, min(step.limit, left))
-        status, detail = "skipped", f"{step.command[0]} is not installed"
-        if left < step.least:
-            status, detail = "dropped", f"needs {step.least:.0f} s, {max(0.0, left):.0f} s were left"
+    def leave_out(self, step: Step, status: str, detail: str) -> bool:
+        """Records a step that does not run."""
         self.steps.append({"step": step.name, "status": status, "detail": detail})
         print(f"## {step.name}: {status}, {detail}", flush=True)
         self.save()
@@ -276,16 +275,16 @@ class Visit:
 # ---- Installation ----------------------------------------------------------------------------------------------------
 
 
-def imported(visit: Visit) -> Path | None:
+def imported(visit: Visit) -> Path:
     """The file of the lion8bit that the steps import."""
-    find = "import importlib.util as u; found = u.find_spec('lion8bit'); print(found.origin if found else '')"
+    find = "import importlib.util as u; found = u.find_spec('lion8bit'); print(found.origin if found else 'none')"
     command = [sys.executable, "-c", find]
-    found = subprocess.run(command, env=visit.environment, cwd=visit.scratch, capture_output=True, text=True).stdout
-    return Path(found.strip()).resolve() if found.strip() else None
+    found = subprocess.run(command, env=visit.environment, cwd=visit.scratch, capture_output=True, text=True)
+    return Path(found.stdout.strip()).resolve()
 
 
 def install(visit: Visit) -> None:
-    """Installs lion8bit and the peers' wheels for the steps; done once for the same python and sources.
+    """Installs lion8bit and the peers' wheels for the steps, once for the same python and sources.
 
     Raises:
         SystemExit: the steps would import another lion8bit.
@@ -299,25 +298,25 @@ def install(visit: Visit) -> None:
     peers.mkdir(parents=True, exist_ok=True)
     visit.environment.setdefault("LION8BIT_CACHE_DIR", str(kept / "kernels"))
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target"]
-    found = imported(visit)
-    here = found is not None and found.is_relative_to(ROOT)
-    if not here and not ours.exists():
-        if not visit.run([Step("build", [*pip, kept / "draft", "--no-build-isolation", ROOT], 150)]):
-            print("NO CPU KERNEL: the build failed; the checkout is used as it is", flush=True)
-            shutil.copytree(ROOT / "lion8bit", kept / "draft" / "lion8bit", dirs_exist_ok=True)
-            shutil.copytree(ROOT / "csrc", kept / "draft" / "lion8bit" / "csrc", dirs_exist_ok=True)
-        if visit.stopped:
-            return
-        (kept / "draft").rename(ours)
+    paths = [str(peers), os.environ.get("PYTHONPATH", "")]
+    if not imported(visit).is_relative_to(ROOT):
+        paths.insert(0, str(ours))
+        if not ours.exists():
+            built = visit.run([Step("build", [*pip, kept / "draft", "--no-build-isolation", ROOT], 150)])
+            if visit.stopped:
+                return
+            if built:
+                (kept / "draft").rename(ours)
+            else:
+                print("NO CPU KERNEL: the build failed; the checkout is used as it is", flush=True)
+                ours.symlink_to(ROOT)
     for wheel in sorted(WHEELS.glob("*.whl")):
         done = peers / f"{wheel.name}.installed"
         if not done.exists() and visit.run([Step(wheel.name, [*pip, peers, wheel], 60)]):
             done.touch()
-    paths = [*([] if here else [str(ours)]), str(peers), os.environ.get("PYTHONPATH", "")]
     visit.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    found = imported(visit)
-    if found is None or not found.is_relative_to(ROOT):
-        raise SystemExit(f"lion8bit must be imported from {ROOT}, got {found or 'none'}; uninstall the other one")
+    if not (found := imported(visit)).is_relative_to(ROOT):
+        raise SystemExit(f"lion8bit must be imported from {ROOT}, got {found}; uninstall the other one")
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -332,7 +331,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     budgets = ", ".join(f"{stage} {budget:.0f}" for stage, budget in BUDGETS.items())
     options.add_argument("--budget", type=float, help=f"seconds for all of it (default: {budgets}, and their sum)")
     options.add_argument("--output", type=Path, help="folder (default: benchmarks/results/gpu-NAME-DATE)")
-    options.add_argument("--step", nargs="+", metavar="NAME", help="only these, in the stage's order")
+    options.add_argument("--step", nargs="+", default=[], metavar="NAME", help="only these, in the stage's order")
     options.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options.add_argument("--quick", action="store_true", help="dry run with small models and few repeats")
     settings = options.parse_args(arguments)
@@ -340,7 +339,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.error(f"--budget must be positive, got {settings.budget}")
     settings.stages = list(BUDGETS) if settings.stage == "all" else [settings.stage]
     known = [step.name for stage in settings.stages for step in steps_of(stage, "cuda", False, Path())]
-    if unknown := set(settings.step or ()) - set(known):
+    if unknown := set(settings.step) - set(known):
         options.error(f"--step must be among {'; '.join(known)}, got {'; '.join(unknown)}")
     return settings
 
@@ -382,9 +381,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             visit = Visit(stage, output, Path(folder), budget, record)
             install(visit)
-            names = ["machine", *(settings.step or [])]
             steps = steps_of(stage, settings.device, settings.quick, Path(folder))
-            visit.run([step for step in steps if step.name in names or not settings.step])
+            visit.run([step for step in steps if not settings.step or step.name in ("machine", *settings.step)])
             print(visit.report(picture=True), flush=True)
         failed += [step["step"] for step in visit.steps if step["status"] in ("failed", "timed out")]
         failed += ["report"] if "report" in visit.record else []

@@ -144,8 +144,10 @@ def markdown(records: dict[str, Record]) -> str:
     gpu = machine.get("gpu") or {"name": "no GPU"}
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items() if version)
     commit = next((record["commit"] for record in records.values() if record.get("commit")), "unknown")
-    software = f"Commit {commit}, driver {machine.get('driver')}, CUDA {gpu.get('cuda')}, Python {machine.get('python')}; {versions}."
-    lines = [f"# {gpu['name']}, {machine.get('date', '')}", "", software, ""]
+    software = (
+        f"Commit {commit}, driver {machine.get('driver')}, CUDA {gpu.get('cuda')}, Python {machine.get('python')}"
+    )
+    lines = [f"# {gpu['name']}, {machine.get('date', '')}", "", f"{software}; {versions}.", ""]
     if any(record["trial"] for record in records.values()):
         lines += ["Dry run: the numbers are not measurements.", ""]
     steps = [(stage, step) for stage, record in records.items() for step in record["steps"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import statistics
@@ -9,20 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import common
 import torch
-from common import (
-    Shape,
-    available,
-    console,
-    describe,
-    environment,
-    flush_cache,
-    make_params,
-    numel,
-    parser,
-    spread,
-    write_json,
-)
+from common import Shape, make_params, numel, spread, write_json
 from machine import PROGRAMS, asked_of_driver, program, write_whole
 from models import GPU_MODELS, QUICK_GPU_MODELS
 from step_time import CONTENDERS, DTYPES, LR, OURS, Contender, Params, time_call
@@ -35,12 +25,11 @@ How long does one step of a public model's parameters take on a GPU, with each o
 step. The GPU's time is that between two events while its queue is full; the wall time is what a caller waits for, with
 the optimizer's own Python, with the same gradients as before or with new ones.
 """
-
 EPILOG = """\
 examples:
   python benchmarks/gpu_step.py --model gpt2 --json gpt2.json
   python benchmarks/gpu_step.py --model 1B --dtype fp32 --contender lion8bit adamw
-  python benchmarks/gpu_step.py --model gpt2 --device cpu --quick       proves the program without a GPU
+  python benchmarks/gpu_step.py --model gpt2 --device cpu --quick       dry run without a GPU
 """
 
 SECONDS_PER_CONTENDER = 3.0  # of repeats, without the first steps
@@ -59,16 +48,12 @@ def flash(bits: int | None) -> Callable[[Params], torch.optim.Optimizer]:
     return make
 
 
-def compensated(params: Params) -> torch.optim.Optimizer:
-    """Ours with 8 further bits of each weight."""
-    return Lion8bit(params, lr=LR, weight_rounding="compensated")
-
-
 GPU_CONTENDERS: dict[str, Contender] = {
     **{key: CONTENDERS[key] for key in (OURS, "lion8bit-stochastic", "bitsandbytes", "adamw", "compiled-lion")},
-    "lion8bit-compensated": Contender("lion8bit, 24-bit weights", compensated, dtypes=("bf16",)),
+    "lion8bit-compensated": Contender(
+        "lion8bit, 24-bit weights", functools.partial(Lion8bit, lr=LR, weight_rounding="compensated"), dtypes=("bf16",)
+    ),
     "flashlion": Contender("FlashLion", flash(None), "flashoptim"),
-    "flashlion-24": Contender("FlashLion, 24-bit weights", flash(24), "flashoptim", dtypes=("bf16",)),
 }
 
 
@@ -97,16 +82,6 @@ def free_memory(device: torch.device) -> float:
     return float(torch.cuda.mem_get_info()[0])
 
 
-def wall_time(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that a caller waits for one call with cold caches, the optimizer's own Python included."""
-    flush_cache(device)
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def synchronize(device: torch.device) -> None:
     """Until the device has nothing to do."""
     if device.type == "cuda":
@@ -127,7 +102,12 @@ def measure(
     def step_with_new_gradients() -> float:
         for i, param in enumerate(params):
             param.grad, spare[i] = spare[i], param.grad
-        return wall_time(optimizer.step, device)  # type: ignore[union-attr]
+        common.flush_cache(device)
+        synchronize(device)
+        start = time.perf_counter()
+        optimizer.step()  # type: ignore[union-attr]
+        synchronize(device)
+        return time.perf_counter() - start
 
     try:
         begin = time.perf_counter()
@@ -179,7 +159,7 @@ def rows(
         place |= {"parameters": numel(fitting), "tensors": len(fitting)}
         for key in keys:
             contender = GPU_CONTENDERS[key]
-            if dtype not in contender.dtypes or not available(contender.package):
+            if dtype not in contender.dtypes or not common.available(contender.package):
                 continue
             row = {**place, "contender": key, "label": contender.label}
             yield row | measure(contender, params, spare, device, repeats, bandwidth)
@@ -188,24 +168,15 @@ def rows(
 
 
 def context() -> dict[str, Any]:
-    """The machine's record, what its driver reports, NVIDIA's programs, and seconds of the first work on the GPU."""
-    start = time.perf_counter()
-    if torch.cuda.is_available():
-        torch.ones(1, device="cuda").item()
-    seconds = time.perf_counter() - start
+    """The machine's record, what its driver reports, and NVIDIA's programs."""
     asked = asked_of_driver()
-    return {
-        **environment(),
-        "driver": asked.get("driver_version"),
-        "driver_says": asked,
-        "tools": [name for name in PROGRAMS if program(name)],
-        "context_seconds": seconds,
-    }
+    tools = [name for name in PROGRAMS if program(name)]
+    return {**common.environment(), "driver": asked.get("driver_version"), "driver_says": asked, "tools": tools}
 
 
 def main() -> None:
     """Measures a list and writes each row when it is there, or only the machine's record."""
-    options = parser(DESCRIPTION, EPILOG)
+    options = common.parser(DESCRIPTION, EPILOG)
     options.add_argument("--machine", action="store_true", help="only the machine's record")
     options.add_argument("--model", choices=list(GPU_MODELS), default="gpt2")
     options.add_argument("--dtype", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
@@ -213,11 +184,12 @@ def main() -> None:
     options.add_argument("--device", default="cuda")
     options.add_argument("--repeats", type=int, default=20)
     settings = options.parse_args()
-    record, out = context(), console()
+    record, out = context(), common.console()
     if settings.device == "cuda" and not torch.cuda.is_available():
         options.error("torch must find an NVIDIA GPU, got none; use another python, or --device cpu")
     if settings.machine:
-        out.print(record["driver_says"], record["tools"], describe(record))
+        torch.ones(1, device=settings.device).item()
+        out.print(record["driver_says"], record["tools"], common.describe(record))
         if settings.json is not None:
             write_whole(settings.json, json.dumps(record) + "\n")
         return
