@@ -16,6 +16,19 @@ SHARES = (("1B", "fp32", OURS, 0.92), ("1B", "bf16", OURS, 0.85), ("1B", "bf16",
 RATIOS = (("gpt2", "bitsandbytes", 5.0), ("gpt2", "flashlion", 3.0), ("llama", "bitsandbytes", 1.3))
 CLOCKS = ("gpu_ms", "wall_ms", "wall_new_ms")
 
+# Columns of the tables: heading, and format of a row's values.
+STEPS = {"stage": "{stage}", "step": "{step}", "result": "{status}", "seconds": "{seconds}", "last line": "{detail}"}
+GOALS = {"goal": "{goal}", "requirement": "{requirement}", "measured": "{measured}", "verdict": "{verdict}"}
+TRAININGS = {"model": "{model}", "limit": "{memory_limit_gib:.0f} GiB", "optimizer": "{optimizer}",
+             "state on": "{place}", "outcome": "{outcome}", "peak GiB": "{peak:.2f}", "planned": "{planned:.2f}",
+             "state GiB": "{state:.2f}", "tokens/s": "{tokens_per_second:.0f}"}  # fmt: skip
+LISTS = {"dtype": "{dtype}", "optimizer": "{label}", "GPU ms": "{gpu_ms[median]:.3f}",
+         "wall ms": "{wall_ms[median]:.3f}", "wall ms, new gradients": "{wall_new_ms[median]:.3f}",
+         "bytes/param": "{bytes_per_parameter:.2f}", "GB/s": "{gb_per_s:.0f}", "of copy": "{share_of_copy:.1%}",
+         "GPU time over ours": "{over:.2f}x"}  # fmt: skip
+TUNINGS = {"tuning": "{variant}", "ms": "{ms[median]:.4f}", "least": "{ms[min]:.4f}", "most": "{ms[max]:.4f}",
+           "of copy": "{share_of_copy:.1%}", "speed over base": "{speed_over_base:.3f}"}  # fmt: skip
+
 Record = dict[str, Any]
 
 
@@ -141,74 +154,61 @@ def write_report(folder: Path, picture: bool) -> dict[str, Record]:
 def markdown(records: dict[str, Record]) -> str:
     """All records as a page of tables."""
     machine = next((found for stage in records if (found := result(records, stage, "machine"))), {})
-    gpu = machine.get("gpu") or {"name": "no GPU"}
+    gpu = machine.get("gpu") or {"name": "no GPU", "cuda": None}
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items() if version)
     commit = next((record["commit"] for record in records.values() if record.get("commit")), "unknown")
-    software = (
-        f"Commit {commit}, driver {machine.get('driver')}, CUDA {gpu.get('cuda')}, Python {machine.get('python')}"
-    )
-    lines = [f"# {gpu['name']}, {machine.get('date', '')}", "", f"{software}; {versions}.", ""]
+    lines = [f"# {gpu['name']}, {machine.get('date', '')}", "", f"Commit {commit}, driver {machine.get('driver')}, "
+             f"CUDA {gpu['cuda']}, Python {machine.get('python')}; {versions}.", ""]  # fmt: skip
     if any(record["trial"] for record in records.values()):
         lines += ["Dry run: the numbers are not measurements.", ""]
-    steps = [(stage, step) for stage, record in records.items() for step in record["steps"]]
-    cells = [[stage, *(step.get(key, "") for key in ("step", "status", "seconds", "detail"))] for stage, step in steps]
-    lines += table(["stage", "step", "result", "seconds", "last line"], cells)
+    lines += table(STEPS, [{"stage": stage, **step} for stage, record in records.items() for step in record["steps"]])
     words = {True: "met", False: "NOT MET", None: "-"}
-    goals = [[goal["goal"], goal["requirement"], goal["measured"], words[goal["met"]]] for goal in judge(records)]
-    lines += table(["goal", "requirement", "measured", "verdict"], goals)
+    lines += table(GOALS, [{**goal, "verdict": words[goal["met"]]} for goal in judge(records)])
     if found := results(records, "losses"):
         lines += ["## Full fine-tuning in bf16, one sequence of 2048 tokens, gradient release, checkpointing", ""]
-        heads = ["model", "limit", "optimizer", "state on", "outcome", "peak GiB", "planned", "state GiB", "tokens/s"]
-        lines += table(heads, [training_cells(*each) for each in found])
+        lines += table(TRAININGS, [training_row(*each) for each in found])
     rows = list_rows(records)
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
         size = f"{mine[0].get('parameters', 0) / 1e6:.1f}M parameters, {mine[0].get('tensors', 0)} tensors"
         lines += [f"## {mine[0]['name']} ({size})", ""]
         lines += [f"Copy bandwidth {mine[0]['copy_gb_per_s']:.0f} GB/s. Medians, caches flushed before each step.", ""]
-        heads = ["dtype", "optimizer", "GPU ms", "wall ms", "wall ms, new gradients", "bytes/param", "GB/s", "of copy"]
-        cells = [row_cells(row, find(mine, model, row["dtype"], OURS)) for row in mine]
-        lines += table([*heads, "GPU time over ours"], cells)
+        lines += table(LISTS, [list_row(row, find(mine, model, row["dtype"], OURS)) for row in mine])
     for case, timed in result(records, "check", "variants").get("cases", {}).items():
-        lines += [f"## Tunings, {case} ({timed['elements'] / 1e6:.0f}M elements)", ""]
-        cells = [
-            [row["variant"], *(f"{row['ms'][key]:.4f}" for key in ("median", "min", "max")),
-             f"{row['share_of_copy']:.1%}", f"{row['speed_over_base']:.3f}"] for row in timed["rows"]
-        ]  # fmt: skip
-        lines += table(["tuning", "ms", "least", "most", "of copy", "speed over base"], cells)
+        lines += [f"## Tunings, {case} ({timed['elements'] / 1e6:.0f}M elements)", "", *table(TUNINGS, timed["rows"])]
     return "\n".join(lines)
 
 
-def training_cells(step: Record, record: Record) -> list[str]:
-    """The cells of one training."""
-    losses, speed, limit = record["losses"], record.get("tokens_per_second"), record["memory_limit_gib"]
-    outcome = "" if step["status"] == "passed" else step["status"]
+def training_row(step: Record, record: Record) -> Record:
+    """The values of one training's row."""
+    losses, outcome = record["losses"], "" if step["status"] == "passed" else step["status"]
     if losses:
         outcome = f"loss {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps{', ' * bool(outcome)}{outcome}"
     if record["out_of_memory"]:
         outcome = f"out of memory: {record['out_of_memory']['where']}"
-    sizes = (record.get(name) for name in ("peak_bytes", "planned_bytes", "state_bytes"))
-    return [
-        record["model"], "-" if limit is None else f"{limit:.0f} GiB", record["optimizer"],
-        "host" if record["paged"] else "GPU", outcome,
-        *("-" if size is None else f"{size / GIB:.2f}" for size in sizes), "-" if speed is None else f"{speed:.0f}",
-    ]  # fmt: skip
+    gib = {name: record[f"{name}_bytes"] / GIB for name in ("peak", "planned", "state") if record.get(f"{name}_bytes")}
+    return {**record, **gib, "outcome": outcome, "place": "host" if record["paged"] else "GPU"}
 
 
-def row_cells(row: Record, ours: Record | None) -> list[str]:
-    """The cells of one measurement."""
+def list_row(row: Record, ours: Record | None) -> Record:
+    """The values of one measurement's row."""
     if row["status"] != "measured":
-        return [row["dtype"], row["label"], row["reason"], *[""] * 6]
-    clocks = [f"{row[clock]['median']:.3f}" if row.get(clock) else "" for clock in CLOCKS]
-    speed = [f"{row['bytes_per_parameter']:.2f}", f"{row['gb_per_s']:.0f}", f"{row['share_of_copy']:.1%}"]
-    over = f"{row['gpu_ms']['median'] / ours['gpu_ms']['median']:.2f}x" if ours else ""
-    return [row["dtype"], row["label"], *clocks, *speed, over]
+        return {"dtype": row["dtype"], "label": f"{row['label']}: {row['reason']}"}
+    return {**row, "over": row["gpu_ms"]["median"] / ours["gpu_ms"]["median"] if ours else None}
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A Markdown table with an empty line after it; nothing without rows."""
-    cells = [list(heads), ["---"] * len(heads), *rows] if rows else []
-    return [*("| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |" for row in cells), ""]
+def table(columns: dict[str, str], rows: Sequence[Record]) -> list[str]:
+    """A Markdown table with an empty line after it; nothing without rows. What is not there is an empty cell."""
+
+    def cell(form: str, row: Record) -> str:
+        try:
+            return form.format_map(row).replace("|", "/")
+        except (KeyError, TypeError):
+            return ""
+
+    cells = [[cell(form, row) for form in columns.values()] for row in rows]
+    lines = [list(columns), ["---"] * len(columns), *cells] if rows else []
+    return [*("| " + " | ".join(line) + " |" for line in lines), ""]
 
 
 def draw(rows: Sequence[Record], path: Path) -> None:

@@ -73,15 +73,11 @@ def changed(base: cuda.Tuning, name: str, multiprocessors: int = 132) -> cuda.Tu
     return tuning
 
 
-def tuning_of(capability: int, name: str, case: str, multiprocessors: int = 132) -> cuda.Tuning:
-    """The tuning of a variant of the present choice."""
-    return changed(cuda.tunings_for(capability).of(CASES[case].dtype), name, multiprocessors)
-
-
 def compile_one(capability: int, name: str, case: str) -> dict[str, Any]:
     """Registers and spilled bytes of one kernel, or the ``error``; the image stays in the kernel cache."""
     row: dict[str, Any] = {"capability": capability, "variant": name, "case": case}
-    kernel = CASES[case].kernel(tuning_of(capability, name, case))._replace(capacity=cuda.SMALL)
+    base = cuda.tunings_for(capability).of(CASES[case].dtype)
+    kernel = CASES[case].kernel(changed(base, name))._replace(capacity=cuda.SMALL)
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # of cuobjdump: it is absent, or this is PTX
         try:
             row |= sass.resources(cuda.image(kernel, cuda.architecture(capability)))
@@ -147,17 +143,11 @@ def time_case(
             break
     copy = 2 * source.nbytes / statistics.median(copies) / 1e6
     rows = []
-    for name, each in sorted(times.items(), key=lambda item: statistics.median(item[1])):
-        ms = statistics.median(each)
-        speeds = moved / ms / 1e6, moved / ms / 1e6 / copy, statistics.median(times["base"]) / ms
-        rows.append({"variant": name, "ms": spread(each), **dict(zip(SPEEDS, speeds))})
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    for name, ms in sorted(medians.items(), key=lambda item: item[1]):
+        speeds = moved / ms / 1e6, moved / ms / 1e6 / copy, medians["base"] / ms
+        rows.append({"variant": name, "ms": spread(times[name]), **dict(zip(SPEEDS, speeds))})
     return {"elements": param.numel(), "copy_gb_per_s": copy, "rows": rows}
-
-
-def variant(name: str) -> str:
-    """The name, if `changed` knows it; ValueError otherwise."""
-    changed(cuda.Tuning(), name)
-    return name
 
 
 def parse() -> argparse.Namespace:
@@ -165,9 +155,7 @@ def parse() -> argparse.Namespace:
     options = parser(DESCRIPTION, EPILOG)
     options.add_argument("--dry", action="store_true", help="compile for several GPUs and run nothing")
     options.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
-    options.add_argument(
-        "--variant", nargs="+", metavar="NAME", type=variant, default=NAMES, help=f"as in: {'; '.join(NAMES)}"
-    )
+    options.add_argument("--variant", nargs="+", metavar="NAME", default=NAMES, help=f"as in: {'; '.join(NAMES)}")
     options.add_argument("--log2", type=int, default=29, help="elements as a power of two, or what fits (default: 29)")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=float, default=120.0, help="after which no round begins (default: 120)")
@@ -198,7 +186,8 @@ def compare(settings: argparse.Namespace, kernels: Sequence[dict[str, Any]], res
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     for case in settings.case:
         sound = [row for row in kernels if row["case"] == case and "error" not in row]
-        tunings = {row["variant"]: tuning_of(row["capability"], row["variant"], case, multiprocessors) for row in sound}
+        bases = {row["capability"]: cuda.tunings_for(row["capability"]).of(CASES[case].dtype) for row in sound}
+        tunings = {row["variant"]: changed(bases[row["capability"]], row["variant"], multiprocessors) for row in sound}
         if "base" not in tunings:
             continue
         results["other_bits"][case] = other = differing(tunings, case, gpu, device)
@@ -207,8 +196,7 @@ def compare(settings: argparse.Namespace, kernels: Sequence[dict[str, Any]], res
         results["cases"][case] = timed = time_case(tunings, case, gpu, optimizer, settings.rounds, end)
         write_json(settings.json, "gpu_tune", settings, results)
         title = f"{case}: {elements / 1e6:.0f}M elements, copy {timed['copy_gb_per_s']:.0f} GB/s; ms"
-        rows = [{**row, **row["ms"]} for row in timed["rows"]]
-        print_rows(title, rows, ["variant", "median", "min", "max", *SPEEDS])
+        print_rows(title, [row | row["ms"] for row in timed["rows"]], ["variant", "median", "min", "max", *SPEEDS])
 
 
 def main() -> int:
@@ -218,8 +206,7 @@ def main() -> int:
     out.print(describe(results["environment"]), style="dim")
     capabilities: Sequence[int] = (90,) if settings.quick else DRY_CAPABILITIES
     if not settings.dry:
-        major, minor = torch.cuda.get_device_capability()
-        capabilities = [10 * major + minor]
+        capabilities = [int("{}{}".format(*torch.cuda.get_device_capability()))]
     with ThreadPoolExecutor(8) as pool:
         work = itertools.product(capabilities, settings.variant, settings.case)
         results["kernels"] = kernels = list(pool.map(compile_one, *zip(*work)))
