@@ -232,11 +232,10 @@ class Visit:
         with self.log.open("a", encoding="utf-8") as log:
             print(f"\n=== {step.name}: {shown}", file=log, flush=True)
             begin, offset = time.monotonic(), self.log.stat().st_size
-            # `timeout` ends the step with all that it started, also where this process is killed. The folder is not the
-            # checkout, so that what is installed is found.
+            # `timeout` ends the step with all that it started, also where this process is killed.
             process = subprocess.Popen(
                 ["timeout", "-s", "INT", "-k", str(GRACE), f"{limit:.0f}", *command],
-                env=self.environment | step.environment, cwd=self.scratch,
+                env=self.environment | step.environment, cwd=self.scratch,  # where no lion8bit hides the installed one
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
             code = None
@@ -257,7 +256,7 @@ class Visit:
         status = "interrupted" if self.stopped else "passed" if good else "timed out" if late else "failed"
         entry |= {"status": status, "detail": next(words, "no output")[:200]}
         self.save()
-        print(f"## {step.name}: {status}, {entry['seconds']} s (at {time.monotonic() - self.begin:.0f} s)")
+        print(f"## {step.name}: {status} ({code}), {entry['seconds']} s (at {time.monotonic() - self.begin:.0f} s)")
         print(*(line[:220] for line in lines[-step.tail :]), sep="\n", flush=True)
         self.report(picture="rows" in entry.get("result", ()))
         return status == "passed"

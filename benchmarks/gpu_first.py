@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -10,19 +11,9 @@ from pathlib import Path
 import torch
 from machine import write_whole
 
-SHAPES = [
-    (64, 1024),
-    (33, 1001),
-    (20000,),
-    (100,),
-]  # whole blocks, rows that end in short blocks, a vector, a small one
+SHAPES = [(64, 1024), (33, 1001), (20000,), (100,)]  # whole blocks, short blocks at the end of rows, vectors
 ROUNDINGS = {torch.float32: ["auto"], torch.bfloat16: ["auto", "nearest", "compensated"], torch.float16: ["auto"]}
-FLAGS = [  # with capturable, threads meet at a barrier and share memory
-    {},
-    {"cautious": True, "decoupled_weight_decay": False},
-    {"capturable": True},
-    {"capturable": True, "cautious": True},
-]
+FLAGS = [{}, {"cautious": True, "decoupled_weight_decay": False}]  # each also with capturable: shared memory, a barrier
 
 
 def step_a_few(device: str, dtype: torch.dtype, **options: object) -> list[float]:
@@ -65,8 +56,9 @@ def main() -> None:
     if settings.every:
         for dtype, roundings in ROUNDINGS.items():
             for rounding, block_size in zip(roundings * 3, (64, 128, 256)):
-                for flags in FLAGS:
-                    step_a_few(settings.device, dtype, weight_rounding=rounding, block_size=block_size, **flags)
+                for flags, capturable in itertools.product(FLAGS, (False, True)):
+                    kind = {"weight_rounding": rounding, "block_size": block_size, "capturable": capturable, **flags}
+                    step_a_few(settings.device, dtype, **kind)
         print("stepped every kind of parameter")
         return
     first, second = step_a_few(settings.device, torch.bfloat16)
