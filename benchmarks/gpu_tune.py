@@ -19,7 +19,7 @@ import torch
 from common import FLUSH_BYTES, console, describe, environment, make_params, new_table, parser, spread, write_json
 
 from lion8bit import Lion8bit
-from lion8bit.backends import cuda
+from lion8bit.backends import cuda, nvrtc
 
 DESCRIPTION = """\
 Which tuning of the CUDA kernel is the fastest on this GPU? Every variant must have the bits of the present choice on
@@ -53,7 +53,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-def changed(base: cuda.Tuning, name: str, multiprocessors: int = 132) -> cuda.Tuning:
+def changed(base: nvrtc.Tuning, name: str, multiprocessors: int = 132) -> nvrtc.Tuning:
     """``base`` with the comma-separated changes of a name, each as in `NAMES`; ValueError for another."""
     tuning = base
     for change in [] if name == "base" else name.split(", "):
@@ -64,7 +64,7 @@ def changed(base: cuda.Tuning, name: str, multiprocessors: int = 132) -> cuda.Tu
             tuning = tuning._replace(**{word: int(rest)})
         elif word.isdigit() and rest in ("threads", "elements"):
             tuning = tuning._replace(**{{"threads": "threads", "elements": "per_thread"}[rest]: int(word)})
-        elif rest == "ahead" and word in cuda.AHEAD:
+        elif rest == "ahead" and word in nvrtc.AHEAD:
             tuning = tuning._replace(ahead=word)
         elif change == "one wave":  # all CUDA blocks stay resident; 1 % margin, because passes are whole numbers
             tuning = tuning._replace(passes=1 << 20, grid=multiprocessors * tuning.resident * 99 // 100)
@@ -76,11 +76,11 @@ def changed(base: cuda.Tuning, name: str, multiprocessors: int = 132) -> cuda.Tu
 def compile_one(capability: int, name: str, case: str) -> dict[str, Any]:
     """Registers and spilled bytes of one kernel, or the ``error``; the image stays in the kernel cache."""
     row: dict[str, Any] = {"capability": capability, "variant": name, "case": case}
-    base = cuda.tunings_for(capability).of(CASES[case].dtype)
-    kernel = CASES[case].kernel(changed(base, name))._replace(capacity=cuda.SMALL)
+    base = nvrtc.tunings_for(capability).of(CASES[case].dtype)
+    kernel = CASES[case].kernel(changed(base, name))._replace(capacity=nvrtc.SMALL)
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # of cuobjdump: it is absent, or this is PTX
         try:
-            row |= sass.resources(cuda.image(kernel, cuda.architecture(capability)))
+            row |= sass.resources(nvrtc.image(kernel, nvrtc.architecture(capability)))
         except RuntimeError as error:
             row["error"] = str(error)[:4000]
     return row
@@ -92,13 +92,13 @@ def optimizer_of(case: str, shape: tuple[int, int], device: torch.device) -> Lio
     return Lion8bit(params, lr=1e-4, weight_decay=0.1, weight_rounding=CASES[case].rounding)
 
 
-def differing(tunings: dict[str, cuda.Tuning], case: str, gpu: cuda.Device, device: torch.device) -> list[str]:
+def differing(tunings: dict[str, nvrtc.Tuning], case: str, gpu: cuda.Device, device: torch.device) -> list[str]:
     """The variants whose bits are not those of the first, on some shape."""
     found = []
     for shape in SHAPES:
         expected = None
         for name, tuning in tunings.items():
-            gpu.tunings = cuda.Tunings(tuning, tuning)
+            gpu.tunings = nvrtc.Tunings(tuning, tuning)
             optimizer = optimizer_of(case, shape, device)
             for _ in range(3):
                 optimizer.step()
@@ -125,7 +125,7 @@ def milliseconds(work: Any, times: int) -> float:
 
 
 def time_case(
-    tunings: dict[str, cuda.Tuning], case: str, gpu: cuda.Device, optimizer: Lion8bit, rounds: int, end: float
+    tunings: dict[str, nvrtc.Tuning], case: str, gpu: cuda.Device, optimizer: Lion8bit, rounds: int, end: float
 ) -> dict[str, Any]:
     """Rounds over all variants on one large tensor, until the time ``end``; at least one."""
     (param,) = optimizer.param_groups[0]["params"]
@@ -137,7 +137,7 @@ def time_case(
     for number in range(rounds):
         copies.append(milliseconds(lambda: target.copy_(source), STEPS))
         for name in random.Random(number).sample(list(tunings), len(tunings)):
-            gpu.tunings = cuda.Tunings(tunings[name], tunings[name])
+            gpu.tunings = nvrtc.Tunings(tunings[name], tunings[name])
             times[name].append(milliseconds(optimizer.step, STEPS))
         if time.monotonic() > end:
             break
@@ -186,7 +186,7 @@ def compare(settings: argparse.Namespace, kernels: Sequence[dict[str, Any]], res
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     for case in settings.case:
         sound = [row for row in kernels if row["case"] == case and "error" not in row]
-        bases = {row["capability"]: cuda.tunings_for(row["capability"]).of(CASES[case].dtype) for row in sound}
+        bases = {row["capability"]: nvrtc.tunings_for(row["capability"]).of(CASES[case].dtype) for row in sound}
         tunings = {row["variant"]: changed(bases[row["capability"]], row["variant"], multiprocessors) for row in sound}
         if "base" not in tunings:
             continue

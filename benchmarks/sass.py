@@ -20,7 +20,7 @@ from typing import Any
 from common import console, environment, new_table, parser, progress, write_json
 from machine import program
 
-from lion8bit.backends import cuda
+from lion8bit.backends import nvrtc
 from lion8bit.layout import WEIGHT_ROUNDING
 
 DESCRIPTION = """\
@@ -54,10 +54,10 @@ class Case:
     on_device: bool = False
     general: bool = False  # with some flag
 
-    def kernel(self, tuning: cuda.Tuning) -> cuda.Kernel:
+    def kernel(self, tuning: nvrtc.Tuning) -> nvrtc.Kernel:
         """What is compiled."""
         kind = (self.dtype, self.dtype, True, self.block_size, WEIGHT_ROUNDING[self.rounding])
-        return cuda.Kernel(*kind, self.general, cuda.LARGE, self.on_device, tuning)
+        return nvrtc.Kernel(*kind, self.general, nvrtc.LARGE, self.on_device, tuning)
 
     @property
     def bytes_per_element(self) -> float:
@@ -176,8 +176,8 @@ def resources(image: bytes) -> dict[str, int]:
 
 def examine(capability: int, name: str) -> dict[str, Any]:
     """All figures of one kernel for one kind of GPU."""
-    case, tuning = CASES[name], cuda.tunings_for(capability).of(CASES[name].dtype)
-    image = cuda.compile_kernel(case.kernel(tuning), f"sm_{capability}")
+    case, tuning = CASES[name], nvrtc.tunings_for(capability).of(CASES[name].dtype)
+    image = nvrtc.compile_kernel(case.kernel(tuning), f"sm_{capability}")
     path = hot_path(parse(inspect(image, "nvdisasm", "-c")), case.accesses(tuning.per_thread))
     return {"arch": capability, "case": name, "instructions": len(path) / tuning.per_thread, **resources(image)}
 
