@@ -26,7 +26,7 @@ Which tuning of the CUDA kernel is the fastest on this GPU? Every variant must h
 whole, ragged and odd shapes. It is then timed on one large tensor in rounds: each round times every variant and a copy.
 """
 EPILOG = """\
-"base" is the present choice, `TUNINGS` of lion8bit/backends/cuda.py. Differences below its spread are noise.
+"base" is the present choice, `TUNINGS` of lion8bit/backends/nvrtc.py. Differences below its spread are noise.
 
 examples:
   python benchmarks/gpu_tune.py --json tune.json
