@@ -18,7 +18,7 @@ from models import GPU_MODELS, QUICK_GPU_MODELS
 from step_time import CONTENDERS, DTYPES, LR, OURS, Contender, Params, time_call
 
 from lion8bit import Lion8bit
-from lion8bit.tools.demo import state_bytes
+from lion8bit.tools.memory import state_bytes
 
 DESCRIPTION = """\
 How long does one step of a public model's parameters take on a GPU, with each optimizer? Caches are flushed before each

@@ -332,7 +332,7 @@ def test_model_lists_have_the_published_sizes(gpu: Any) -> None:
     }
     assert {key: common.numel(shapes) for key, (_, shapes) in models.GPU_MODELS.items()} == published
     assert models.QUICK_GPU_MODELS.keys() == published.keys()
-    assert gpu.LISTS.keys() < published.keys()
+    assert gpu.LISTS.keys() <= published.keys()
 
 
 def test_single_tensor_shrinks_to_the_memory_and_a_model_does_not(gpu: Any) -> None:
