@@ -410,7 +410,7 @@ def test_page_and_verdicts_of_made_up_records(report: Any, tmp_path: Path) -> No
     assert page.startswith("# Made-up GPU") and "| speed | llama | timed out | 1.0 | a / b |" in page
     assert "gpt2 bf16 flashlion gpu 1.11x; gpt2 bf16 flashlion wall 1.11x; gpt2 bf16 flashlion wall_new 1.11x" in page
     assert "| bf16 | bitsandbytes | 5.500 | 5.500 | 5.500 | 8.00 | 400 | 10.0% | 5.50x |" in page
-    assert "| fp32 | flashlion | TypeError: a / b |" in page
+    assert "| fp32 | flashlion: TypeError: a / b |" in page
     assert (
         "| llama-7b | 24 GiB | lion8bit | GPU | loss 10.00 to 7.00 in 6 steps | 21.00 | 19.00 | 6.00 | 1234 |" in page
     )
