@@ -141,7 +141,7 @@ def judge_training(step: Record, record: Record) -> list[Record]:
 
 
 def write_report(folder: Path, picture: bool) -> dict[str, Record]:
-    """Writes `gpu.md` and, if asked for and with matplotlib, `gpu.png` from a folder's records; returns these."""
+    """Writes `gpu.md` and, with ``picture`` and matplotlib, `gpu.png` from a folder's records; returns these."""
     places = {stage: folder / f"{stage}.json" for stage in ("check", "speed", "deep")}
     records = {stage: json.loads(place.read_text()) for stage, place in places.items() if place.exists()}
     (folder / "gpu.md").write_text(markdown(records))

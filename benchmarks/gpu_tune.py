@@ -177,23 +177,23 @@ def print_rows(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str
     console().print(table)
 
 
-def compare(settings: argparse.Namespace, kernels: Sequence[dict[str, Any]], results: dict[str, Any]) -> None:
+def compare(settings: argparse.Namespace, end: float, results: dict[str, Any]) -> None:
     """Checks the bits of every kernel that compiles and times it, a case at a time."""
-    end = time.monotonic() + settings.seconds
     device = torch.device("cuda", torch.cuda.current_device())
     gpu, free = cuda._device(device.index), torch.cuda.mem_get_info(device)[0]
     elements = 1 << max(15, min(settings.log2, (free // BYTES_EACH).bit_length() - 1))
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     for case in settings.case:
-        sound = [row for row in kernels if row["case"] == case and "error" not in row]
+        sound = [row for row in results["kernels"] if row["case"] == case and "error" not in row]
         bases = {row["capability"]: nvrtc.tunings_for(row["capability"]).of(CASES[case].dtype) for row in sound}
         tunings = {row["variant"]: changed(bases[row["capability"]], row["variant"], multiprocessors) for row in sound}
         if "base" not in tunings:
             continue
         results["other_bits"][case] = other = differing(tunings, case, gpu, device)
         tunings = {name: tuning for name, tuning in tunings.items() if name not in other}
-        optimizer = optimizer_of(case, (elements // LARGE_COLUMNS, LARGE_COLUMNS), device)
-        results["cases"][case] = timed = time_case(tunings, case, gpu, optimizer, settings.rounds, end)
+        shape = elements // LARGE_COLUMNS, LARGE_COLUMNS  # no name holds the optimizer: the next needs its memory
+        timed = time_case(tunings, case, gpu, optimizer_of(case, shape, device), settings.rounds, end)
+        results["cases"][case] = timed
         write_json(settings.json, "gpu_tune", settings, results)
         title = f"{case}: {elements / 1e6:.0f}M elements, copy {timed['copy_gb_per_s']:.0f} GB/s; ms"
         print_rows(title, [row | row["ms"] for row in timed["rows"]], ["variant", "median", "min", "max", *SPEEDS])
@@ -202,6 +202,7 @@ def compare(settings: argparse.Namespace, kernels: Sequence[dict[str, Any]], res
 def main() -> int:
     """Compiles, compares and times the variants; 1 where one does not compile or has other bits."""
     settings, out = parse(), console()
+    end = time.monotonic() + settings.seconds
     results: dict[str, Any] = {"environment": environment(), "cases": {}, "other_bits": {}}
     out.print(describe(results["environment"]), style="dim")
     capabilities: Sequence[int] = (90,) if settings.quick else DRY_CAPABILITIES
@@ -213,7 +214,7 @@ def main() -> int:
     write_json(settings.json, "gpu_tune", settings, results)
     print_rows("kernels", kernels, ["case", "capability", "variant", "registers", "spilled_bytes", "error"])
     if not settings.dry:
-        compare(settings, kernels, results)
+        compare(settings, end, results)
     broken = sum("error" in row for row in kernels)
     other = [f"{name} ({case})" for case, names in results["other_bits"].items() for name in names]
     out.print(f"OTHER BITS than base: {'; '.join(other) or 'none'}")

@@ -357,7 +357,8 @@ def made_up_step(name: str, result: dict[str, Any] | None = None, status: str = 
     return {"step": name, "status": status, "seconds": 1.0, "detail": "a | b", "result": result}
 
 
-def test_page_and_verdicts_of_made_up_records(report: Any, tmp_path: Path) -> None:
+def made_up_records() -> dict[str, Any]:
+    """Both stages that have goals, as `gpu.py` records them."""
     rows = [
         made_up_row("1B", "fp32", "lion8bit", 4.0, 0.93),
         made_up_row("1B", "bf16", "lion8bit", 2.0, 0.84),
@@ -378,7 +379,7 @@ def test_page_and_verdicts_of_made_up_records(report: Any, tmp_path: Path) -> No
     }  # fmt: skip
     full = {**training, "model": "llama3-8b", "paged": True, "losses": [], "out_of_memory": {"where": "step 1"}}
     del full["planned_bytes"]  # as where the memory does not suffice for the model
-    records: dict[str, Any] = {
+    return {
         "check": {"trial": False, "steps": [
             made_up_step("machine", machine), made_up_step("first process", {"first_step": 2.5}),
             made_up_step("second process", {"first_step": 0.2}), tests,
@@ -390,6 +391,10 @@ def test_page_and_verdicts_of_made_up_records(report: Any, tmp_path: Path) -> No
             made_up_step("8B", full, "failed"), made_up_step("3B", training, "timed out"),
         ]},
     }  # fmt: skip
+
+
+def test_page_and_verdicts_of_made_up_records(report: Any, tmp_path: Path) -> None:
+    records = made_up_records()
     for stage, record in records.items():
         (tmp_path / f"{stage}.json").write_text(json.dumps(record))
     assert report.write_report(tmp_path, picture=True) == records
@@ -419,6 +424,7 @@ def test_page_and_verdicts_of_made_up_records(report: Any, tmp_path: Path) -> No
     assert met["3B, llama-7b: reserved"] is None
     assert "| base | 2.0000 | 1.0000 | 3.0000 | 90.0% | 1.000 |" in page
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    tests = next(step for step in records["check"]["steps"] if step["step"] == "tests")
     tests["detail"] = "3 passed in 9.00s"
     assert report.judge(records)[0]["met"] is None, "too few for a verdict"
     tests["detail"] = "3 passed, 60 errors in 9.00s"
