@@ -1,14 +1,12 @@
-"""Owns a visit to a GPU: the steps of its three stages, their processes, and the files that each leaves as it goes.
-
-It imports only the standard library, `gpu_report.py` and `machine.py`. Every step is a separate process, so that a
-fault in one does not disturb the others.
-"""
+"""Measures a GPU in three stages, whose steps are separate processes within a budget, so no fault disturbs another."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -24,77 +22,51 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gpu_report import default_output, markdown, write_report
-from machine import program, write_whole
+from gpu_report import markdown, write_report
+from machine import asked_of_driver, program, write_whole
 
 DESCRIPTION = """\
-What this machine's GPU says of lion8bit, in three stages that stand alone:
+Measures lion8bit on this machine's GPU, in stages that stand alone. Needs no network.
 
   check   is it right? Installation, doctor, first steps, every test that needs a GPU, some tunings of the kernel
   speed   is it fast? Steps on the parameter lists of public models beside the peers, then full fine-tuning of 7B and 8B
           models in 24 GiB and of a 3B model in 12 GiB
   deep    what do NVIDIA's tools find? memcheck and racecheck over every kind of kernel, ncu on two kernels
   all     the three in turn
-
-Needs no network. STAGE.json and STAGE.log, gpu.md and gpu.png are written into one folder after every step, so a run
-that is ended at any moment leaves all that was finished. A step that hangs is interrupted at its limit; the others run
-all the same, also after one that fails. Steps for which too little time is left are listed and do not run.
 """
-
 EPILOG = """\
-This python needs torch for CUDA, pytest and rich; pytest-xdist and pytest-timeout (tests in parallel) and matplotlib
-(the picture) are used where they are. lion8bit is built from this checkout into build/gpu, unless this python has it
-installed from here. Peers (bitsandbytes, flashoptim) take part where they are installed, or lie in the folder of
---wheels. The GPU's settings are left as they are, and no step uses managed memory.
+STAGE.json, STAGE.log, gpu.md and gpu.png are written after every step, so an interrupted run keeps what was finished.
+This python needs torch for CUDA, pytest and rich; pytest-xdist, pytest-timeout and matplotlib are used where they are
+installed. lion8bit is built from this checkout into build/gpu, unless it is installed from here. Peers (bitsandbytes,
+flashoptim) are measured where they are installed, or from .whl/.
 
 exit code: 0 where no step failed, 1 otherwise, 130 where it was interrupted.
 
 examples:
   make gpu-check PYTHON=python3.12
-  make gpu-speed BUDGET=200 OUT=results
-  python benchmarks/gpu.py check
-  python benchmarks/gpu.py speed --budget 170 --step 7B 8B
-  python benchmarks/gpu.py deep --output results
-  python benchmarks/gpu.py all --device cpu --quick               proves the stages without a GPU
+  python benchmarks/gpu.py speed --budget 170 --step 7B 8B --output results
+  python benchmarks/gpu.py all --device cpu --quick               dry run without a GPU
 """
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+WHEELS = ROOT / ".whl"
 BUDGETS = {"check": 250.0, "speed": 310.0, "deep": 150.0}  # seconds
 GRACE = 8  # seconds from SIGINT, in which pytest reports what it has, to SIGKILL
-LOG_BYTES = 1 << 20  # of one step's output; of more a quarter from its begin and a quarter from its end are kept
+LOG_BYTES = 1 << 20  # of one step's output; a step that writes more is interrupted
 CONTENDERS = ("lion8bit", "lion8bit-stochastic", "lion8bit-compensated", "bitsandbytes", "flashlion", "adamw")
-FEW_TUNINGS = (
-    "passes 1",
-    "passes 2",
-    "passes 4",
-    "passes 16",
-    "8 elements, resident 4, nothing ahead",
-    "16 elements, resident 3, nothing ahead",
-    "8 elements, resident 4, registers ahead",
-)
-TRAININGS = {  # of `examples/full_finetune.py`: shape, GiB of the GPU, and further options; sequences have 2048 tokens
-    "7B": ("llama-7b", 24, ""),
-    "8B": ("llama3-8b", 24, "--paged"),
-    "3B": ("llama-3b", 12, "--paged"),
-    "7B bitsandbytes": ("llama-7b", 24, "--optimizer bitsandbytes --steps 5"),
-    "7B adamw": ("llama-7b", 24, "--optimizer adamw --steps 5"),
-    "7B flashlion": ("llama-7b", 24, "--optimizer flashlion --steps 5"),
-    "3B flashlion": ("llama-3b", 12, "--optimizer flashlion --steps 5"),
-}
-PROFILE = "--clock-control none -k regex:lion8bit_update -s 10 -c 1" + "".join(  # the first launch on a large tensor
-    f" --section {name}"
-    for name in (
-        "SpeedOfLight",
-        "MemoryWorkloadAnalysis",
-        "SchedulerStats",
-        "WarpStateStats",
-        "LaunchStats",
-        "Occupancy",
-    )
-)
-UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # for sanitizers: every tensor has bounds of its own
-OUT_OF_MEMORY = 3  # exit code of the example: a result of a peer
+FEW_TUNINGS = (*(f"passes {count}" for count in (1, 2, 4, 16)), "8 elements, resident 4, nothing ahead",
+               "16 elements, resident 3, nothing ahead", "8 elements, resident 4, registers ahead")  # fmt: skip
+LISTS = {"gpt2": 70, "1B": 60, "llama": 70, "lora": 45}  # models of `gpu_step.py`: seconds
+# Of `examples/full_finetune.py`: shape, GiB of the GPU, and further options. Sequences have 2048 tokens.
+TRAININGS = {"7B": ("llama-7b", 24, ""), "8B": ("llama3-8b", 24, "--paged"), "3B": ("llama-3b", 12, "--paged")}
+SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy")
+PROFILE = "--clock-control none -k regex:lion8bit_update -s 10 -c 1"  # the first launch on a large tensor
+PROFILE += "".join(f" --section {section}" for section in SECTIONS)
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # for sanitizers: every tensor has its own bounds
+
+
+# ---- The steps of the stages -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,114 +79,111 @@ class Step:
     least: float = 5.0  # seconds that must be left for it to begin
     tail: int = 4  # lines of its output that are printed
     recorded: bool = False  # it takes --json FILE
-    required: bool = False  # where it fails, nothing else runs
-    optional: bool = False  # runs where it is asked for by name
     only_after: str = ""  # runs where that step failed
-    allowed: Sequence[int] = (0,)  # exit codes
     says: str = ""  # what its output must contain, as a regular expression
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def sanitizer(name: str) -> list[str]:
+def script(name: str, *arguments: str) -> list[str | Path]:
+    """The command of one of the benchmarks."""
+    return [sys.executable, HERE / f"{name}.py", *arguments]
+
+
+def sanitizer(name: str) -> list[str | Path]:
     """The command of one of compute-sanitizer's tools; calls of torch that fail on purpose are not reported."""
-    path = program("compute-sanitizer") or "compute-sanitizer"
     options = "--error-exitcode 9 --report-api-errors no --target-processes all --print-limit 3"
-    return [path, "--tool", name, *options.split()]
+    return [program("compute-sanitizer") or "compute-sanitizer", "--tool", name, *options.split()]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the steps of the stages are made of."""
+def gpu_tests(gpu: bool, scratch: Path, folder: Path = ROOT / "tests", limit: int = 100) -> list[str | Path]:
+    """pytest on the tests that need a GPU; without one, on those that are skipped and a few that run.
 
-    device: str
-    quick: bool
-    scratch: Path
-
-    def script(self, name: str, *arguments: str) -> list[str | Path]:
-        """The command of one of the benchmarks."""
-        return [sys.executable, HERE / f"{name}.py", *arguments]
-
-    def steps(self, stage: str) -> list[Step]:
-        """The steps of a stage in the order of their worth."""
-        command = self.script("gpu_step", "--environment", "--device", self.device)
-        machine = Step("machine", command, 90, recorded=True, required=True)
-        return [machine, *{"check": self.check, "speed": self.speed, "deep": self.deep}[stage]()]
-
-    def first(self, *arguments: str) -> list[str | Path]:
-        """First steps in a fresh process."""
-        return self.script("gpu_first", "--device", self.device, *arguments)
-
-    def tune(self, *arguments: str) -> list[str | Path]:
-        """Tunings of the kernel, compiled only where there is no GPU."""
-        without = ["--dry"] if self.device == "cpu" else []
-        return self.script("gpu_tune", *without, *(["--quick"] if self.quick else []), *arguments)
-
-    def check(self) -> Iterator[Step]:
-        """Is it right?"""
-        yield Step("doctor", [sys.executable, "-m", "lion8bit", "doctor"], 90, tail=16)
-        slow = {"CUDA_LAUNCH_BLOCKING": "1"}
-        yield Step("first, blocking", self.first(), 60, tail=12, only_after="doctor", environment=slow)
-        watched = [*sanitizer("memcheck"), *self.first()]
-        yield Step("first, memcheck", watched, 90, tail=25, only_after="doctor", environment={**slow, **UNCACHED})
-        fresh = {"LION8BIT_CACHE_DIR": str(self.scratch / "fresh")}
-        for process in ("first process", "second process"):
-            yield Step(process, self.first(), 60, tail=1, recorded=True, environment=fresh)
-        instead = ["--instead", "parameter_limits"] if self.device == "cpu" else []
-        yield Step("tests", self.script("gpu_tests", *instead), 130, least=20, tail=40, recorded=True)
-        cases = ["--case", "nearest", "fp32", "stochastic", "--seconds", "60"]
-        some = self.tune(*cases, "--variant", *FEW_TUNINGS)
-        yield Step("variants", some, 90, least=20, tail=60, recorded=True)
-
-    def speed(self) -> Iterator[Step]:
-        """Is it fast?"""
-        quick = ["--quick"] if self.quick else []
-        for model, limit in {"gpt2": 70, "1B": 60, "llama": 70, "lora": 45, "vit": 45, "sdxl": 70}.items():
-            command = self.script("gpu_step", "--device", self.device, *quick, "--model", model)
-            command += ["--contender", *CONTENDERS]
-            yield Step(model, command, limit, least=15, recorded=True, optional=model in ("vit", "sdxl"))
-        for name, (shape, limit, more) in TRAININGS.items():
-            size = f"--shape {shape} --memory-limit {limit}"
-            if self.quick or self.device == "cpu":
-                size = "--shape tiny --sequence 64 --lr 1e-3"
-            command = [sys.executable, ROOT / "examples" / "full_finetune.py", *size.split(), *more.split()]
-            peer = "--optimizer" in more
-            yield Step(name, [*command, "--device", self.device], 110, least=35, tail=12, recorded=True, optional=peer,
-                       allowed=(0, OUT_OF_MEMORY) if peer else (0,))  # fmt: skip
-
-        memory = self.script("memory", "--device", self.device, "--skip", "torchao", *quick)
-        yield Step("memory", memory, 150, least=60, tail=60, recorded=True, optional=True)
-
-    def deep(self) -> Iterator[Step]:
-        """What do NVIDIA's tools find?"""
-        watched = self.device == "cuda"
-        for name in ("memcheck", "racecheck", "synccheck", "initcheck"):
-            command = [*(sanitizer(name) if watched else []), *self.first("--every")]
-            optional = name in ("synccheck", "initcheck")
-            says = "(ERROR|RACECHECK) SUMMARY: 0 " if watched else "stepped every kind"
-            yield Step(name, command, 75, least=20, tail=6, environment=UNCACHED, optional=optional, says=says)
-        profiler = [program("ncu") or "ncu", *PROFILE.split()]
-        for case in ("nearest", "stochastic"):
-            command = self.tune("--case", case, "--variant", "base", "--log2", "27", "--rounds", "1")
-            says = "Memory Throughput" if watched else ""  # ncu also succeeds where it has profiled nothing
-            yield Step(f"ncu {case}", [*(profiler if watched else []), *command], 45, least=15, tail=70, says=says)
+    A fault on a GPU loses the context of its process, so later tests of the same worker fail too. pytest names the
+    worker of each failure; the first failure of a worker is the one to read.
+    """
+    instead = "ON_GPU" if gpu else "parameter_limits"
+    text = re.compile(rf"(?m)^def test_gpu|on_gpu|ON_GPU|{instead}")
+    files = [path for path in sorted(folder.glob("test_*.py")) if text.search(path.read_text())]
+    # Without a GPU, a test with the parameter gpu_or_cpu would run on the CPU.
+    names = "test_gpu or on_gpu" if gpu else f"(test_gpu or on_gpu or {instead}) and not gpu_or_cpu"
+    options = f"-v --tb short -o addopts=--strict-markers -o cache_dir={scratch}/cache --maxfail 60 --disable-warnings"
+    options += " -W ignore::lion8bit.SlowBackendWarning"
+    if importlib.util.find_spec("xdist") is not None:
+        options += f" -n {min(10, os.cpu_count() or 1)} --dist worksteal"
+    if importlib.util.find_spec("pytest_timeout") is not None:  # its thread also ends a worker that waits for a kernel
+        options += f" --timeout {limit} --timeout-method thread"
+    pytest = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
+    return [*pytest, *options.split(), "-k", names, *files]
 
 
-# ---- A visit ---------------------------------------------------------------------------------------------------------
+def check(gpu: bool, device: Sequence[str], quick: Sequence[str], scratch: Path) -> Iterator[Step]:
+    """Is it right?"""
+    first, slow = script("gpu_first", *device), {"CUDA_LAUNCH_BLOCKING": "1"}
+    yield Step("doctor", [sys.executable, "-m", "lion8bit", "doctor"], 90, tail=16)
+    yield Step("first, blocking", first, 60, tail=12, only_after="doctor", environment=slow)
+    watched = [*sanitizer("memcheck"), *first]
+    yield Step("first, memcheck", watched, 90, tail=25, only_after="doctor", environment={**slow, **UNCACHED})
+    fresh = {"LION8BIT_CACHE_DIR": str(scratch / "fresh")}
+    for process in ("first process", "second process"):
+        yield Step(process, first, 60, tail=1, recorded=True, environment=fresh)
+    yield Step("tests", gpu_tests(gpu, scratch), 130, least=20, tail=40, says=r"[1-9]\d* passed")
+    tune = script("gpu_tune", *([] if gpu else ["--dry"]), *quick, "--case", "nearest", "fp32", "stochastic")
+    tune += ["--seconds", "60", "--variant", *FEW_TUNINGS]
+    yield Step("variants", tune, 90, least=20, tail=60, recorded=True)
+
+
+def speed(gpu: bool, device: Sequence[str], quick: Sequence[str], scratch: Path) -> Iterator[Step]:
+    """Is it fast?"""
+    for model, limit in LISTS.items():
+        contenders = [name for name in CONTENDERS if gpu or name != "bitsandbytes"]  # which is slow on a CPU
+        command = script("gpu_step", *device, *quick, "--model", model, "--contender", *contenders)
+        yield Step(model, command, limit, least=15, recorded=True)
+    for name, (shape, limit, more) in TRAININGS.items():
+        size = f"--shape {shape} --memory-limit {limit}"
+        if quick or not gpu:
+            size = "--shape tiny --sequence 32 --lr 1e-3 --steps 8"
+        command = [sys.executable, ROOT / "examples" / "full_finetune.py", *size.split(), *more.split(), *device]
+        yield Step(name, command, 110, least=35, tail=12, recorded=True)
+
+
+def deep(gpu: bool, device: Sequence[str], quick: Sequence[str], scratch: Path) -> Iterator[Step]:
+    """What do NVIDIA's tools find?"""
+    for name in ("memcheck", "racecheck"):
+        command = [*(sanitizer(name) if gpu else []), *script("gpu_first", *device, "--every")]
+        says = "(ERROR|RACECHECK) SUMMARY: 0 " if gpu else "stepped every kind"
+        yield Step(name, command, 75, least=20, tail=6, environment=UNCACHED, says=says)
+    profiler = [program("ncu") or "ncu", *PROFILE.split()] if gpu else []
+    for case in ("nearest", "stochastic"):
+        options = f"--case {case} --variant base --log2 27 --rounds 1{'' if gpu else ' --dry'}".split()
+        command = [*profiler, *script("gpu_tune", *quick, *options)]
+        says = "Memory Throughput" if gpu else ""  # ncu also succeeds where it has profiled nothing
+        yield Step(f"ncu {case}", command, 45, least=15, tail=70, says=says)
+
+
+def steps_of(stage: str, device: str, quick: bool, scratch: Path) -> list[Step]:
+    """The steps of a stage, the most valuable first; where "machine" fails no other runs."""
+    options = ["--device", device]
+    machine = Step("machine", script("gpu_step", "--machine", *options), 90, recorded=True)
+    steps = {"check": check, "speed": speed, "deep": deep}[stage]
+    return [machine, *steps(device == "cuda", options, ["--quick"] if quick else [], scratch)]
+
+
+# ---- Running them ----------------------------------------------------------------------------------------------------
 
 
 class Visit:
-    """One stage: runs steps within a budget and keeps what they say in a folder."""
+    """One stage: runs steps within a budget and saves their results in a folder."""
 
     stopped = False  # by a signal: the present step is interrupted, and no other begins
 
     def __init__(self, stage: str, output: Path, scratch: Path, budget: float, record: dict[str, Any]) -> None:
         self.stage, self.output, self.scratch = stage, output, scratch
-        self.end = time.monotonic() + budget
         self.begin = time.monotonic()
+        self.end = self.begin + budget
         self.log = output / f"{stage}.log"
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         self.steps: list[dict[str, Any]] = []
-        self.record = {"schema": 2, "benchmark": "gpu", "stage": stage, "budget": budget, **record, "steps": self.steps}
+        self.record = {"stage": stage, "budget": budget, **record, "steps": self.steps}
         output.mkdir(parents=True, exist_ok=True)
         self.log.write_text("")
         self.save()
@@ -224,27 +193,27 @@ class Visit:
         write_whole(self.output / f"{self.stage}.json", json.dumps(self.record, indent=1) + "\n")
 
     def run(self, steps: Sequence[Step]) -> bool:
-        """Runs steps in turn until it is stopped; whether all have passed."""
+        """Runs steps in turn until it is stopped; whether all have passed or had no reason to run."""
         all_passed = True
         for step in steps:
-            passed = not self.stopped and self.run_one(step)
-            if self.stopped or (step.required and not passed):
+            if self.stopped:
                 return False
+            failed = {entry["step"] for entry in self.steps if entry["status"] != "passed"}
+            if step.only_after and step.only_after not in failed:
+                continue
+            left = self.end - time.monotonic()
+            if left < step.least:
+                passed = self.leave_out(step, "dropped", f"needs {step.least:.0f} s, {max(0.0, left):.0f} s were left")
+            elif shutil.which(step.command[0]) is None:
+                passed = self.leave_out(step, "skipped", f"{step.command[0]} is not installed")
+            else:
+                passed = self.execute(step, min(step.limit, left))
             all_passed &= passed
+            if step.name == "machine" and not passed:
+                return False
         return all_passed
 
-    def run_one(self, step: Step) -> bool:
-        """Runs a step if it can; whether it passed, or had no reason to run."""
-        if step.only_after and not any(e["step"] == step.only_after and e["status"] != "passed" for e in self.steps):
-            return True
-        left = self.end - time.monotonic()
-        if left < step.least:
-            return self.pass_over(step, "dropped", f"needs {step.least:.0f} s, {max(0.0, left):.0f} s were left")
-        if shutil.which(step.command[0]) is None:
-            return self.pass_over(step, "skipped", f"{step.command[0]} is not installed")
-        return self.execute(step, min(step.limit, left))
-
-    def pass_over(self, step: Step, status: str, detail: str) -> bool:
+    def leave_out(self, step: Step, status: str, detail: str) -> bool:
         """Records a step that does not run."""
         self.steps.append({"step": step.name, "status": status, "detail": detail})
         print(f"## {step.name}: {status}, {detail}", flush=True)
@@ -252,7 +221,7 @@ class Visit:
         return False
 
     def execute(self, step: Step, limit: float) -> bool:
-        """Runs a step; whether it passed. Its output goes to the log, its record into the JSON while it runs."""
+        """Runs a step; whether it passed. Its output goes to the log, its result into the JSON while it runs."""
         place = self.scratch / f"{re.sub(r'[^a-zA-Z0-9]+', '-', step.name)}.json"
         command = [*map(str, step.command), *(["--json", str(place)] if step.recorded else [])]
         shown = " ".join(command)
@@ -260,41 +229,36 @@ class Visit:
             shown = shown.replace(path, word)
         entry: dict[str, Any] = {"step": step.name, "status": "running", "command": shown}
         self.steps.append(entry)
-        begin = time.monotonic()
         with self.log.open("a", encoding="utf-8") as log:
             print(f"\n=== {step.name}: {shown}", file=log, flush=True)
-            offset = self.log.stat().st_size
+            begin, offset = time.monotonic(), self.log.stat().st_size
             # `timeout` ends the step with all that it started, also where this process is killed.
-            wrapped = ["timeout", "-s", "INT", "-k", str(GRACE), f"{limit:.0f}", *command]
             process = subprocess.Popen(
-                wrapped,
-                env=self.environment | step.environment,
-                cwd=self.scratch,  # so that what is installed is found, not the checkout
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-            while process.poll() is None:
-                self.look(entry, place, begin)
-                shorten(self.log, offset)
-                if self.stopped:
+                ["timeout", "-s", "INT", "-k", str(GRACE), f"{limit:.0f}", *command],
+                env=self.environment | step.environment, cwd=self.scratch,  # where no lion8bit hides the installed one
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+            code = None
+            while code is None:
+                if ending := self.stopped or self.log.stat().st_size - offset > LOG_BYTES:
                     process.send_signal(signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE + 2 if self.stopped else 0.5)
-        code, late = process.wait(), time.monotonic() - begin >= round(limit)  # `timeout` dies with what it kills
-        shorten(self.log, offset)
+                    code = process.wait(GRACE + 2 if ending else 0.5)
+                with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is half written
+                    entry["result"] = json.loads(place.read_text())
+                entry["seconds"] = round(time.monotonic() - begin, 1)
+                self.save()
         text = self.log.read_bytes()[offset:].decode(errors="replace")
-        good = code in step.allowed and re.search(step.says, text) is not None
-        status = "passed" if good else "timed out" if late else "failed"
         lines = text.rstrip().splitlines()
         words = (line.strip() for line in reversed(lines) if re.search(r"\w\w", line))
-        entry |= {"status": "interrupted" if self.stopped else status, "detail": next(words, "no output")[:200]}
-        self.look(entry, place, begin)
-        with self.log.open("a", encoding="utf-8") as log:
-            print(f"\n=== {step.name}: {entry['status']}, exit code {code}, {entry['seconds']} s", file=log)
-        print(f"## {step.name}: {entry['status']}, {entry['seconds']} s (at {time.monotonic() - self.begin:.0f} s)")
+        late = time.monotonic() - begin >= round(limit)  # `timeout` dies with what it kills
+        good = code == 0 and re.search(step.says, text) is not None
+        status = "interrupted" if self.stopped else "passed" if good else "timed out" if late else "failed"
+        entry |= {"status": status, "detail": next(words, "no output")[:200]}
+        self.save()
+        print(f"## {step.name}: {status} ({code}), {entry['seconds']} s (at {time.monotonic() - self.begin:.0f} s)")
         print(*(line[:220] for line in lines[-step.tail :]), sep="\n", flush=True)
-        self.report(picture=not {"rows", "cases"}.isdisjoint(entry.get("result", ())))
+        self.report(picture="rows" in entry.get("result", ()))
         return status == "passed"
 
     def report(self, picture: bool) -> str:
@@ -306,42 +270,20 @@ class Visit:
             self.save()
             return f"THE PAGE COULD NOT BE WRITTEN: {self.record['report']}"
 
-    def look(self, entry: dict[str, Any], place: Path, begin: float) -> None:
-        """Takes in what a step has recorded so far."""
-        with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is half written
-            entry["result"] = json.loads(place.read_text())
-        entry["seconds"] = round(time.monotonic() - begin, 1)
-        self.save()
-
-
-def shorten(log: Path, offset: int) -> None:
-    """Cuts the middle out of what a step wrote beyond `offset`, where that is too much; the step may go on writing."""
-    if log.stat().st_size - offset > LOG_BYTES:
-        with log.open("r+b") as file:
-            file.seek(offset)
-            begin = file.read(LOG_BYTES // 4)
-            file.seek(-LOG_BYTES // 4, os.SEEK_END)
-            rest = file.read()
-            file.truncate(offset)
-            file.seek(offset)
-            file.write(begin + b"\n[...]\n" + rest)
-
 
 # ---- Installation ----------------------------------------------------------------------------------------------------
 
 
-FIND = "import importlib.util as u; found = u.find_spec('lion8bit'); print(found.origin if found else '')"
+def imported(visit: Visit) -> Path:
+    """The file of the lion8bit that the steps import."""
+    find = "import importlib.util as u; found = u.find_spec('lion8bit'); print(found.origin if found else 'none')"
+    command = [sys.executable, "-c", find]
+    found = subprocess.run(command, env=visit.environment, cwd=visit.scratch, capture_output=True, text=True)
+    return Path(found.stdout.strip()).resolve()
 
 
-def is_ours(visit: Visit) -> tuple[bool, str]:
-    """Whether the steps import lion8bit from this checkout, and the file that they import."""
-    command = [sys.executable, "-c", FIND]
-    found = subprocess.run(command, env=visit.environment, cwd=visit.scratch, capture_output=True, text=True).stdout
-    return bool(found.strip()) and Path(found.strip()).resolve().is_relative_to(ROOT), found.strip()
-
-
-def install(visit: Visit, wheels: Path) -> None:
-    """Puts lion8bit and the peers' wheels where the steps find them; done once for the same python and sources.
+def install(visit: Visit) -> None:
+    """Installs lion8bit and the peers' wheels for the steps, once for the same python and sources.
 
     Raises:
         SystemExit: the steps would import another lion8bit.
@@ -355,24 +297,25 @@ def install(visit: Visit, wheels: Path) -> None:
     peers.mkdir(parents=True, exist_ok=True)
     visit.environment.setdefault("LION8BIT_CACHE_DIR", str(kept / "kernels"))
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target"]
-    installed, _ = is_ours(visit)
-    if not installed and not ours.exists():
-        if not visit.run([Step("build", [*pip, kept / "draft", "--no-build-isolation", ROOT], 150)]):
-            print("NO CPU KERNEL: the build failed; the checkout is used as it is", flush=True)
-            shutil.copytree(ROOT / "lion8bit", kept / "draft" / "lion8bit", dirs_exist_ok=True)
-            shutil.copytree(ROOT / "csrc", kept / "draft" / "lion8bit" / "csrc", dirs_exist_ok=True)
-        if visit.stopped:
-            return
-        (kept / "draft").rename(ours)
-    for wheel in sorted(wheels.resolve().glob("*.whl")):
+    paths = [str(peers), os.environ.get("PYTHONPATH", "")]
+    if not imported(visit).is_relative_to(ROOT):
+        paths.insert(0, str(ours))
+        if not ours.exists():
+            built = visit.run([Step("build", [*pip, kept / "draft", "--no-build-isolation", ROOT], 150)])
+            if visit.stopped:
+                return
+            if built:
+                (kept / "draft").rename(ours)
+            else:
+                print("NO CPU KERNEL: the build failed; the checkout is used as it is", flush=True)
+                ours.symlink_to(ROOT)
+    for wheel in sorted(WHEELS.glob("*.whl")):
         done = peers / f"{wheel.name}.installed"
         if not done.exists() and visit.run([Step(wheel.name, [*pip, peers, wheel], 60)]):
             done.touch()
-    paths = [*([] if installed else [str(ours)]), str(peers), os.environ.get("PYTHONPATH", "")]
     visit.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    right, found = is_ours(visit)
-    if not right:
-        raise SystemExit(f"lion8bit must be imported from {ROOT}, got {found or 'none'}; uninstall the other one")
+    if not (found := imported(visit)).is_relative_to(ROOT):
+        raise SystemExit(f"lion8bit must be imported from {ROOT}, got {found}; uninstall the other one")
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -387,29 +330,36 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     budgets = ", ".join(f"{stage} {budget:.0f}" for stage, budget in BUDGETS.items())
     options.add_argument("--budget", type=float, help=f"seconds for all of it (default: {budgets}, and their sum)")
     options.add_argument("--output", type=Path, help="folder (default: benchmarks/results/gpu-NAME-DATE)")
-    options.add_argument("--step", nargs="+", metavar="NAME", help="only these, in the stage's order")
-    options.add_argument("--wheels", type=Path, default=ROOT / ".whl", help="folder of peers' wheels (default: .whl)")
+    options.add_argument("--step", nargs="+", default=[], metavar="NAME", help="only these, in the stage's order")
     options.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    options.add_argument("--quick", action="store_true", help="small models, few repeats: proves the stages only")
+    options.add_argument("--quick", action="store_true", help="dry run with small models and few repeats")
     settings = options.parse_args(arguments)
     if settings.budget is not None and settings.budget <= 0:
         options.error(f"--budget must be positive, got {settings.budget}")
-    stages = list(BUDGETS) if settings.stage == "all" else [settings.stage]
-    plan = Plan(settings.device, settings.quick, Path())
-    known = [step.name for stage in stages for step in plan.steps(stage)]
-    if unknown := set(settings.step or ()) - set(known):
+    settings.stages = list(BUDGETS) if settings.stage == "all" else [settings.stage]
+    known = [step.name for stage in settings.stages for step in steps_of(stage, "cuda", False, Path())]
+    if unknown := set(settings.step) - set(known):
         options.error(f"--step must be among {'; '.join(known)}, got {'; '.join(unknown)}")
-    settings.stages = stages
     return settings
 
 
-def chosen(steps: Sequence[Step], names: Sequence[str] | None) -> list[Step]:
-    """The steps that are asked for, or all that are not optional; the machine is always looked at."""
-    return [step for step in steps if step.name == "machine" or (step.name in names if names else not step.optional)]
+def default_output() -> Path:
+    """A folder named after the GPU and the day."""
+    name = asked_of_driver().get("name", "none").lower().replace("nvidia", "")
+    plain = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return HERE / "results" / f"gpu-{plain}-{datetime.date.today().isoformat()}"
+
+
+def commit() -> str | None:
+    """The checkout's commit, where git knows it."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
 def stop(signum: int, frame: FrameType | None) -> None:
-    """What SIGINT and SIGTERM do. A KeyboardInterrupt could get lost where Python ignores exceptions."""
+    """Handles SIGINT and SIGTERM. A KeyboardInterrupt could get lost where Python ignores exceptions."""
     Visit.stopped = True
 
 
@@ -417,22 +367,21 @@ def main() -> int:
     """Runs the stages; returns 0 where no step failed."""
     settings = parse()
     if shutil.which("timeout") is None:
-        print("the program timeout must be there, got none; install GNU coreutils", file=sys.stderr)
-        return 1
+        raise SystemExit("the program timeout must be installed, got none; install GNU coreutils")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
     output = (settings.output or default_output()).resolve()
     left = settings.budget or sum(BUDGETS[stage] for stage in settings.stages)
     failed: list[str] = []
-    trial = settings.quick or settings.device == "cpu"
+    record = {"commit": commit(), "device": settings.device, "trial": settings.quick or settings.device == "cpu"}
     for stage in settings.stages:
         begin = time.monotonic()
         budget = min(left, BUDGETS[stage]) if len(settings.stages) > 1 else left
         with tempfile.TemporaryDirectory() as folder:
-            visit = Visit(stage, output, Path(folder), budget, {"device": settings.device, "trial": trial})
-            install(visit, settings.wheels)
-            plan = Plan(settings.device, settings.quick, Path(folder))
-            visit.run(chosen(plan.steps(stage), settings.step))
+            visit = Visit(stage, output, Path(folder), budget, record)
+            install(visit)
+            steps = steps_of(stage, settings.device, settings.quick, Path(folder))
+            visit.run([step for step in steps if not settings.step or step.name in ("machine", *settings.step)])
             print(visit.report(picture=True), flush=True)
         failed += [step["step"] for step in visit.steps if step["status"] in ("failed", "timed out")]
         failed += ["report"] if "report" in visit.record else []

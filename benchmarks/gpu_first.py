@@ -1,8 +1,9 @@
-"""Owns the first steps of a fresh process: what they cost in time, and what compute-sanitizer watches."""
+"""Makes the first steps of a fresh process: measures their time, or runs every kind of kernel for compute-sanitizer."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -10,24 +11,13 @@ from pathlib import Path
 import torch
 from machine import write_whole
 
-SHAPES = [
-    (64, 1024),
-    (33, 1001),
-    (20000,),
-    (100,),
-]  # whole blocks, rows that end in short blocks, a vector, a small one
+SHAPES = [(64, 1024), (33, 1001), (20000,), (100,)]  # whole blocks, short blocks at the end of rows, vectors
 ROUNDINGS = {torch.float32: ["auto"], torch.bfloat16: ["auto", "nearest", "compensated"], torch.float16: ["auto"]}
-
-FLAGS = [  # with capturable, threads meet at a barrier and share memory
-    {},
-    {"cautious": True, "decoupled_weight_decay": False},
-    {"capturable": True},
-    {"capturable": True, "cautious": True},
-]
+FLAGS = [{}, {"cautious": True, "decoupled_weight_decay": False}]  # each also with capturable: shared memory, a barrier
 
 
-def step_a_few(device: str, dtype: torch.dtype, options: dict[str, object], steps: int) -> list[float]:
-    """Seconds of each step of a new optimizer on a few parameters, waited for."""
+def step_a_few(device: str, dtype: torch.dtype, **options: object) -> list[float]:
+    """Seconds of both steps of a new optimizer on a few parameters; the gradients have a NaN each."""
     from lion8bit import Lion8bit
 
     params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype).to(device)) for shape in SHAPES]
@@ -36,13 +26,13 @@ def step_a_few(device: str, dtype: torch.dtype, options: dict[str, object], step
         param.grad.view(-1)[:1].copy_(torch.tensor([float("nan")], dtype=dtype))
     optimizer = Lion8bit(params, lr=1e-3, weight_decay=0.1, **options)
     seconds = []
-    for _ in range(steps):
+    for _ in range(2):
         wait(device)
         start = time.perf_counter()
         optimizer.step()
         wait(device)
         seconds.append(time.perf_counter() - start)
-    assert optimizer.nonfinite_count() == len(params) * steps
+    assert optimizer.nonfinite_count() == len(params) * 2
     return seconds
 
 
@@ -53,31 +43,29 @@ def wait(device: str) -> None:
 
 
 def main() -> None:
-    """Prints the seconds of the import and of two steps as JSON, or with ``--every`` steps every kind of parameter."""
-    options = argparse.ArgumentParser(description="First steps in a fresh process.")
+    """Writes the seconds of two steps as JSON, or with ``--every`` steps every kind of parameter."""
+    options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--device", default="cuda")
     options.add_argument("--every", action="store_true", help="every dtype and rounding, block size and flag")
     options.add_argument("--json", type=Path, metavar="FILE", help="write the seconds here")
     settings = options.parse_args()
-    torch.ones(1).to(settings.device)  # the context is not the optimizer's to pay for
+    torch.ones(1).to(settings.device)  # the CUDA context is not part of the optimizer's time
     wait(settings.device)
-    start = time.perf_counter()
     import lion8bit  # noqa: F401
 
-    imported = time.perf_counter() - start
     if settings.every:
         for dtype, roundings in ROUNDINGS.items():
             for rounding, block_size in zip(roundings * 3, (64, 128, 256)):
-                for flags in FLAGS:
-                    kind = {"weight_rounding": rounding, "block_size": block_size, **flags}
-                    step_a_few(settings.device, dtype, kind, 2)
+                for flags, capturable in itertools.product(FLAGS, (False, True)):
+                    kind = {"weight_rounding": rounding, "block_size": block_size, "capturable": capturable, **flags}
+                    step_a_few(settings.device, dtype, **kind)
         print("stepped every kind of parameter")
-    else:
-        first, second = step_a_few(settings.device, torch.bfloat16, {}, 2)
-        seconds = json.dumps({"import": imported, "first_step": first, "second_step": second})
-        print(seconds)
-        if settings.json is not None:
-            write_whole(settings.json, seconds + "\n")
+        return
+    first, second = step_a_few(settings.device, torch.bfloat16)
+    seconds = json.dumps({"first_step": first, "second_step": second})
+    print(seconds)
+    if settings.json is not None:
+        write_whole(settings.json, seconds + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Owns the measurement of one model's step on a GPU, by every optimizer; `gpu.py` runs it for several models."""
+"""Measures the time of one model's optimizer step on a GPU, by optimizer and dtype."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import statistics
@@ -9,66 +10,31 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import common
 import torch
-from common import (
-    Shape,
-    available,
-    console,
-    describe,
-    environment,
-    flush_cache,
-    make_params,
-    numel,
-    parser,
-    spread,
-    write_json,
-)
+from common import Shape, make_params, numel, spread, write_json
 from machine import PROGRAMS, asked_of_driver, program, write_whole
 from models import GPU_MODELS, QUICK_GPU_MODELS
 from step_time import CONTENDERS, DTYPES, LR, OURS, Contender, Params, time_call
 
 from lion8bit import Lion8bit
-from lion8bit.tools.demo import state_bytes
+from lion8bit.tools.memory import state_bytes
 
 DESCRIPTION = """\
 How long does one step of a public model's parameters take on a GPU, with each optimizer? Caches are flushed before each
 step. The GPU's time is that between two events while its queue is full; the wall time is what a caller waits for, with
 the optimizer's own Python, with the same gradients as before or with new ones.
 """
-
 EPILOG = """\
 examples:
   python benchmarks/gpu_step.py --model gpt2 --json gpt2.json
   python benchmarks/gpu_step.py --model 1B --dtype fp32 --contender lion8bit adamw
-  python benchmarks/gpu_step.py --model gpt2 --device cpu --quick       proves the program without a GPU
+  python benchmarks/gpu_step.py --model gpt2 --device cpu --quick       dry run without a GPU
 """
 
-SECONDS_PER_CONTENDER = 3.0  # of repeats, its first steps apart
+SECONDS_PER_CONTENDER = 3.0  # of repeats, without the first steps
 MOST_SPARE = 1 << 28  # parameters of a list that has a second set of gradients
-SHARE_OF_MEMORY = 0.9  # of what is free, that parameters, gradients and our state may take
-
-
-class ForeachLion(torch.optim.Optimizer):
-    """Lion with fp32 momentum by torch's foreach functions."""
-
-    def __init__(self, params: Params) -> None:
-        super().__init__(params, {})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            params = group["params"]
-            for param in params:
-                if not self.state[param]:
-                    self.state[param]["momentum"] = torch.zeros_like(param, dtype=torch.float32)
-            momenta = [self.state[param]["momentum"] for param in params]
-            grads = [param.grad.float() for param in params]
-            updates = torch._foreach_mul(momenta, 0.9)
-            torch._foreach_add_(updates, grads, alpha=1 - 0.9)
-            torch._foreach_sign_(updates)
-            updates = [update.to(param.dtype) for update, param in zip(updates, params)]
-            torch._foreach_add_(params, updates, alpha=-LR)
-            torch._foreach_lerp_(momenta, grads, 1 - 0.99)
+SHARE_OF_MEMORY = 0.9  # of the free memory, for parameters, gradients and our state
 
 
 def flash(bits: int | None) -> Callable[[Params], torch.optim.Optimizer]:
@@ -83,19 +49,11 @@ def flash(bits: int | None) -> Callable[[Params], torch.optim.Optimizer]:
 
 
 GPU_CONTENDERS: dict[str, Contender] = {
-    OURS: CONTENDERS[OURS],
-    "lion8bit-stochastic": CONTENDERS["lion8bit-stochastic"],
+    **{key: CONTENDERS[key] for key in (OURS, "lion8bit-stochastic", "bitsandbytes", "adamw", "compiled-lion")},
     "lion8bit-compensated": Contender(
-        "lion8bit, 24-bit weights",
-        lambda params: Lion8bit(params, lr=LR, weight_rounding="compensated"),
-        dtypes=("bf16",),
+        "lion8bit, 24-bit weights", functools.partial(Lion8bit, lr=LR, weight_rounding="compensated"), dtypes=("bf16",)
     ),
-    "bitsandbytes": CONTENDERS["bitsandbytes"],
     "flashlion": Contender("FlashLion", flash(None), "flashoptim"),
-    "flashlion-24": Contender("FlashLion, 24-bit weights", flash(24), "flashoptim", dtypes=("bf16",)),
-    "adamw": CONTENDERS["adamw"],
-    "foreach-lion": Contender("foreach Lion, fp32 state", ForeachLion),
-    "compiled-lion": CONTENDERS["compiled-lion"],
 }
 
 
@@ -124,16 +82,6 @@ def free_memory(device: torch.device) -> float:
     return float(torch.cuda.mem_get_info()[0])
 
 
-def wall_time(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that a caller waits for one call with cold caches, the optimizer's own Python included."""
-    flush_cache(device)
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def synchronize(device: torch.device) -> None:
     """Until the device has nothing to do."""
     if device.type == "cuda":
@@ -148,22 +96,18 @@ def measure(
     repeats: int,
     bandwidth: float,
 ) -> dict[str, Any]:
-    """The figures of one contender, or why there are none.
-
-    Args:
-        contender: the optimizer.
-        params: with gradients.
-        spare: other gradients, to find what a step costs whose gradients are new; may be empty.
-        device: where they are.
-        repeats: measurements at most.
-        bandwidth: bytes per second of a copy.
-    """
+    """The figures of one contender, or why there are none; ``spare``: other gradients for "wall_new", or nothing."""
     optimizer = None
 
     def step_with_new_gradients() -> float:
         for i, param in enumerate(params):
             param.grad, spare[i] = spare[i], param.grad
-        return wall_time(optimizer.step, device)  # type: ignore[union-attr]
+        common.flush_cache(device)
+        synchronize(device)
+        start = time.perf_counter()
+        optimizer.step()  # type: ignore[union-attr]
+        synchronize(device)
+        return time.perf_counter() - start
 
     try:
         begin = time.perf_counter()
@@ -215,53 +159,37 @@ def rows(
         place |= {"parameters": numel(fitting), "tensors": len(fitting)}
         for key in keys:
             contender = GPU_CONTENDERS[key]
-            if dtype not in contender.dtypes or not available(contender.package):
+            if dtype not in contender.dtypes or not common.available(contender.package):
                 continue
-            yield {
-                **place,
-                "contender": key,
-                "label": contender.label,
-                **measure(contender, params, spare, device, repeats, bandwidth),
-            }
+            row = {**place, "contender": key, "label": contender.label}
+            yield row | measure(contender, params, spare, device, repeats, bandwidth)
             free_memory(device)
         del params, spare
 
 
 def context() -> dict[str, Any]:
-    """The machine's record, what of NVIDIA's programs it has, and the seconds of the first work on the GPU."""
-    start = time.perf_counter()
-    if torch.cuda.is_available():
-        torch.ones(1, device="cuda").item()
-    seconds = time.perf_counter() - start
-    tools = [name for name in PROGRAMS if program(name)]
+    """The machine's record, what its driver reports, and NVIDIA's programs."""
     asked = asked_of_driver()
-    return {
-        **environment(),
-        "driver": asked.get("driver_version"),
-        "driver_says": asked,
-        "tools": tools,
-        "context_seconds": seconds,
-    }
+    tools = [name for name in PROGRAMS if program(name)]
+    return {**common.environment(), "driver": asked.get("driver_version"), "driver_says": asked, "tools": tools}
 
 
 def main() -> None:
-    """Measures a list and writes each row as it is there, or only the machine's record."""
-    options = parser(DESCRIPTION, EPILOG)
-    options.add_argument("--environment", action="store_true", help="only the machine's record")
+    """Measures a list and writes each row when it is there, or only the machine's record."""
+    options = common.parser(DESCRIPTION, EPILOG)
+    options.add_argument("--machine", action="store_true", help="only the machine's record")
     options.add_argument("--model", choices=list(GPU_MODELS), default="gpt2")
     options.add_argument("--dtype", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
     options.add_argument("--contender", nargs="+", choices=list(GPU_CONTENDERS), default=list(GPU_CONTENDERS))
     options.add_argument("--device", default="cuda")
     options.add_argument("--repeats", type=int, default=20)
     settings = options.parse_args()
-    record, out = context(), console()
-    tools = record["tools"]
+    record, out = context(), common.console()
     if settings.device == "cuda" and not torch.cuda.is_available():
         options.error("torch must find an NVIDIA GPU, got none; use another python, or --device cpu")
-    if settings.environment:
-        out.print(*(f"{name} {value}" for name, value in record["driver_says"].items()), sep=", ", highlight=False)
-        out.print(f"NVIDIA's programs: {', '.join(tools) or 'none'}; context {record['context_seconds']:.1f} s")
-        out.print(f"Python {record['python']}, driver {record['driver']}; {describe(record)}", highlight=False)
+    if settings.machine:
+        torch.ones(1, device=settings.device).item()
+        out.print(record["driver_says"], record["tools"], common.describe(record))
         if settings.json is not None:
             write_whole(settings.json, json.dumps(record) + "\n")
         return
