@@ -1,4 +1,4 @@
-"""Owns what the benchmarks need of a machine without torch: NVIDIA's programs, the driver's answers, whole files."""
+"""What the benchmarks need without torch: NVIDIA's programs, what its driver reports, and files written completely."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def program(name: str) -> str | None:
 
 
 def asked_of_driver() -> dict[str, str]:
-    """What nvidia-smi says of the first GPU: driver, memory, clocks, power limit; nothing where there is none."""
+    """Driver, memory, clocks and power limit of the first GPU by nvidia-smi; empty where there is none."""
     command = ["nvidia-smi", f"--query-gpu={','.join(DRIVER_FIELDS)}", "--format=csv,noheader"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]

@@ -1,8 +1,36 @@
-"""Owns the parameter lists of public models that the GPU benchmark steps: shapes by their configurations."""
+"""The parameter lists of public models that the benchmarks step: shapes by their configurations."""
 
 from __future__ import annotations
 
-from common import Shape, gpt2_shapes
+from common import Shape
+
+
+def gpt2_shapes(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> list[Shape]:
+    """Parameters of GPT-2, in the orientation of its published checkpoint; the default is the 124M model."""
+    block: list[Shape] = [
+        (width,),
+        (width,),
+        (width, 3 * width),
+        (3 * width,),
+        (width, width),
+        (width,),
+        (width,),
+        (width,),
+        (width, 4 * width),
+        (4 * width,),
+        (4 * width, width),
+        (width,),
+    ]
+    return [(vocabulary, width), (context, width), *(block * layers), (width,), (width,)]
+
+
+def minilm_shapes(layers: int = 6, width: int = 384, vocabulary: int = 30522, context: int = 512) -> list[Shape]:
+    """Parameters of a BERT encoder with a pooler; the default is all-MiniLM-L6, 22.7M."""
+    linear: list[Shape] = [(width, width), (width,)]
+    norm: list[Shape] = [(width,), (width,)]
+    feed_forward: list[Shape] = [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    block = linear * 4 + norm + feed_forward + norm
+    return [(vocabulary, width), (context, width), (2, width), *norm, *(block * layers), *linear]
 
 
 def llama_shapes(
@@ -83,6 +111,16 @@ def sdxl_unet_shapes(widths: tuple[int, int, int] = (320, 640, 1280), depths: tu
     return [*shapes, (width,), (width,), *conv(4, width)]
 
 
+MODELS: dict[str, tuple[str, list[Shape]]] = {
+    "64M": ("one tensor of 64M", [(8192, 8192)]),
+    "gpt2": ("GPT-2 124M", gpt2_shapes()),
+    "minilm": ("all-MiniLM-L6", minilm_shapes()),
+}
+QUICK_MODELS: dict[str, tuple[str, list[Shape]]] = {
+    "64M": ("one tensor of 1M", [(1024, 1024)]),
+    "gpt2": ("GPT-2, 1 layer, small vocabulary", gpt2_shapes(layers=1, width=256, vocabulary=512, context=64)),
+    "minilm": ("MiniLM, 1 layer, small vocabulary", minilm_shapes(layers=1, width=128, vocabulary=512, context=64)),
+}
 GPU_MODELS: dict[str, tuple[str, list[Shape]]] = {
     "gpt2": ("GPT-2 124M", gpt2_shapes()),
     "1B": ("one tensor of 1B", [(32768, 32768)]),
