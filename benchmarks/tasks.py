@@ -1,16 +1,14 @@
-"""Owns the learning problems of the benchmarks: small models and the data that they learn from; not their training."""
+"""The learning problems of the benchmarks: small models and the data that they learn from."""
 
 from __future__ import annotations
 
 import pydoc_data.topics
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pretrain_bytelm import read_corpus
 from torch import Tensor, nn
 
 from lion8bit.tools.demo.bytelm import ByteLM, ByteLMConfig, encode, load_pretrained
@@ -77,7 +75,7 @@ class Task:
     """A classification problem.
 
     Args:
-        name: for people.
+        name: in words.
         build: a model with fresh weights from torch's global generator.
         train, validation, test: disjoint (inputs, targets), first dimension the examples.
     """
@@ -99,13 +97,13 @@ class Task:
         return inputs if inputs.is_floating_point() else inputs.long(), targets.long()
 
     @torch.no_grad()
-    def evaluate(self, model: Callable[[Tensor], Tensor], split: Examples, device: torch.device) -> float:
+    def evaluate(self, model: Callable[[Tensor], Tensor], split: Examples) -> float:
         """Mean cross entropy over a split, in nats."""
         total = 0.0
         size = max(1, EVALUATION_TARGETS * len(split[1]) // split[1].numel())
         for start in range(0, len(split[1]), size):
             inputs, targets = self.examples(split, slice(start, start + size))
-            total += float(loss(model(inputs.to(device)), targets.to(device), "sum"))
+            total += float(loss(model(inputs), targets, "sum"))
         return total / split[1].numel()
 
 
@@ -161,12 +159,3 @@ def digits() -> Task:
 def n_grams(width: int = 256, context: int = 32) -> Task:
     """The embedding-heavy model on Python's help texts."""
     return text_task("hashed n-grams", lambda: NGramLM(width), help_topics(), context)
-
-
-def gpt2(
-    layers: int = 12, width: int = 768, context: int = 1024, vocabulary: int = 50257, text: bytes | None = None
-) -> Task:
-    """A byte transformer in the shape of GPT-2 124M, vocabulary included; the standard library's source by default."""
-    config = ByteLMConfig(width=width, layers=layers, heads=width // 64, context=context, vocabulary=vocabulary)
-    corpus = text or b"\0".join(read_corpus(Path(sysconfig.get_path("stdlib"))))
-    return text_task("GPT-2-shaped byte transformer", lambda: ByteLM(config), corpus, context)
