@@ -1,6 +1,11 @@
-"""Owns a Llama in plain torch, with the names of transformers' `LlamaForCausalLM`, and the public configurations.
+"""A Llama in plain torch for the examples and benchmarks, with the parameter names of transformers' `LlamaForCausalLM`.
 
-It exists so that the example beside it needs nothing but torch. What it saves, transformers loads.
+    model = build(SHAPES["llama3-8b"], device, torch.bfloat16, seed=0)   # random weights, no fp32 copy
+    model.checkpointing = False                                         # keep the activations (default: recompute)
+    logits = model(tokens)                                              # [batch, length] -> [batch, length, vocabulary]
+
+`Llama(config)` under `torch.device("meta")` has shapes only, for `lion8bit.estimate`. transformers loads what
+`save_pretrained` writes.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ INIT_STD = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A configuration by the names that Hugging Face gives to its numbers."""
+    """Sizes of a Llama, by the names of Hugging Face's config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -35,26 +40,37 @@ class Config:
     model_type: str = "llama"
 
     def get_text_config(self) -> Config:
-        """This one, as `lion8bit.planner` asks."""
+        """Itself: `lion8bit.estimate` calls this, because in transformers multimodal models contain a text model."""
         return self
 
     def record(self) -> dict[str, Any]:
-        """What transformers reads from config.json."""
+        """The content of config.json."""
         fixed = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "torch_dtype": "bfloat16"}
         return {**dataclasses.asdict(self), **fixed}
 
 
-# The Llama-3 ones without the rescaled rotation of 3.1 and 3.2, which is for contexts beyond 8192 tokens.
+# Llama 3 without the scaled rotary frequencies of 3.1 and 3.2, which are for contexts of more than 8192 tokens.
 SHAPES = {
     "llama-7b": Config(4096, 11008, 32, 32, 32, 32000, 2048, 1e4, 1e-6),  # LLaMA 7B
     "llama3-8b": Config(4096, 14336, 32, 32, 8, 128256, 8192, 5e5),  # Llama-3-8B
     "llama-3b": Config(3072, 8192, 28, 24, 8, 128256, 8192, 5e5, tie_word_embeddings=True),  # Llama-3.2-3B
+    "tinyllama-1.1b": Config(2048, 5632, 22, 32, 4, 32000, 2048, 1e4),
+    "smollm-135m": Config(576, 1536, 30, 9, 3, 49152, 2048, 1e4, tie_word_embeddings=True),
     "tiny": Config(128, 352, 2, 4, 2, 256, 512, 1e4),  # for tests
 }
 
 
+class RMSNorm(nn.RMSNorm):
+    """In fp32 by elementary operations, as in transformers, so that it keeps the same tensors for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
 class Attention(nn.Module):
-    """Causal attention with rotated queries and keys, which several query heads may share."""
+    """Causal grouped-query attention with rotary positions."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -89,13 +105,13 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward network, each on the norm of what it is added to."""
+    """A pre-norm transformer layer."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -104,7 +120,10 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """[batch, length] tokens -> [batch, length, vocab_size] logits; `build` fills in the weights."""
+    """Maps [batch, length] int64 tokens to [batch, length, vocab_size] logits; `build` sets random weights.
+
+    While `checkpointing` is true, the backward pass computes each layer's activations again.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -113,11 +132,14 @@ class Llama(nn.Module):
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.model.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta" if tied else None)
+        if tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The output layer."""
+        """The output layer, for `lion8bit.estimate`."""
         return self.lm_head
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -141,21 +163,16 @@ class Llama(nn.Module):
 
 
 def build(config: Config, device: torch.device, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Llama:
-    """A Llama with random weights, made on the device in its dtype: no fp32 copy exists anywhere."""
+    """Makes a Llama with random weights directly on the device and in its dtype, without an fp32 copy."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             model = Llama(config)
     finally:
         torch.set_default_dtype(before)
-    if config.tie_word_embeddings:
-        del model.lm_head.weight  # its memory would be taken and given back
-    model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for param in model.parameters():
             param.normal_(0, INIT_STD, generator=generator) if param.dim() > 1 else param.fill_(1.0)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
     return model
