@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -33,6 +34,7 @@ PLAIN_WIDTH = 150  # columns of a table that is not read on a terminal
 FLUSH_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # beyond the last-level caches of current machines
 
 Shape = tuple[int, ...]
+Row = dict[str, Any]
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
@@ -114,13 +116,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def cpu_model() -> str:
     """The processor's name, or its architecture where the system has no name for it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", path.read_text(), re.MULTILINE) if path.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def available(package: str) -> bool:
@@ -229,6 +227,23 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
+def rows_table(title: str, rows: Sequence[Row], columns: dict[str, Callable[[Row], str]], left: int = 1) -> Table:
+    """A table with a line per row; rows of this library are green.
+
+    Args:
+        title: above the table.
+        rows: with ``optimizer`` or ``format``.
+        columns: by heading, the text of a row's cell.
+        left: how many of the columns are text; the others are numbers.
+    """
+    headings = list(columns)
+    table = new_table(title, headings[:left], headings[left:])
+    for row in rows:
+        ours = (row.get("optimizer") or row.get("format", "")).startswith("lion8bit")
+        table.add_row(*(cell(row) for cell in columns.values()), style="green" if ours else None)
+    return table
+
+
 def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     """An empty table with text columns and number columns."""
     table = Table(title=title, title_justify="left", title_style="bold")
@@ -239,12 +254,20 @@ def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
-def goal(name: str, requirement: str, measured: str, met: bool | None) -> dict[str, Any]:
+def goal(name: str, requirement: str, measured: str, met: bool | None) -> Row:
     """One row of `goal_table`; ``met`` is None where nothing was measured."""
     return {"goal": name, "requirement": requirement, "measured": measured, "met": met}
 
 
-def goal_table(goals: Sequence[dict[str, Any]], quick: bool) -> Table:
+def judge(name: str, found: dict[str, float], form: str, *, least: float = -math.inf, most: float = math.inf) -> Row:
+    """A `goal` that every figure in ``found`` has to meet; ``form`` formats a figure."""
+    requirement = f"at least {form.format(least)}" if least > -math.inf else f"at most {form.format(most)}"
+    measured = ", ".join(f"{case} {form.format(figure)}" for case, figure in found.items())
+    met = all(least <= figure <= most for figure in found.values()) if found else None
+    return goal(name, requirement, measured or "not measured", met)
+
+
+def goal_table(goals: Sequence[Row], quick: bool) -> Table:
     """A table of `goal` rows."""
     title = "Goals (dry run of --quick: the numbers are not measurements)" if quick else "Goals"
     table = new_table(title, ["goal", "requirement", "measured", "verdict"], [])

@@ -14,7 +14,7 @@ from typing import Any
 
 import tasks
 import torch
-from common import begin, goal, goal_table, installed, new_table, parser, progress, save_figure, write_json
+from common import Row, begin, goal, goal_table, installed, parser, progress, rows_table, save_figure, write_json
 from contenders import optimizer
 from rich.table import Table
 from torch import nn
@@ -45,7 +45,7 @@ better or worse by more. A rate marked * is the smallest or largest tried.
 
 examples:
   python benchmarks/convergence.py --threads 1                              half an hour
-  python benchmarks/convergence.py --problem lm --optimizer lion lion8bit-64 lion8bit lion8bit-256 bitsandbytes
+  python benchmarks/convergence.py --problem lm --seeds 10
   python benchmarks/convergence.py --json c.json --plot c.png
 """
 
@@ -56,7 +56,6 @@ BASELINE = "lion"
 ROUNDING_LR = 1e-5
 SMOOTHING = 20  # steps
 QUICK_EXAMPLES, QUICK_STEPS = 32, 20
-Row = dict[str, Any]
 
 
 # ---- Contenders and problems -----------------------------------------------------------------------------------------
@@ -70,24 +69,19 @@ class Contender:
     package: str
     name: str
     rate: float = 8e-4
-    weight_decay: float = 0.1
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=lambda: {"weight_decay": 0.1})
 
     def make(self, params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         """The optimizer."""
-        options = {"lr": lr, "weight_decay": self.weight_decay, **self.options}
-        return optimizer(self.package, self.name, **options)(list(params))
+        return optimizer(self.package, self.name, lr=lr, **self.options)(list(params))
 
 
 CONTENDERS = {
-    "adamw": Contender("AdamW", "torch.optim", "AdamW", rate=8e-3, weight_decay=0.01, options={"fused": True}),
+    "adamw": Contender("AdamW", "torch.optim", "AdamW", 8e-3, {"weight_decay": 0.01, "fused": True}),
     "lion": Contender("Lion, fp32", "lion8bit", "Lion"),
     "lion8bit": Contender("Lion8bit", "lion8bit", "Lion8bit"),
-    "lion8bit-64": Contender("Lion8bit, block 64", "lion8bit", "Lion8bit", options={"block_size": 64}),
-    "lion8bit-256": Contender("Lion8bit, block 256", "lion8bit", "Lion8bit", options={"block_size": 256}),
     "bitsandbytes": Contender("bitsandbytes Lion8bit", "bitsandbytes.optim", "Lion8bit"),
 }
-DEFAULT_CONTENDERS = ["adamw", "lion", "lion8bit", "bitsandbytes"]
 
 
 @dataclass(frozen=True)
@@ -115,9 +109,9 @@ PROBLEMS = {
 }
 ROUNDINGS = {"fp32": "fp32 weights", "nearest": "nearest", "stochastic": "stochastic", "compensated": "compensated"}
 ROUNDING_GOALS = {
-    "nearest": ("at most half of fp32's gain: it stalls", -math.inf, 0.5),
-    "stochastic": ("at least 0.9 of fp32's gain", 0.9, math.inf),
-    "compensated": ("at least 0.95 of fp32's gain", 0.95, math.inf),
+    "nearest": ("at most half of fp32's gain: it stalls", lambda share: share <= 0.5),
+    "stochastic": ("at least 0.9 of fp32's gain", lambda share: share >= 0.9),
+    "compensated": ("at least 0.95 of fp32's gain", lambda share: share >= 0.95),
 }
 
 
@@ -173,7 +167,7 @@ def run_problem(
     contenders: dict[str, Contender],
     settings: argparse.Namespace,
     steps: int,
-    tick: Callable[[str], None],
+    tick: Callable[[], None],
 ) -> list[Row]:
     """Tunes and trains every contender on one problem.
 
@@ -182,7 +176,7 @@ def run_problem(
         contenders: who takes part.
         settings: the command line.
         steps: of a run.
-        tick: called with the contender's key before each step.
+        tick: called after each step.
 
     Returns:
         By contender the validation losses by rate, the test losses by seed and the smoothed training losses.
@@ -191,7 +185,7 @@ def run_problem(
     task = problem.load(settings.quick)
     rows: dict[str, Row] = {}
     for key, contender in contenders.items():
-        run = functools.partial(train, task, contender, steps=steps, batch=problem.batch, tick=lambda k=key: tick(k))
+        run = functools.partial(train, task, contender, steps=steps, batch=problem.batch, tick=tick)
         tried: dict[float, list[float]] = {}
         for i in range(settings.rates):
             lr = contender.rate * problem.shift * 2.0 ** (i - settings.rates // 2)
@@ -215,7 +209,7 @@ def run_problem(
             **spread(test),
         }
     for key, row in rows.items():
-        if key != BASELINE and BASELINE in rows:
+        if key != BASELINE:
             row["paired"] = paired(row["test_loss"], rows[BASELINE]["test_loss"])
             row["verdict"] = judge(row, rows[BASELINE])
     return list(rows.values())
@@ -223,15 +217,12 @@ def run_problem(
 
 def spread(losses: Sequence[float]) -> dict[str, float]:
     """Mean over the seeds and its standard error."""
-    error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else math.nan
-    return {"mean": statistics.fmean(losses), "std_error": error}
+    return {"mean": statistics.fmean(losses), "std_error": statistics.stdev(losses) / len(losses) ** 0.5}
 
 
-def judge(row: Row, baseline: Row) -> str | None:
-    """Whether a mean is within one of the baseline's standard errors of the baseline's; None without an error."""
+def judge(row: Row, baseline: Row) -> str:
+    """Whether a mean is within one of the baseline's standard errors of the baseline's."""
     difference, error = row["mean"] - baseline["mean"], baseline["std_error"]
-    if math.isnan(error):
-        return None
     return "worse" if difference > error else "better" if difference < -error else "within"
 
 
@@ -240,16 +231,14 @@ def paired(losses: Sequence[float], baseline: Sequence[float]) -> dict[str, floa
     from scipy import stats
 
     differences = [a - b for a, b in zip(losses, baseline, strict=True)]
-    p = math.nan
-    if len(differences) > 1:
-        p = float(stats.ttest_rel(losses, baseline).pvalue) if any(differences) else 1.0
+    p = float(stats.ttest_rel(losses, baseline).pvalue) if any(differences) else 1.0
     return {**spread(differences), "p": p}
 
 
 # ---- Rounding of bf16 weights ----------------------------------------------------------------------------------------
 
 
-def run_roundings(settings: argparse.Namespace, steps: int, tick: Callable[[str], None]) -> list[Row]:
+def run_roundings(settings: argparse.Namespace, steps: int, tick: Callable[[], None]) -> list[Row]:
     """Trains the shipped model on with Lion8bit at `ROUNDING_LR`, its weights in bf16 and in fp32.
 
     All start from the same bf16 values and compute in fp32, so that only the storage of the weights differs.
@@ -276,7 +265,7 @@ def run_roundings(settings: argparse.Namespace, steps: int, tick: Callable[[str]
                 optimizer.zero_grad()
                 torch.autograd.backward(tasks.loss(forward(inputs), targets))
                 optimizer.step()
-                tick(key)
+                tick()
             test.append(task.evaluate(forward, task.test))
             frozen = optimizer.frozen_fraction()
         rows[key] = {"problem": "weights", "steps": steps, "optimizer": key, "lr": ROUNDING_LR, "before": before}
@@ -298,43 +287,43 @@ def goals(problems: dict[str, list[Row]]) -> list[Row]:
     for name, rows in problems.items():
         row = {row["optimizer"]: row for row in rows}
         if name == "weights":
-            for key, (requirement, least, most) in ROUNDING_GOALS.items():
+            for key, (requirement, met_by) in ROUNDING_GOALS.items():
                 share = row[key]["of_fp32_gain"]
-                found.append(goal(f"bf16, {key}", requirement, f"{share:.2f}", least <= share <= most))
+                found.append(goal(f"bf16, {key}", requirement, f"{share:.2f}", met_by(share)))
             continue
-        ours, baseline = row.get("lion8bit"), row.get(BASELINE)
-        met, measured = None, "not measured"
-        if ours and baseline and math.isfinite(baseline["std_error"]):
-            met = ours["verdict"] != "worse"
-            measured = f"{(ours['mean'] - baseline['mean']) / baseline['std_error']:+.2f} standard errors"
-        found.append(goal("Lion8bit on " + name, "at most 1 standard error above fp32 Lion", measured, met))
+        excess = (row["lion8bit"]["mean"] - row[BASELINE]["mean"]) / row[BASELINE]["std_error"]
+        measured = f"{excess:+.2f} standard errors"
+        found.append(goal(f"Lion8bit on {name}", "at most 1 standard error above fp32 Lion", measured, excess <= 1))
     return found
-
-
-def table(name: str, rows: list[Row]) -> Table:
-    """The table of one problem, or of the ways of rounding."""
-    title, difference = f"{name}, {rows[0]['steps']} steps: test loss in nats", "minus Lion, same seed"
-    headings = ["lr", "mean", "std. error", difference, "p", "seconds", "mean against fp32 Lion's"]
-    if name == "weights":
-        title += f" at lr {ROUNDING_LR:.0e} in bf16, {rows[0]['before']:.4f} before"
-        headings = ["lr", "mean", "std. error", "minus fp32, same seed", "p", "gain", "of fp32's", "cannot move"]
-    result = new_table(title, [""], headings)
-    for row in rows:
-        cells = [f"{row['lr']:.1e}{'*' if row.get('at_edge') else ''}", f"{row['mean']:.4f}", f"{row['std_error']:.4f}"]
-        pair = row.get("paired")
-        cells += [f"{pair['mean']:+.4f} +- {pair['std_error']:.4f}", f"{pair['p']:.2f}"] if pair else ["", ""]
-        if name == "weights":
-            cells += [f"{row['gain']:.4f}", f"{row['of_fp32_gain']:.2f}", f"{row['frozen']:.0%}"]
-        else:
-            cells += [f"{row['seconds']:.1f}", row.get("verdict") or ""]
-        result.add_row(label(row), *cells, style="green" if row["optimizer"].startswith("lion8bit") else None)
-    return result
 
 
 def label(row: Row) -> str:
     """The name of a row's optimizer or way of rounding."""
     key = row["optimizer"]
     return ROUNDINGS[key] if row["problem"] == "weights" else CONTENDERS[key].label
+
+
+def table(name: str, rows: list[Row]) -> Table:
+    """The table of one problem, or of the ways of rounding."""
+
+    def of(field: str, form: str) -> Callable[[Row], str]:
+        return lambda row: form.format(row[field]) if field in row else ""
+
+    baseline = "fp32" if name == "weights" else "Lion"
+    columns = {
+        "": label,
+        "lr": lambda row: f"{row['lr']:.1e}{'*' if row.get('at_edge') else ''}",
+        "mean": of("mean", "{:.4f}"),
+        "std. error": of("std_error", "{:.4f}"),
+        f"minus {baseline}, same seed": of("paired", "{0[mean]:+.4f} +- {0[std_error]:.4f}"),
+        "p": of("paired", "{0[p]:.2f}"),
+    }
+    if name == "weights":
+        columns |= {"gain": of("gain", "{:.4f}"), "of fp32's": of("of_fp32_gain", "{:.2f}")}
+        columns["cannot move"] = of("frozen", "{:.0%}")
+    else:
+        columns |= {"seconds": of("seconds", "{:.1f}"), "mean against fp32 Lion's": of("verdict", "{}")}
+    return rows_table(f"{name}, {rows[0]['steps']} steps: test loss in nats", rows, columns)
 
 
 def draw(pyplot: Any, problems: dict[str, list[Row]]) -> Any:
@@ -369,36 +358,29 @@ def main() -> None:
     """Trains everything that is selected, prints the tables and writes the files."""
     options = parser(DESCRIPTION, EPILOG, plot=True, threads=True)
     options.add_argument("--problem", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="default: all")
-    names = " ".join(DEFAULT_CONTENDERS)
-    options.add_argument(
-        "--optimizer", nargs="+", choices=list(CONTENDERS), default=DEFAULT_CONTENDERS, help=f"default: {names}"
-    )
-    options.add_argument("--seeds", type=int, help="runs reported (default: 5; 2 with --quick)")
+    options.add_argument("--seeds", type=int, help="runs reported, at least 2 (default: 5; 2 with --quick)")
     options.add_argument("--rates", type=int, help="learning rates for each optimizer (default: 7; 2 with --quick)")
     options.add_argument("--tuning-seeds", type=int, help="runs for each learning rate (default: 3; 1 with --quick)")
     settings = options.parse_args()
     settings.seeds = settings.seeds or (2 if settings.quick else 5)
     settings.rates = settings.rates or (2 if settings.quick else 7)
     settings.tuning_seeds = settings.tuning_seeds or (1 if settings.quick else 3)
+    if settings.seeds < 2:
+        options.error(f"--seeds must be at least 2, got {settings.seeds}")
     out, record = begin(settings.threads)
-    contenders = installed({key: CONTENDERS[key] for key in settings.optimizer}, out)
+    contenders = installed(CONTENDERS, out)
 
-    steps = {name: QUICK_STEPS if settings.quick else PROBLEMS[name].steps for name in settings.problem}
     runs = len(contenders) * (settings.rates * settings.tuning_seeds + settings.seeds)
-    roundings = len(ROUNDINGS) * settings.seeds
     problems: dict[str, list[Row]] = {}
     with progress("convergence") as bar:
-        total = sum(count * (roundings if name == "weights" else runs) for name, count in steps.items())
-        task = bar.add_task("", total=total)
-        for name, count in steps.items():
-
-            def tick(key: str, name: str = name) -> None:
-                bar.update(task, advance=1, description=f"{name}, {key}")
-
+        for name in settings.problem:
+            steps = QUICK_STEPS if settings.quick else PROBLEMS[name].steps
+            task = bar.add_task(name, total=steps * (len(ROUNDINGS) * settings.seeds if name == "weights" else runs))
+            tick = functools.partial(bar.update, task, advance=1)
             if name == "weights":
-                problems[name] = run_roundings(settings, count, tick)
+                problems[name] = run_roundings(settings, steps, tick)
             else:
-                problems[name] = run_problem(name, contenders, settings, count, tick)
+                problems[name] = run_problem(name, contenders, settings, steps, tick)
             out.print(table(name, problems[name]))
     found = goals(problems)
     out.print(goal_table(found, settings.quick))

@@ -10,9 +10,8 @@ from typing import Any
 
 import tasks
 import torch
-from common import begin, goal, goal_table, installed, new_table, parser, progress, save_figure, write_json
+from common import Row, begin, goal, goal_table, installed, parser, progress, rows_table, save_figure, write_json
 from formats import FORMATS, Format, blend
-from rich.table import Table
 from torch import Tensor
 
 from lion8bit.layout import in_memory_order, memory_order
@@ -65,8 +64,6 @@ STILL_STEPS = 100
 MOST_FROZEN = 1e-3  # share of elements; the goal
 UNDERFLOW = 1.1  # figures at the smallest gradients over those at 1e-2, above which scales are said to underflow
 CRITERIA = {"momentum_error": "error", "sign_differs": "sign", "drift": "drift"}
-
-Row = dict[str, Any]
 
 
 # ---- Workloads -------------------------------------------------------------------------------------------------------
@@ -263,7 +260,7 @@ def run_case(
     first = int(steps * case.warm_up)
     signs_of = {key: statistics.fmean(counts[first:]) / count for key, counts in wrong.items()}
     return {
-        key: {"sign_differs": signs_of[key], **summarise(tensors.values(), samples[key], first, count)}
+        key: {"format": key, "sign_differs": signs_of[key], **summarise(tensors.values(), samples[key], first, count)}
         for key, tensors in tracks.items()
     }
 
@@ -329,8 +326,9 @@ def compare(rows: dict[str, Row], peer: str) -> Row:
 
 def outcome(row: Row) -> str:
     """A peer's row in words: whether ours is ahead, and the peer's figures over ours."""
-    word = "BEHIND" if row["behind_on"] else "ahead" if row["ahead"] else "level"
-    return " ".join([word, *("inf" if ratio is None else f"{ratio:.2f}" for ratio in row["ratios"])])
+    word = "[red]BEHIND[/]" if row["behind_on"] else "ahead" if row["ahead"] else "level"
+    ratios = ("inf" if ratio is None else f"{ratio:.2f}" for ratio in row["ratios"])
+    return f"{row['against']}: {word} {' '.join(ratios)}"
 
 
 def judge(name: str, requirement: str, most: float, figures: dict[str, float]) -> Row:
@@ -385,37 +383,16 @@ def goals(cases: dict[tuple[str, str], dict[str, Row]]) -> list[Row]:
 # ---- The report ------------------------------------------------------------------------------------------------------
 
 
-def case_table(title: str, rows: dict[str, Row]) -> Table:
-    """The table of one case."""
-    figures = ["bytes/param", "momentum error", "sign differs", "drift", "frozen", "radial bias"]
-    table = new_table(title, ["format"], figures)
-    table.add_column("ours: error, sign, drift")
-    for key, row in rows.items():
-        remark = ""
-        if "against" in row:
-            remark = f"{FORMATS[row['against']].label.removeprefix('lion8bit, ')}: {outcome(row)}"
-        table.add_row(
-            FORMATS[key].label,
-            f"{row['bytes_per_parameter']:.4f}",
-            f"{row['momentum_error']:.4f}",
-            f"{row['sign_differs']:.3%}",
-            f"{row['drift']:.5f}",
-            "-" if row["frozen"] is None else f"{row['frozen']:.1%}",
-            f"{row['radial_bias']:+.4f}",
-            remark,
-            style={"ours": "green", "control": "dim"}.get(FORMATS[key].role),
-        )
-    return table
-
-
-def score_table(cases: dict[tuple[str, str], dict[str, Row]]) -> Table:
-    """Every peer's error, sign differences and drift over ours at no more bytes, by case."""
-    peers = [key for key, row in next(iter(cases.values())).items() if "against" in row]
-    table = new_table("Peer's figure over ours at no more bytes: error, sign, drift", ["workload", "case"], [*peers])
-    for (workload, name), rows in cases.items():
-        cells = [f"[red]{outcome(rows[key])}[/]" if rows[key]["behind_on"] else outcome(rows[key]) for key in peers]
-        table.add_row(workload, name, *cells)
-    return table
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "format": lambda row: FORMATS[row["format"]].label,
+    "bytes/param": lambda row: f"{row['bytes_per_parameter']:.4f}",
+    "momentum error": lambda row: f"{row['momentum_error']:.4f}",
+    "sign differs": lambda row: f"{row['sign_differs']:.3%}",
+    "drift": lambda row: f"{row['drift']:.5f}",
+    "frozen": lambda row: "-" if row["frozen"] is None else f"{row['frozen']:.1%}",
+    "radial bias": lambda row: f"{row['radial_bias']:+.4f}",
+    "ours: error, sign, drift": lambda row: outcome(row) if "against" in row else "",
+}
 
 
 def draw(pyplot: Any, cases: dict[tuple[str, str], dict[str, Row]]) -> Any:
@@ -463,15 +440,14 @@ def main() -> None:
             for key, row in rows.items():
                 row |= compare(rows, key) if FORMATS[key].role == "peer" else {}
             cases[workload, case.name] = rows
-            out.print(case_table(f"{workload}, {case.name}: {steps} steps", rows))
+            out.print(rows_table(f"{workload}, {case.name}: {steps} steps", list(rows.values()), COLUMNS))
 
     found = goals(cases)
-    out.print(score_table(cases))
     out.print(goal_table(found, settings.quick))
     flat = [
-        {"workload": workload, "case": case, "format": key, **{k: v for k, v in row.items() if k != "series"}}
+        {"workload": workload, "case": case, **{k: v for k, v in row.items() if k != "series"}}
         for (workload, case), rows in cases.items()
-        for key, row in rows.items()
+        for row in rows.values()
     ]
     write_json(settings.json, "fidelity", settings, {"environment": record, "goals": found, "rows": flat})
     save_figure(lambda pyplot: draw(pyplot, cases), settings.plot)

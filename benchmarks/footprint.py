@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,22 +16,22 @@ from typing import Any
 
 import torch
 from common import (
+    Row,
     Shape,
     begin,
     goal,
     goal_table,
     installed,
     make_params,
-    new_table,
     numel,
     parser,
     progress,
+    rows_table,
     write_json,
 )
 from contenders import CONTENDERS as TIMED
 from contenders import OURS, Contender, optimizer, ours
 from models import MODELS, QUICK_MODELS
-from rich.table import Table
 
 from lion8bit import Lion8bit
 from lion8bit.layout import rows_and_cols
@@ -65,7 +64,6 @@ FORBIDDEN_IMPORTS = ("rich", "matplotlib", "transformers", "cuda", "bitsandbytes
 COUNTED_STEPS = 5
 REPOSITORY = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-Row = dict[str, Any]
 
 CONTENDERS: dict[str, Contender] = {
     OURS: Contender("lion8bit", ours()),
@@ -117,7 +115,7 @@ def allocated(call: Callable[[], Any]) -> tuple[int, int]:
 
 
 def measure_allocations(contenders: dict[str, Contender], shapes: list[Shape], dtype: torch.dtype) -> list[Row]:
-    """The tensors and Python objects that a step after the first allocates, by optimizer."""
+    """The tensors that a step after the first allocates, by optimizer."""
     rows = []
     for key, contender in contenders.items():
         optimizer = contender.make(make_params(shapes, CPU, dtype, dtype))
@@ -129,18 +127,9 @@ def measure_allocations(contenders: dict[str, Contender], shapes: list[Shape], d
                 step()
 
         size, number = allocated(steps)
-        tracemalloc.start()
-        optimizer.step()
-        start, _ = tracemalloc.get_traced_memory()
-        tracemalloc.reset_peak()
-        steps()
-        end, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
         row = {
             "tensor_bytes_per_step": size / COUNTED_STEPS,
             "tensor_allocations_per_step": number / COUNTED_STEPS,
-            "python_peak_bytes": peak - start,
-            "python_kept_bytes_per_step": (end - start) / COUNTED_STEPS,
         }
         rows.append({"table": "allocations", "dtype": str(dtype).removeprefix("torch."), "optimizer": key, **row})
     return rows
@@ -226,26 +215,24 @@ def goals(rows: list[Row]) -> list[Row]:
     ]
 
 
-def state_table(rows: list[Row]) -> Table:
-    """State by model and optimizer."""
-    table = new_table("Optimizer state", ["model", "optimizer"], ["bytes/param", "8-bit parameters alone", "MB"])
-    for row in rows:
-        cells = [f"{row['whole_model']:.4f}", f"{row['whole_blocks']:.4f}", f"{row['bytes'] / 1e6:.1f}"]
-        style = "green" if row["optimizer"] == OURS else None
-        table.add_row(row["model"], CONTENDERS[row["optimizer"]].label, *cells, style=style)
-    return table
+def label(row: Row) -> str:
+    """The name of a row's optimizer."""
+    return CONTENDERS[row["optimizer"]].label
 
 
-def allocation_table(rows: list[Row]) -> Table:
-    """Allocations by dtype and optimizer."""
-    headings = ["tensor bytes", "tensor allocations", "Python peak bytes", "Python bytes kept per step"]
-    table = new_table("Allocated by one step after the first", ["parameters", "optimizer"], headings)
-    for row in rows:
-        cells = [f"{row['tensor_bytes_per_step']:,.0f}", f"{row['tensor_allocations_per_step']:,.1f}"]
-        cells += [f"{row['python_peak_bytes']:,}", f"{row['python_kept_bytes_per_step']:,.0f}"]
-        style = "green" if row["optimizer"] == OURS else None
-        table.add_row(row["dtype"], CONTENDERS[row["optimizer"]].label, *cells, style=style)
-    return table
+STATE_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "model": lambda row: row["model"],
+    "optimizer": label,
+    "bytes/param": lambda row: f"{row['whole_model']:.4f}",
+    "8-bit parameters alone": lambda row: f"{row['whole_blocks']:.4f}",
+    "MB": lambda row: f"{row['bytes'] / 1e6:.1f}",
+}
+ALLOCATION_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "parameters": lambda row: row["dtype"],
+    "optimizer": label,
+    "tensor bytes": lambda row: f"{row['tensor_bytes_per_step']:,.0f}",
+    "tensor allocations": lambda row: f"{row['tensor_allocations_per_step']:,.1f}",
+}
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -270,8 +257,9 @@ def main() -> None:
         bar.update(task, advance=1, description="install")
         rows = [*state, *allocations, imported, *([measure_install()] if settings.install else [])]
     found = goals(rows)
-    for table in (state_table(state), allocation_table(allocations), goal_table(found, settings.quick)):
-        out.print(table)
+    out.print(rows_table("Optimizer state", state, STATE_COLUMNS, left=2))
+    out.print(rows_table("Allocated by one step after the first", allocations, ALLOCATION_COLUMNS, left=2))
+    out.print(goal_table(found, settings.quick))
     out.print(
         f"import torch takes {imported['torch_seconds']:.2f} s; lion8bit then adds {imported['seconds']:.3f} s and "
         f"{imported['new_modules']} modules of {', '.join(imported['new_packages'])}",

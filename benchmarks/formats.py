@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from lion8bit import Lion8bit, dequantize, reference
 from lion8bit.layout import BLOCK_SIZES
+
+Map = Callable[[Tensor], Tensor]
 
 
 def blend(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
@@ -65,7 +68,7 @@ class Float32(Store):
 
 
 class Ours(Store):
-    """This library's optimizer itself. Its parameter starts each step at 0 and moves by lr = 1, so it is minus the sign."""
+    """This library's optimizer itself. Its parameter starts each step at 0 and becomes minus the sign, as lr is 1."""
 
     def __init__(self, shape: torch.Size, betas: tuple[float, float], block_size: int) -> None:
         self.param = torch.nn.Parameter(torch.zeros(shape))
@@ -87,21 +90,24 @@ class Ours(Store):
 
 
 class FlatBlocks(Store):
-    """A format of one map and one absolute maximum per block. Blocks continue from row to row."""
+    """A format of one map and one absolute maximum per block. Blocks continue from row to row.
+
+    Args:
+        compress: [-1, 1] -> [-127, 127], before rounding.
+        expand: its inverse.
+    """
 
     def __init__(
-        self, shape: torch.Size, betas: tuple[float, float], block_size: int, scale_dtype: torch.dtype = torch.float32
+        self,
+        shape: torch.Size,
+        betas: tuple[float, float],
+        block_size: int,
+        compress: Map,
+        expand: Map,
+        scale_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.block_size, self.scale_dtype = block_size, scale_dtype
+        self.block_size, self.compress, self.expand, self.scale_dtype = block_size, compress, expand, scale_dtype
         super().__init__(shape, betas)
-
-    @abstractmethod
-    def compress(self, x: Tensor) -> Tensor:
-        """[-1, 1] -> [-127, 127], before rounding."""
-
-    @abstractmethod
-    def expand(self, level: Tensor) -> Tensor:
-        """Inverse of `compress`."""
 
     def encode(self, momentum: Tensor) -> tuple[Tensor, Tensor]:
         blocks = reference.to_blocks(momentum.reshape(1, -1), self.block_size)
@@ -116,37 +122,19 @@ class FlatBlocks(Store):
         return reference.from_blocks(values, codes.numel()).reshape(codes.shape)
 
 
-class Linear(FlatBlocks):
-    """Evenly spaced levels."""
-
-    def compress(self, x: Tensor) -> Tensor:
-        return x * 127
-
-    def expand(self, level: Tensor) -> Tensor:
-        return level / 127
-
-
-class Softsign(FlatBlocks):
-    """FlashOptim's momentum: 2x/(1+|x|) of the value over the exact scale, which is then stored in fp16.
-
-    Source: arXiv 2602.23349, algorithm 2, and the behaviour of flashoptim 0.1.4, `quantize`.
-    """
-
-    def compress(self, x: Tensor) -> Tensor:
-        return x * 254 / (1 + x.abs())
-
-    def expand(self, level: Tensor) -> Tensor:
-        return level / (254 - level.abs())
-
-
-class NearestRoot(FlatBlocks):
-    """This library's map without its dither: the error of rounding to nearest by itself."""
-
-    def compress(self, x: Tensor) -> Tensor:
-        return torch.copysign(x.abs().sqrt_().mul_(127), x)
-
-    def expand(self, level: Tensor) -> Tensor:
-        return level * level.abs() / 127**2
+LINEAR = {"block_size": 128, "compress": lambda x: x * 127, "expand": lambda level: level / 127}
+# Source: arXiv 2602.23349, algorithm 2, and the behaviour of flashoptim 0.1.4, `quantize`.
+SOFTSIGN = {
+    "block_size": 32,
+    "compress": lambda x: x * 254 / (1 + x.abs()),
+    "expand": lambda level: level / (254 - level.abs()),
+    "scale_dtype": torch.float16,  # of the stored scale; codes are made with the exact one
+}
+NEAREST_ROOT = {  # this library's map without its dither: the error of rounding to nearest by itself
+    "block_size": 128,
+    "compress": lambda x: torch.copysign(x.abs().sqrt_().mul_(127), x),
+    "expand": lambda level: level * level.abs() / 127**2,
+}
 
 
 class BitsAndBytes(Store):
@@ -190,9 +178,7 @@ FORMATS: dict[str, Format] = {
         for size in BLOCK_SIZES
     },
     "bitsandbytes": Format("bitsandbytes, block 256", "peer", BitsAndBytes, {"block_size": 256}, "bitsandbytes"),
-    "flashoptim": Format(
-        "FlashOptim softsign, block 32", "peer", Softsign, {"block_size": 32, "scale_dtype": torch.float16}
-    ),
-    "linear": Format("linear int8, block 128", "peer", Linear, {"block_size": 128}),
-    "nearest-root": Format("square root, nearest, block 128", "ablation", NearestRoot, {"block_size": 128}),
+    "flashoptim": Format("FlashOptim softsign, block 32", "peer", FlatBlocks, SOFTSIGN),
+    "linear": Format("linear int8, block 128", "peer", FlatBlocks, LINEAR),
+    "nearest-root": Format("square root, nearest, block 128", "ablation", FlatBlocks, NEAREST_ROOT),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,6 +34,20 @@ def asked_of_driver() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError, IndexError):
         return {}
     return dict(zip(DRIVER_FIELDS, said.split(", ")))
+
+
+def process_bytes(field: str) -> int:
+    """A field of /proc/self/status, such as VmRSS, in bytes; 0 where there is no such file."""
+    path = Path("/proc/self/status")
+    found = re.search(rf"^{field}:\s+(\d+) kB", path.read_text(), re.MULTILINE) if path.exists() else None
+    return int(found[1]) * 1024 if found else 0
+
+
+def reset_process_peak() -> int:
+    """Resets VmHWM to the bytes that are resident now, and returns them."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return process_bytes("VmHWM")
 
 
 def write_whole(path: Path, text: str) -> None:

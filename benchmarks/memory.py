@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
-import re
 import resource
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import available, begin, new_table, parser, progress, save_figure, write_json
+from common import Row, available, begin, parser, progress, rows_table, save_figure, write_json
 from contenders import CONTENDERS, Contender, optimizer, ours
+from machine import process_bytes, reset_process_peak
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -49,7 +45,6 @@ Columns:
   forward, backward, step     the largest sum of living tensors during each; the largest of the three is the peak
   planned                     the peak by `lion8bit estimate`
   process                     peak of the process's resident memory above that after the imports, in another iteration
-  checkpoint                  size of a file with the optimizer's state_dict
 """
 
 EPILOG = """\
@@ -65,11 +60,9 @@ examples:
 """
 
 GIB = 2**30
-TIMED_STEPS = 3
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 PART_COLOURS = {"weights": "#0072B2", "optimizer state": "#009E73", "gradients, activations and temporaries": "#E69F00"}
 PHASES = ("forward", "backward", "step")
-Row = dict[str, Any]
 
 
 # ---- Cases and contenders --------------------------------------------------------------------------------------------
@@ -208,15 +201,6 @@ def tensors_of(call: Callable[[], Any]) -> tuple[int, int]:
     return highest, now
 
 
-def process_bytes(field: str) -> int:
-    """A field of /proc/self/status, such as VmRSS, in bytes; 0 where there is no such file."""
-    try:
-        found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:
-        return 0
-    return int(found[1]) * 1024 if found else 0
-
-
 class Trainer:
     """A model, its optimizer and the phases of an iteration."""
 
@@ -274,28 +258,6 @@ class Trainer:
                 activations = now - self.held()
         return {"activations": activations, **peaks}
 
-    def time(self) -> Row:
-        """An iteration: the seconds of each phase, and the gradients that are left in one."""
-        seconds, gradients = {}, 0
-        for name, phase in self.phases():
-            start = time.perf_counter()
-            phase()
-            seconds[name] = time.perf_counter() - start
-            gradients = max(gradients, self.gradient_bytes())
-        return {"seconds": seconds, "gradients": gradients}
-
-    def time_steps(self) -> float:
-        """Median seconds of a step alone."""
-        for param in self.params:
-            param.grad = torch.zeros_like(param)
-        times = []
-        for _ in range(TIMED_STEPS):
-            start = time.perf_counter()
-            self.step()
-            times.append(time.perf_counter() - start)
-        self.optimizer.zero_grad()
-        return statistics.median(times)
-
 
 def measure(case: Case, contender: Trained) -> Row:
     """The figures of one row; if memory runs out, in which phase."""
@@ -308,13 +270,12 @@ def measure(case: Case, contender: Trained) -> Row:
             run()
         phase = "counted iteration"
         row = trainer.count()
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, where the system can
-        phase = "timed iteration"
-        row |= trainer.time()
+        reset_process_peak()
+        phase = "watched iteration"
+        for _, run in trainer.phases():
+            run()
+            row["gradients"] = max(row.get("gradients", 0), trainer.gradient_bytes())
         row["process"] = process_bytes("VmHWM") - resident
-        if not contender.release:
-            row["seconds"]["step"] = trainer.time_steps()
     except Exception as error:  # peers refuse dtypes with different exceptions
         out_of_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
@@ -326,7 +287,6 @@ def measure(case: Case, contender: Trained) -> Row:
         **row,
         "peak_in": max(PHASES, key=lambda name: row[name]),
         "planned": planned(case, contender.planned),
-        "checkpoint": checkpoint_bytes(trainer.optimizer),
     }
 
 
@@ -335,13 +295,6 @@ def hold(limit: float | None) -> None:
     if limit is not None:
         data = process_bytes("VmData") + int(limit * GIB)
         resource.setrlimit(resource.RLIMIT_DATA, (data, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-
-
-def checkpoint_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Size of the file that `torch.save` makes of the optimizer's state; the tensors' own bytes are not written."""
-    with tempfile.NamedTemporaryFile() as file, torch.serialization.skip_data():
-        torch.save(optimizer.state_dict(), file.name)
-        return os.path.getsize(file.name)
 
 
 def planned(case: Case, row: str | None) -> int | None:
@@ -383,19 +336,16 @@ def unit_of(rows: list[Row]) -> tuple[str, int]:
 def table(title: str, rows: list[Row]) -> Table:
     """The rows of a case."""
     unit, size = unit_of(rows)
-    sizes = ["weights", "gradients", "state", "activations", *PHASES, "planned", "process", "checkpoint"]
-    result = new_table(title, [unit], [*sizes, "step s", "iteration s"])
-    for row in rows:
-        key = row["contender"]
-        style = "green" if key.startswith("lion8bit") else None
-        if row["status"] != "measured":
-            result.add_row(ALL[key].label, f"[red]{row['status']}: {row['phase']}[/]", style=style)
-            continue
-        cells = [f"{row[name] / size:.2f}" if row[name] is not None else "-" for name in sizes]
-        cells = [f"[bold]{cell}[/]" if name == row["peak_in"] else cell for name, cell in zip(sizes, cells)]
-        alone = "-" if ALL[key].release else f"{row['seconds']['step']:.2f}"
-        result.add_row(ALL[key].label, *cells, alone, f"{sum(row['seconds'].values()):.2f}", style=style)
-    return result
+
+    def of(name: str) -> Callable[[Row], str]:
+        return lambda row: f"{row[name] / size:.2f}" if row.get(name) else "-"
+
+    def label(row: Row) -> str:
+        return ALL[row["optimizer"]].label + ("" if "peak_in" in row else f" [red]{row['status']}: {row['phase']}[/]")
+
+    sizes = ("weights", "gradients", "state", "activations", *PHASES, "planned", "process")
+    columns = {unit: label, **{name: of(name) for name in sizes}}
+    return rows_table(title, rows, columns)
 
 
 def draw(pyplot: Any, titles: dict[str, str], rows: list[Row]) -> Any:
@@ -416,7 +366,7 @@ def draw(pyplot: Any, titles: dict[str, str], rows: list[Row]) -> Any:
                 axis.barh(place, part / scale, left=left, color=colour, height=0.7)
                 left += part / scale
             axis.text(left, place, f" {left:.2f} {unit}, {row['peak_in']}", va="center", fontsize=8)
-        axis.set_yticks(range(len(found)), [ALL[row["contender"]].label for row in found], fontsize=8)
+        axis.set_yticks(range(len(found)), [ALL[row["optimizer"]].label for row in found], fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.2)
         axis.set_xlim(left=0)
@@ -456,7 +406,7 @@ def main() -> None:
             here = []
             for key in keys:
                 bar.update(task, description=f"{name}, {ALL[key].label}")
-                here.append({"case": name, "contender": key, **in_own_process(name, key, settings)})
+                here.append({"case": name, "optimizer": key, **in_own_process(name, key, settings)})
                 bar.advance(task)
             out.print(table(titles[name], here))
             rows += here

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import begin, installed, new_table, parser, progress, spread, write_json
+from common import Row, begin, installed, parser, progress, rows_table, spread, write_json
 from contenders import Make, Params, optimizer, ours
 from rich.table import Table
 
@@ -42,10 +42,9 @@ examples:
 ELEMENTS = 8
 WARM_UP, STEPS = 3, 10  # a contender's turn: steps until its code and state are in the caches, steps that count
 GOAL_FIXED, GOAL_PER_TENSOR = 100.0, 0.35  # us
-OURS, FLOOR = "lion8bit-no-kernel", "foreach-mul"
+OURS = "lion8bit-no-kernel"
 
 Step = Callable[[], Any]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "adamw-foreach": Contender("torch AdamW(foreach=True)", step_of(optimizer("torch.optim", "AdamW", foreach=True))),
     "adamw-fused": Contender("torch AdamW(fused=True)", step_of(optimizer("torch.optim", "AdamW", fused=True))),
-    FLOOR: Contender(
+    "foreach-mul": Contender(
         "torch._foreach_mul_(params, 1.0)",
         lambda params: partial(torch._foreach_mul_, [param.detach() for param in params], 1.0),
     ),
@@ -134,21 +133,21 @@ def measure(
                         times[key].append(seconds * 1e6)
         tick()
     return [
-        {"tensors": tensors, "gradients": gradients, "contender": key, "us": spread(us)} for key, us in times.items()
+        {"tensors": tensors, "gradients": gradients, "optimizer": key, "us": spread(us)} for key, us in times.items()
     ]
 
 
 def table(rows: list[Row]) -> Table:
     """The table of one number of tensors and one kind of gradients."""
-    tensors = rows[0]["tensors"]
-    title = f"{tensors} parameters of {ELEMENTS}, gradients {rows[0]['gradients']}"
-    result = new_table(title, ["optimizer"], ["us, median", "least", "us per parameter", "over ours"])
-    for row in rows:
-        key, us = row["contender"], row["us"]
-        cells = [f"{us['median']:.0f}", f"{us['min']:.0f}", f"{us['median'] / tensors:.2f}"]
-        style = "green" if key == OURS else "dim" if key == FLOOR else None
-        result.add_row(CONTENDERS[key].label, *cells, f"{us['min'] / rows[0]['us']['min']:.1f}x", style=style)
-    return result
+    tensors, ours = rows[0]["tensors"], rows[0]["us"]["min"]
+    columns: dict[str, Callable[[Row], str]] = {
+        "optimizer": lambda row: CONTENDERS[row["optimizer"]].label,
+        "us, median": lambda row: f"{row['us']['median']:.0f}",
+        "least": lambda row: f"{row['us']['min']:.0f}",
+        "us per parameter": lambda row: f"{row['us']['median'] / tensors:.2f}",
+        "over ours": lambda row: f"{row['us']['min'] / ours:.1f}x",
+    }
+    return rows_table(f"{tensors} parameters of {ELEMENTS}, gradients {rows[0]['gradients']}", rows, columns)
 
 
 def main() -> None:

@@ -8,27 +8,27 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from common import (
+    Row,
     Shape,
     begin,
-    goal,
     goal_table,
     installed,
+    judge,
     make_params,
-    new_table,
     numel,
     parser,
     progress,
-    save_figure,
+    rows_table,
     spread,
     time_call,
     write_json,
 )
 from contenders import CONTENDERS, DTYPES, LR, OURS, Contender, Params  # noqa: F401 (gpu_step.py imports them from here)
+from machine import process_bytes, reset_process_peak
 from models import MODELS, QUICK_MODELS
 from rich.table import Table
 
@@ -48,18 +48,17 @@ ratios within one round, so that a busy machine disturbs both sides alike. Repor
   extra MB        peak memory of a step above what is held before it (Linux: of the process's resident memory)
 
 Then lion8bit alone: time per parameter from 1M to 1B parameters in one fp32 tensor, beyond what a step of 1024 takes
-(with cold caches that is the code of Python and torch, fetched from memory), and the step on one thread and on several
-in turn. The last table has a verdict on each goal.
+(with cold caches that is the code of Python and torch, fetched from memory). The last table has a verdict on each goal.
 """
 
 EPILOG = """\
-A contender whose step would take longer than the budget is not run; its time is extrapolated from 1M parameters and
-marked with ~. torch.compile'd contenders need g++. The goals are judged on the tensor of 64M at the most threads.
+A contender whose step would take longer than the budget is not run; its time is extrapolated from 1M parameters.
+torch.compile'd contenders need g++. The goals are judged on the tensor of 64M at the most threads.
 
 examples:
   python benchmarks/step_time.py                                  everything
   python benchmarks/step_time.py --model 64M --dtype bf16 --threads 1 2
-  python benchmarks/step_time.py --skip torchao compiled-lion --json t.json --plot t.png
+  python benchmarks/step_time.py --skip torchao compiled-lion --json t.json
 """
 
 PROBE_SHAPES: list[Shape] = [(1024, 1024)]
@@ -71,11 +70,9 @@ DTYPE_KEYS = {"fp32": "fp32", "bf16": "bf16", "mixed": "fp32/bf16"}
 CEILING_GOALS = (("fp32", "lion8bit", 0.85), ("bf16", "lion8bit", 0.55), ("bf16", "lion8bit-stochastic", 0.50))
 RATIO_GOALS = {"lion-pytorch": 6.0, "compiled-lion": 1.2, "adamw": 1.5, "bitsandbytes": 100.0}
 LINEAR_GOAL = 1.25  # slowest over fastest time per parameter
-THREAD_GOAL = 1.6
 EXTRA_GOALS = {"lion8bit": 1.0, "portable": 64.0}  # MB; the system's count is off by some pages
 PORTABLE_GOAL = 4.0
 
-Row = dict[str, Any]
 Tick = Callable[[str], None]
 
 
@@ -84,23 +81,12 @@ Tick = Callable[[str], None]
 
 def extra_memory(call: Callable[[], Any], device: torch.device) -> int | None:
     """Peak bytes during a call above what is held before it; None where the system does not count them."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-        call()
-        return int(torch.cuda.memory_stats()["requested_bytes.all.peak"] - before)
-    if sys.platform != "linux":
+    if device.type != "cpu" or sys.platform != "linux":
         return None
-
-    def peak() -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-
     ctypes.CDLL(None).malloc_trim(0)  # memory that is free already would hide what the call takes
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
-    before = peak()
+    before = reset_process_peak()
     call()
-    return peak() - before
+    return process_bytes("VmHWM") - before
 
 
 def streams(size: int, device: torch.device) -> list[tuple[Callable[[], Any], int]]:
@@ -205,7 +191,7 @@ def measure(
     for row in rows.values():
         if row["status"] == "extrapolated":
             row["time_over_ours"] = row["ns_per_parameter"] / rows[OURS]["ns_per_parameter"]
-    return [{"contender": key, **row, "bandwidth": bandwidth} for key, row in rows.items()]
+    return [{"optimizer": key, **row, "bandwidth": bandwidth} for key, row in rows.items()]
 
 
 def bytes_moved(params: Params, optimizer: torch.optim.Optimizer) -> int:
@@ -244,44 +230,14 @@ def measure_sizes(sizes: Sequence[int], repeats: int, tick: Tick) -> list[Row]:
     ]
 
 
-def measure_threads(shapes: list[Shape], threads: int, dtypes: Sequence[str], repeats: int, tick: Tick) -> list[Row]:
-    """Times lion8bit on one thread and on ``threads``, in turn."""
-    rows = []
-    for dtype in dtypes:
-        tick(f"threads, {dtype}")
-        params = make_params(shapes, torch.device("cpu"), *DTYPES[dtype])
-        optimizer = CONTENDERS[OURS].make(params)
-        optimizer.step()
-        times: dict[int, list[float]] = {count: [] for count in (1, threads)}
-        for _ in range(repeats):
-            for count, seconds in times.items():
-                torch.set_num_threads(count)
-                seconds.append(time_call(optimizer.step, params[0].device)[0])
-        one, most = times.values()
-        row = {
-            "gb_per_s": bytes_moved(params, optimizer) / statistics.median(one) / 1e9,  # of one thread
-            "speedup": statistics.median(a / b for a, b in zip(one, most, strict=True)),
-        }
-        rows.append({"table": "threads", "dtype": dtype, "threads": threads, **row})
-    return rows
-
-
 # ---- Goals -----------------------------------------------------------------------------------------------------------
-
-
-def judge(name: str, found: dict[str, float], form: str, *, least: float = -math.inf, most: float = math.inf) -> Row:
-    """A goal that every figure in ``found`` has to meet."""
-    requirement = f"at least {form.format(least)}" if least > 0 else f"at most {form.format(most)}"
-    measured = ", ".join(f"{case} {form.format(figure)}" for case, figure in found.items())
-    met = all(least <= figure <= most for figure in found.values()) if found else None
-    return goal(name, requirement, measured or "-", met)
 
 
 def goals(rows: list[Row]) -> list[Row]:
     """The goals with what was measured, on one tensor at the most threads."""
     steps = [row for row in rows if row["table"] == "step" and row["device"] == "cpu" and row["model"] == "64M"]
     most = max((row["threads"] for row in steps), default=1)
-    by_case = {(row["contender"], row["dtype"]): row for row in steps if row["threads"] == most}
+    by_case = {(row["optimizer"], row["dtype"]): row for row in steps if row["threads"] == most}
 
     def figures(key: str, name: str) -> dict[str, float]:
         found = {dtype: row.get(name) for (contender, dtype), row in by_case.items() if contender == key}
@@ -299,12 +255,6 @@ def goals(rows: list[Row]) -> list[Row]:
         ratios = {f"{min(each) / 1e6:.0f}M to {max(each) / 1e6:.0f}M": max(each.values()) / min(each.values())}
         name = "time per parameter beyond a step of few, largest over smallest"
         found.append(judge(name, ratios, "{:.2f}x", most=LINEAR_GOAL))
-    speedups = {
-        row["dtype"]: row["speedup"]
-        for row in rows
-        if row["table"] == "threads" and row["gb_per_s"] < by_case[OURS, row["dtype"]]["bandwidth"] / 1e9 / THREAD_GOAL
-    }
-    found.append(judge("all threads over one that does not saturate memory", speedups, "{:.2f}x", least=THREAD_GOAL))
     for key, limit in EXTRA_GOALS.items():
         extra = {dtype: figure / 1e6 for dtype, figure in figures(key, "extra_bytes").items()}
         found.append(judge(f"extra memory of a step, {CONTENDERS[key].label}", extra, "{:.0f} MB", most=limit))
@@ -317,78 +267,43 @@ def goals(rows: list[Row]) -> list[Row]:
 # ---- The report ------------------------------------------------------------------------------------------------------
 
 
-def place(row: Row) -> str:
-    """Device and threads of a row in words."""
-    return "cuda" if row["device"] == "cuda" else f"cpu, {row['threads']} thread" + "s" * (row["threads"] > 1)
-
-
 def model_table(rows: list[Row]) -> Table:
-    """The table of one model in one place, over all dtypes."""
-    headings = ["ms", "min to max", "ns/param", "bytes/param", "of the ceiling", "time over ours", "extra MB"]
-    title = f"{rows[0]['model']} ({rows[0]['parameters'] / 1e6:.1f}M parameters), {place(rows[0])}"
-    table = new_table(title, ["dtype", "optimizer"], headings)
-    for row in rows:
-        key = row["contender"]
-        if key == OURS:
-            table.add_section()
-            ns = row["bytes_per_parameter"] / row["bandwidth"] * 1e9
-            cells = [f"{ns * row['parameters'] / 1e6:.2f}", "", f"{ns:.3f}", f"{row['bytes_per_parameter']:.2f}"]
-            cells += ["100%", f"{ns / row['ns_per_parameter']:.2f}x", ""]
-            table.add_row(row["dtype"], f"(stream at {row['bandwidth'] / 1e9:.1f} GB/s)", *cells, style="dim")
-        label = CONTENDERS[key].label + (f": {row['reason'][:50]}" if row["status"] == "unsupported" else "")
-        table.add_row("", label, *_cells(row), style="green" if key.startswith(OURS) else None)
-    return table
+    """The table of one model on one number of threads."""
 
+    def of(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
+        return lambda row: "" if row.get(name) is None else form.format(row[name] * scale)
 
-def _cells(row: Row) -> list[str]:
-    if row["status"] == "unsupported":
-        return ["unsupported"]
-    ms, ns, ratio = row["ms"], row["ns_per_parameter"], row["time_over_ours"]
-    if row["status"] == "extrapolated":
-        return [f"~{ms['median']:.0f}", "", f"~{ns:.1f}", "", "", f"~{ratio:.0f}x"]
-    return [
-        f"{ms['median']:.2f}",
-        f"{ms['min']:.2f} to {ms['max']:.2f}",
-        f"{ns:.3f}",
-        f"{row['bytes_per_parameter']:.2f}",
-        f"{row['share_of_ceiling']:.0%}",
-        f"{ratio:.2f}x",
-        "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.1f}",
-    ]
+    def label(row: Row) -> str:
+        note = row["status"] if row["status"] != "measured" else ""
+        return f"{CONTENDERS[row['optimizer']].label} {note} {row.get('reason', '')[:50]}".strip()
+
+    first = rows[0]
+    title = (
+        f"{first['model']} ({first['parameters'] / 1e6:.1f}M parameters), {first['device']}, {first['threads']} threads"
+    )
+    columns: dict[str, Callable[[Row], str]] = {
+        "dtype": lambda row: row["dtype"],
+        "optimizer": label,
+        "ms": lambda row: f"{row['ms']['median']:.2f}" if "ms" in row else "",
+        "min to max": lambda row: "{min:.2f} to {max:.2f}".format(**row["ms"]) if row["status"] == "measured" else "",
+        "ns/param": of("ns_per_parameter", "{:.3f}"),
+        "bytes/param": of("bytes_per_parameter", "{:.2f}"),
+        "GB/s of the stream": of("bandwidth", "{:.1f}", 1e-9),
+        "of the ceiling": of("share_of_ceiling", "{:.0%}"),
+        "time over ours": of("time_over_ours", "{:.2f}x"),
+        "extra MB": of("extra_bytes", "{:.1f}", 1e-6),
+    }
+    return rows_table(title, rows, columns, left=2)
 
 
 def size_table(rows: list[Row]) -> Table:
     """Time by number of parameters."""
-    table = new_table("One fp32 tensor, the most threads", [], ["parameters", "ms", f"ns/param beyond {FEW}'s"])
-    for row in rows:
-        ns = f"{row['ns_per_parameter']:.3f}" if row["parameters"] > FEW else ""
-        table.add_row(f"{row['parameters']:,}", f"{row['ms']['median']:.2f}", ns)
-    return table
-
-
-def draw(pyplot: Any, rows: list[Row]) -> Any:
-    """One panel per model and place: ns per parameter, with a line at the memory's limit."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    places = list(dict.fromkeys(map(place, rows)))
-    size = (7 * len(places), 4.5 * len(models))
-    figure, axes = pyplot.subplots(len(models), len(places), figsize=size, squeeze=False, layout="constrained")
-    for model, line in zip(models, axes, strict=True):
-        for where, axis in zip(places, line, strict=True):
-            bars = [r for r in rows if r["model"] == model and place(r) == where and r["status"] != "unsupported"]
-            for position, row in enumerate(bars):
-                ns = row["ns_per_parameter"]
-                colour = "tab:green" if row["contender"].startswith(OURS) else "tab:gray"
-                axis.barh(position, ns, color=colour, hatch="//" if row["status"] == "extrapolated" else None)
-                axis.text(ns, position, f" {ns:.2f}", va="center", fontsize=8)
-                if "bytes_per_parameter" in row:
-                    limit = row["bytes_per_parameter"] / row["bandwidth"] * 1e9
-                    axis.plot([limit, limit], [position - 0.4, position + 0.4], color="black")
-            labels = [f"{row['dtype']}: {CONTENDERS[row['contender']].label}" for row in bars]
-            axis.set_yticks(range(len(bars)), labels, fontsize=8)
-            axis.invert_yaxis()
-            axis.set(xscale="log", title=f"{model}, {where}", xlabel="ns per parameter (black: its memory limit)")
-            axis.margins(x=0.15)
-    return figure
+    columns: dict[str, Callable[[Row], str]] = {
+        "parameters": lambda row: f"{row['parameters']:,}",
+        "ms": lambda row: f"{row['ms']['median']:.2f}",
+        f"ns/param beyond {FEW}'s": lambda row: f"{row['ns_per_parameter']:.3f}" if row["parameters"] > FEW else "",
+    }
+    return rows_table("One fp32 tensor, the most threads", rows, columns, left=0)
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -396,7 +311,7 @@ def draw(pyplot: Any, rows: list[Row]) -> Any:
 
 def main() -> None:
     """Times everything that is selected, prints the tables and writes the files."""
-    options = parser(DESCRIPTION, EPILOG, plot=True)
+    options = parser(DESCRIPTION, EPILOG)
     cores = os.cpu_count() or 1
     options.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS), help="default: all")
     options.add_argument("--dtype", nargs="+", choices=list(DTYPE_KEYS), default=list(DTYPE_KEYS), help="default: all")
@@ -433,18 +348,14 @@ def main() -> None:
                     here += [{**case, "threads": count, "dtype": dtype, **row} for row in found]
                 rows += here
                 out.print(model_table(here))
-        steps = rows.copy()
         if "64M" in settings.model and settings.device == "cpu":
             at = "lion8bit"
             sizes = measure_sizes(SIZES[:2] if settings.quick else SIZES, min(repeats, 7), tick)
             out.print(size_table(sizes))
             rows += sizes
-            if max(threads) > 1:
-                rows += measure_threads(models["64M"][1], max(threads), dtypes, repeats, tick)
     found = goals(rows)
     out.print(goal_table(found, settings.quick))
     write_json(settings.json, "step_time", settings, {"environment": record, "goals": found, "rows": rows})
-    save_figure(lambda pyplot: draw(pyplot, steps), settings.plot)
 
 
 if __name__ == "__main__":
