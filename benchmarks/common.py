@@ -254,29 +254,6 @@ def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
-def goal(name: str, requirement: str, measured: str, met: bool | None) -> Row:
-    """One row of `goal_table`; ``met`` is None where nothing was measured."""
-    return {"goal": name, "requirement": requirement, "measured": measured, "met": met}
-
-
-def judge(name: str, found: dict[str, float], form: str, *, least: float = -math.inf, most: float = math.inf) -> Row:
-    """A `goal` that every figure in ``found`` has to meet; ``form`` formats a figure."""
-    requirement = f"at least {form.format(least)}" if least > -math.inf else f"at most {form.format(most)}"
-    measured = ", ".join(f"{case} {form.format(figure)}" for case, figure in found.items())
-    met = all(least <= figure <= most for figure in found.values()) if found else None
-    return goal(name, requirement, measured or "not measured", met)
-
-
-def goal_table(goals: Sequence[Row], quick: bool) -> Table:
-    """A table of `goal` rows."""
-    title = "Goals (dry run of --quick: the numbers are not measurements)" if quick else "Goals"
-    table = new_table(title, ["goal", "requirement", "measured", "verdict"], [])
-    words = {True: "[green]met[/]", False: "[red]NOT MET[/]", None: "-"}
-    for row in goals:
-        table.add_row(row["goal"], row["requirement"], row["measured"], words[row["met"]])
-    return table
-
-
 def progress(label: str) -> Progress:
     """A progress bar on standard error, so that the tables can be piped."""
     return Progress(

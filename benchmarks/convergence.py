@@ -14,7 +14,7 @@ from typing import Any
 
 import tasks
 import torch
-from common import Row, begin, goal, goal_table, installed, parser, progress, rows_table, save_figure, write_json
+from common import Row, begin, installed, parser, progress, rows_table, save_figure, write_json
 from contenders import optimizer
 from rich.table import Table
 from torch import nn
@@ -108,11 +108,6 @@ PROBLEMS = {
     "weights": Problem(tasks.pretrained_lm, steps=150, batch=4),
 }
 ROUNDINGS = {"fp32": "fp32 weights", "nearest": "nearest", "stochastic": "stochastic", "compensated": "compensated"}
-ROUNDING_GOALS = {
-    "nearest": ("at most half of fp32's gain: it stalls", lambda share: share <= 0.5),
-    "stochastic": ("at least 0.9 of fp32's gain", lambda share: share >= 0.9),
-    "compensated": ("at least 0.95 of fp32's gain", lambda share: share >= 0.95),
-}
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -281,22 +276,6 @@ def run_roundings(settings: argparse.Namespace, steps: int, tick: Callable[[], N
 # ---- The report ------------------------------------------------------------------------------------------------------
 
 
-def goals(problems: dict[str, list[Row]]) -> list[Row]:
-    """The goals with what was measured."""
-    found = []
-    for name, rows in problems.items():
-        row = {row["optimizer"]: row for row in rows}
-        if name == "weights":
-            for key, (requirement, met_by) in ROUNDING_GOALS.items():
-                share = row[key]["of_fp32_gain"]
-                found.append(goal(f"bf16, {key}", requirement, f"{share:.2f}", met_by(share)))
-            continue
-        excess = (row["lion8bit"]["mean"] - row[BASELINE]["mean"]) / row[BASELINE]["std_error"]
-        measured = f"{excess:+.2f} standard errors"
-        found.append(goal(f"Lion8bit on {name}", "at most 1 standard error above fp32 Lion", measured, excess <= 1))
-    return found
-
-
 def label(row: Row) -> str:
     """The name of a row's optimizer or way of rounding."""
     key = row["optimizer"]
@@ -382,10 +361,8 @@ def main() -> None:
             else:
                 problems[name] = run_problem(name, contenders, settings, steps, tick)
             out.print(table(name, problems[name]))
-    found = goals(problems)
-    out.print(goal_table(found, settings.quick))
     rows = [{k: v for k, v in row.items() if k != "training_loss"} for rows in problems.values() for row in rows]
-    write_json(settings.json, "convergence", settings, {"environment": record, "goals": found, "rows": rows})
+    write_json(settings.json, "convergence", settings, {"environment": record, "rows": rows})
     save_figure(lambda pyplot: draw(pyplot, problems), settings.plot)
 
 

@@ -15,9 +15,7 @@ from common import (
     Row,
     Shape,
     begin,
-    goal_table,
     installed,
-    judge,
     make_params,
     numel,
     parser,
@@ -233,6 +231,14 @@ def measure_sizes(sizes: Sequence[int], repeats: int, tick: Tick) -> list[Row]:
 # ---- Goals -----------------------------------------------------------------------------------------------------------
 
 
+def judge(name: str, found: dict[str, float], form: str, *, least: float = -math.inf, most: float = math.inf) -> Row:
+    """A goal that every figure in ``found`` has to meet; ``met`` is None where nothing was measured."""
+    requirement = f"at least {form.format(least)}" if least > -math.inf else f"at most {form.format(most)}"
+    measured = ", ".join(f"{case} {form.format(figure)}" for case, figure in found.items())
+    met = all(least <= figure <= most for figure in found.values()) if found else None
+    return {"goal": name, "requirement": requirement, "measured": measured or "not measured", "met": met}
+
+
 def goals(rows: list[Row]) -> list[Row]:
     """The goals with what was measured, on one tensor at the most threads."""
     steps = [row for row in rows if row["table"] == "step" and row["device"] == "cpu" and row["model"] == "64M"]
@@ -296,6 +302,14 @@ def model_table(rows: list[Row]) -> Table:
     return rows_table(title, rows, columns, left=2)
 
 
+GOAL_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "goal": lambda row: row["goal"],
+    "requirement": lambda row: row["requirement"],
+    "measured": lambda row: row["measured"],
+    "verdict": lambda row: {True: "[green]met[/]", False: "[red]NOT MET[/]", None: "-"}[row["met"]],
+}
+
+
 def size_table(rows: list[Row]) -> Table:
     """Time by number of parameters."""
     columns: dict[str, Callable[[Row], str]] = {
@@ -354,7 +368,8 @@ def main() -> None:
             out.print(size_table(sizes))
             rows += sizes
     found = goals(rows)
-    out.print(goal_table(found, settings.quick))
+    title = "Goals (dry run of --quick: the numbers are not measurements)" if settings.quick else "Goals"
+    out.print(rows_table(title, found, GOAL_COLUMNS, left=4))
     write_json(settings.json, "step_time", settings, {"environment": record, "goals": found, "rows": rows})
 
 

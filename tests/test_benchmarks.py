@@ -53,10 +53,6 @@ def run_quick(name: str, folder: Path, *arguments: str) -> Record:
     return record
 
 
-def met(record: Record) -> dict[str, bool | None]:
-    return {goal["goal"]: goal["met"] for goal in record["goals"]}
-
-
 def by(record: Record, *names: str) -> dict[Any, Record]:
     """The rows by one or several of their fields."""
     return {tuple(row.get(name) for name in names) if names[1:] else row[names[0]]: row for row in record["rows"]}
@@ -118,13 +114,6 @@ def test_peers_are_compared_at_no_more_bytes(fidelity: Record) -> None:
             assert row["against"] == against[peer]
             assert rows[workload, against[peer]]["bytes_per_parameter"] == row["bytes_per_parameter"]
             assert workload == "lm" or row["ahead"]
-
-
-def test_fidelity_has_a_verdict_per_goal(fidelity: Record) -> None:
-    verdicts = met(fidelity)
-    assert verdicts["control"] is True
-    assert verdicts["no underflow"] is None, "the workload of tiny gradients did not run"
-    assert verdicts["behind no peer"] == (not any(row.get("behind_on") for row in fidelity["rows"]))
 
 
 def test_bitsandbytes_row_is_its_own_optimizer_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +181,7 @@ def test_losses_are_compared_seed_by_seed(convergence: Record) -> None:
 def test_bf16_weights_rounded_to_nearest_stall(convergence: Record) -> None:
     rows = by(convergence, "problem", "optimizer")
     assert rows["weights", "nearest"]["of_fp32_gain"] < 0.2 and rows["weights", "nearest"]["frozen"] > 0.5
-    assert rows["weights", "stochastic"]["frozen"] < 0.5 and met(convergence)["bf16, nearest"]
+    assert rows["weights", "stochastic"]["frozen"] < 0.5
 
 
 # ---- Step time -------------------------------------------------------------------------------------------------------
@@ -211,7 +200,7 @@ def test_step_time_reports_every_contender(tmp_path: Path) -> None:
             assert row["status"] in ("measured", "extrapolated") and row["bandwidth"] > 0
             assert row["ns_per_parameter"] > 0 and row["time_over_ours"] > 0
     assert ("step", "bf16", "lion8bit-stochastic") in rows and ("step", "fp32", "lion8bit-stochastic") not in rows
-    verdicts = met(record)
+    verdicts = {goal["goal"]: goal["met"] for goal in record["goals"]}
     assert verdicts["torch.compile'd fp32 Lion, time over ours"] is None, "nothing was measured"
     assert verdicts["extra memory of a step, lion8bit"] is True
     assert isinstance(verdicts["share of the ceiling, lion8bit, fp32"], bool)
@@ -244,9 +233,6 @@ def test_steps_allocate_no_tensors(footprint: Record) -> None:
 def test_import_is_light(footprint: Record) -> None:
     imported = by(footprint, "table")["import"]
     assert imported["forbidden"] == [] and imported["new_packages"] == ["lion8bit"]
-    verdicts = met(footprint)
-    assert verdicts["state"] and verdicts["allocations"] and verdicts["light import"]
-    assert verdicts["install"] is None
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
