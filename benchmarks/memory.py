@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Row, available, begin, parser, progress, rows_table, save_figure, write_json
+from common import Row, begin, installed, parser, progress, rows_table, save_figure, write_json
 from contenders import CONTENDERS, Contender, optimizer, ours
 from machine import process_bytes, reset_process_peak
 from rich.table import Table
@@ -72,7 +71,7 @@ PHASES = ("forward", "backward", "step")
 class Case:
     """What is trained, in batches of one sequence. ``limit`` is in GiB; no ``contenders`` means all."""
 
-    name: str
+    title: str
     config: llama.Config
     dtype: str = "bf16"
     sequence: int = 16  # few: processors without instructions for bf16 need a minute for 64
@@ -81,85 +80,44 @@ class Case:
     limit: float | None = None
     contenders: tuple[str, ...] = ()
 
-    def title(self) -> str:
-        words = [self.name, self.dtype, f"1 x {self.sequence} tokens"]
-        words.append("checkpointing" if self.checkpointing else "no checkpointing")
-        words += [f"LoRA of rank {self.lora}"] if self.lora else []
-        words += [f"limited to {self.limit:g} GiB"] if self.limit else []
-        return ", ".join(words)
-
 
 FEW = ("adamw", "lion8bit", "lion8bit-release")
-SMOL = Case("SmolLM-135M", llama.SHAPES["smollm-135m"])
-EIGHT_LAYERS = Case("SmolLM-135M, 8 layers", replace(SMOL.config, num_hidden_layers=8), "fp32", sequence=512)
+SMOL = llama.SHAPES["smollm-135m"]
+EIGHT_LAYERS = replace(SMOL, num_hidden_layers=8)
+TINY = llama.Config(128, 384, 4, 4, 2, 1000, 512, 1e4)
 CASES = {
-    "full": SMOL,
-    "lora": replace(SMOL, lora=16, contenders=FEW),
-    "activations": replace(EIGHT_LAYERS, checkpointing=False, contenders=FEW),
-    "limit": replace(SMOL, limit=0.95, contenders=FEW),
+    "full": Case("SmolLM-135M, bf16, 16 tokens, checkpointing", SMOL),
+    "lora": Case("the same with LoRA of rank 16", SMOL, lora=16, contenders=FEW),
+    "activations": Case(
+        "8 of its layers, fp32, 512 tokens, no checkpointing", EIGHT_LAYERS, "fp32", 512, False, contenders=FEW
+    ),
+    "limit": Case("SmolLM-135M, bf16, 16 tokens, checkpointing, 0.95 GiB", SMOL, limit=0.95, contenders=FEW),
 }
-QUICK = Case("4 layers of 128", llama.Config(128, 384, 4, 4, 2, 1000, 512, 1e4), sequence=32)
 QUICK_CASES = {
-    "full": replace(QUICK, contenders=FEW),
-    "lora": replace(QUICK, lora=4, contenders=("lion8bit",)),
-    "activations": replace(QUICK, dtype="fp32", sequence=512, checkpointing=False, contenders=("lion8bit",)),
-    "limit": replace(QUICK, limit=0.002, contenders=("adamw",)),
+    "full": Case("4 layers of 128", TINY, sequence=32, contenders=FEW),
+    "lora": Case("4 layers of 128", TINY, sequence=32, lora=4, contenders=("lion8bit",)),
+    "activations": Case("4 layers of 128", TINY, "fp32", 512, False, contenders=("lion8bit",)),
+    "limit": Case("4 layers of 128", TINY, sequence=32, limit=0.002, contenders=("adamw",)),
 }
 
-
-@dataclass(frozen=True)
-class Trained(Contender):
-    """An optimizer and how it is used; ``dtypes`` are those of a case for which it differs from another row.
-
-    Args:
-        planned: its row of the plan, if it has one.
-        release: whether it steps during the backward pass.
-        fp32: whether weights are fp32 and autocast computes in bf16.
-    """
-
-    planned: str | None = None
-    release: bool = False
-    fp32: bool = False
-
-
-BF16 = ("bf16",)
 compensated = ours(weight_rounding="compensated")
-adamw = optimizer("torch.optim", "AdamW")
-fused = CONTENDERS["adamw"].make
-ALL: dict[str, Trained] = {
-    "adamw-fp32": Trained("AdamW, fp32 weights", fused, planned="adamw-fp32", fp32=True, dtypes=BF16),
-    "adamw": Trained("AdamW", adamw, planned="adamw"),
-    "adamw-fused": Trained("AdamW, fused", fused, planned="adamw"),
-    "adamw8bit": Trained(
-        "bitsandbytes AdamW8bit", optimizer("bitsandbytes.optim", "AdamW8bit"), "bitsandbytes", planned="adamw8bit"
-    ),
-    **{key: Trained(**vars(CONTENDERS[key])) for key in ("lion-pytorch", "optimi")},
-    "lion": Trained("fp32 Lion", optimizer("lion8bit", "Lion"), planned="lion"),
-    **{key: Trained(**vars(CONTENDERS[key])) for key in ("bitsandbytes", "torchao")},
-    "lion8bit-nearest": Trained("Lion8bit, nearest", CONTENDERS["lion8bit"].make, planned="lion8bit", dtypes=BF16),
-    "lion8bit": Trained("Lion8bit", ours(), planned="lion8bit"),
-    "lion8bit-compensated": Trained(
-        "Lion8bit, 24-bit weights", compensated, planned="lion8bit-compensated", dtypes=BF16
-    ),
-    "lion8bit-release": Trained("Lion8bit, release", ours(), planned="lion8bit-release", release=True),
-    "lion8bit-release-compensated": Trained(
-        "Lion8bit, release, 24-bit",
-        compensated,
-        planned="lion8bit-release-compensated",
-        release=True,
-        dtypes=BF16,
-    ),
+ALL: dict[str, Contender] = {  # with the plan's keys, where it has them
+    "adamw-fp32": Contender("AdamW, fp32 weights under autocast", CONTENDERS["adamw"].make),
+    "adamw": Contender("AdamW", optimizer("torch.optim", "AdamW")),
+    "adamw-fused": Contender("AdamW, fused", CONTENDERS["adamw"].make),
+    "adamw8bit": Contender("bitsandbytes AdamW8bit", optimizer("bitsandbytes.optim", "AdamW8bit"), "bitsandbytes"),
+    "lion-pytorch": CONTENDERS["lion-pytorch"],
+    "optimi": CONTENDERS["optimi"],
+    "lion": Contender("fp32 Lion", optimizer("lion8bit", "Lion")),
+    "bitsandbytes": CONTENDERS["bitsandbytes"],
+    "torchao": CONTENDERS["torchao"],
+    "lion8bit-nearest": Contender("Lion8bit, nearest", CONTENDERS["lion8bit"].make),
+    "lion8bit": Contender("Lion8bit", ours()),
+    "lion8bit-compensated": Contender("Lion8bit, 24-bit weights", compensated),
+    "lion8bit-release": Contender("Lion8bit, release", ours()),
+    "lion8bit-release-compensated": Contender("Lion8bit, release, 24-bit", compensated),
 }
-
-
-def chosen(case: Case, only: Sequence[str]) -> list[str]:
-    """The selected contenders that can run here, in a case."""
-    return [
-        key
-        for key, contender in ALL.items()
-        if key in (case.contenders or ALL) and key in only
-        if case.dtype in contender.dtypes and available(contender.package)
-    ]
+SAME_PLAN = {"adamw-fused": "adamw", "lion8bit-nearest": "lion8bit"}
 
 
 class Adapted(nn.Module):
@@ -204,19 +162,19 @@ def tensors_of(call: Callable[[], Any]) -> tuple[int, int]:
 class Trainer:
     """A model, its optimizer and the phases of an iteration."""
 
-    def __init__(self, case: Case, contender: Trained) -> None:
+    def __init__(self, case: Case, key: str) -> None:
         torch.manual_seed(0)
-        weights = torch.float32 if contender.fp32 or case.dtype == "fp32" else torch.bfloat16
+        self.autocast = key == "adamw-fp32"
+        weights = torch.float32 if self.autocast or case.dtype == "fp32" else torch.bfloat16
         self.model = llama.build(case.config, torch.device("cpu"), weights)
         self.model.checkpointing = case.checkpointing
         if case.lora:
             adapt(self.model, case.lora)
         self.tokens = torch.randint(case.config.vocab_size, (1, case.sequence))
         self.params = [param for param in self.model.parameters() if param.requires_grad]
-        self.autocast = contender.fp32
         self.outputs: tuple[Tensor, Tensor] | None = None
-        self.optimizer = contender.make(self.params)
-        if contender.release:
+        self.optimizer = ALL[key].make(self.params)
+        if "release" in key:
             fuse_into_backward(self.model, self.optimizer)
 
     def forward(self) -> None:
@@ -259,12 +217,12 @@ class Trainer:
         return {"activations": activations, **peaks}
 
 
-def measure(case: Case, contender: Trained) -> Row:
+def measure(case: Case, key: str) -> Row:
     """The figures of one row; if memory runs out, in which phase."""
     resident, phase = process_bytes("VmRSS"), "building"
     hold(case.limit)
     try:
-        trainer = Trainer(case, contender)
+        trainer = Trainer(case, key)
         for name, run in trainer.phases():  # this iteration makes the state
             phase = name
             run()
@@ -286,7 +244,7 @@ def measure(case: Case, contender: Trained) -> Row:
         "state": state_bytes(trainer.optimizer),
         **row,
         "peak_in": max(PHASES, key=lambda name: row[name]),
-        "planned": planned(case, contender.planned),
+        "planned": planned(case, SAME_PLAN.get(key, key)),
     }
 
 
@@ -297,7 +255,7 @@ def hold(limit: float | None) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (data, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-def planned(case: Case, row: str | None) -> int | None:
+def planned(case: Case, row: str) -> int | None:
     """The peak by the plan, where it has this row."""
     with torch.device("meta"):
         model = llama.Llama(case.config)
@@ -338,7 +296,7 @@ def table(title: str, rows: list[Row]) -> Table:
     unit, size = unit_of(rows)
 
     def of(name: str) -> Callable[[Row], str]:
-        return lambda row: f"{row[name] / size:.2f}" if row.get(name) else "-"
+        return lambda row: "-" if row.get(name) is None else f"{row[name] / size:.2f}"
 
     def label(row: Row) -> str:
         return ALL[row["optimizer"]].label + ("" if "peak_in" in row else f" [red]{row['status']}: {row['phase']}[/]")
@@ -348,9 +306,9 @@ def table(title: str, rows: list[Row]) -> Table:
     return rows_table(title, rows, columns)
 
 
-def draw(pyplot: Any, titles: dict[str, str], rows: list[Row]) -> Any:
+def draw(pyplot: Any, rows: list[Row]) -> Any:
     """A panel per case, a bar per row, split at its peak."""
-    by_case = {name: [row for row in rows if row["case"] == name] for name in titles}
+    by_case = {name: [row for row in rows if row["case"] == name] for name in dict.fromkeys(r["case"] for r in rows)}
     sizes = [len(found) + 1.5 for found in by_case.values()]
     shape = {"figsize": (9, 0.3 * sum(sizes)), "height_ratios": sizes, "squeeze": False, "layout": "constrained"}
     figure, axes = pyplot.subplots(len(by_case), 1, **shape)
@@ -370,7 +328,7 @@ def draw(pyplot: Any, titles: dict[str, str], rows: list[Row]) -> Any:
         axis.invert_yaxis()
         axis.margins(x=0.2)
         axis.set_xlim(left=0)
-        axis.set_title(titles[name], loc="left", fontsize=9)
+        axis.set_title(f"{name}: {CASES[name].title}", loc="left", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in PART_COLOURS.values()]
     figure.legend(handles, PART_COLOURS, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -393,25 +351,22 @@ def main() -> None:
     cases = QUICK_CASES if settings.quick else CASES
     if settings.worker:
         torch.set_num_threads(settings.threads or torch.get_num_threads())
-        print(json.dumps(measure(cases[settings.case[0]], ALL[settings.contender[0]])))
+        print(json.dumps(measure(cases[settings.case[0]], settings.contender[0])))
         return
 
     out, record = begin(settings.threads)
-    todo = {name: chosen(cases[name], settings.contender) for name in settings.case}
-    titles = {name: f"{name}: {cases[name].title()}" for name in todo}
+    contenders = installed({key: ALL[key] for key in settings.contender}, out)
     rows: list[Row] = []
     with progress("memory") as bar:
-        task = bar.add_task("", total=sum(map(len, todo.values())))
-        for name, keys in todo.items():
+        for name in settings.case:
+            keys = [key for key in contenders if key in (cases[name].contenders or ALL)]
             here = []
-            for key in keys:
-                bar.update(task, description=f"{name}, {ALL[key].label}")
+            for key in bar.track(keys, description=name):
                 here.append({"case": name, "optimizer": key, **in_own_process(name, key, settings)})
-                bar.advance(task)
-            out.print(table(titles[name], here))
+            out.print(table(f"{name}: {cases[name].title}", here))
             rows += here
-    write_json(settings.json, "memory", settings, {"environment": record, "cases": titles, "rows": rows})
-    save_figure(functools.partial(draw, titles=titles, rows=rows), settings.plot)
+    write_json(settings.json, "memory", settings, {"environment": record, "rows": rows})
+    save_figure(lambda pyplot: draw(pyplot, rows), settings.plot)
 
 
 if __name__ == "__main__":
