@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from common import Row, begin, installed, parser, progress, rows_table, spread, write_json
-from contenders import Make, Params, optimizer, ours
+from contenders import CONTENDERS as TIMED
+from contenders import Contender, Params, optimizer, ours
 from rich.table import Table
 
 from lion8bit.backends import cpu
@@ -40,43 +41,27 @@ examples:
 """
 
 ELEMENTS = 8
+ROUNDS = 20
 WARM_UP, STEPS = 3, 10  # a contender's turn: steps until its code and state are in the caches, steps that count
 GOAL_FIXED, GOAL_PER_TENSOR = 100.0, 0.35  # us
 OURS = "lion8bit-no-kernel"
 
-Step = Callable[[], Any]
+
+def multiply(params: Params) -> Any:
+    """An object whose step is one call of torch for all parameters."""
+    return SimpleNamespace(step=partial(torch._foreach_mul_, [param.detach() for param in params], 1.0))
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One row of the table."""
-
-    label: str
-    make: Callable[[Params], Step]
-    package: str = "torch"
-
-
-def step_of(make: Make) -> Callable[[Params], Step]:
-    """Makes an optimizer's step."""
-    return lambda params: make(params).step
-
-
-MINE = step_of(ours(min_8bit_size=0))  # quantized momentum even for so few elements
-BITSANDBYTES = step_of(optimizer("bitsandbytes.optim", "Lion8bit", min_8bit_size=0))
-CONTENDERS: dict[str, Contender] = {
-    OURS: Contender("lion8bit without its kernel", MINE),
-    "lion8bit": Contender("lion8bit", MINE),
+BITSANDBYTES = optimizer("bitsandbytes.optim", "Lion8bit", min_8bit_size=0)
+CONTENDERS: dict[str, Contender] = {  # the first two with quantized momentum even for so few elements
+    OURS: Contender("lion8bit without its kernel", ours(min_8bit_size=0)),
+    "lion8bit": Contender("lion8bit", ours(min_8bit_size=0)),
     "bitsandbytes": Contender("bitsandbytes Lion8bit", BITSANDBYTES, "bitsandbytes"),
-    "lion-pytorch": Contender("lion-pytorch Lion", step_of(optimizer("lion_pytorch", "Lion")), "lion_pytorch"),
-    "optimi": Contender(
-        "torch-optimi Lion(foreach=True)", step_of(optimizer("optimi", "Lion", foreach=True)), "optimi"
-    ),
-    "adamw-foreach": Contender("torch AdamW(foreach=True)", step_of(optimizer("torch.optim", "AdamW", foreach=True))),
-    "adamw-fused": Contender("torch AdamW(fused=True)", step_of(optimizer("torch.optim", "AdamW", fused=True))),
-    "foreach-mul": Contender(
-        "torch._foreach_mul_(params, 1.0)",
-        lambda params: partial(torch._foreach_mul_, [param.detach() for param in params], 1.0),
-    ),
+    "lion-pytorch": TIMED["lion-pytorch"],
+    "optimi": Contender("torch-optimi Lion(foreach=True)", optimizer("optimi", "Lion", foreach=True), "optimi"),
+    "adamw-foreach": Contender("torch AdamW(foreach=True)", optimizer("torch.optim", "AdamW", foreach=True)),
+    "adamw-fused": TIMED["adamw"],
+    "foreach-mul": Contender("torch._foreach_mul_(params, 1.0)", multiply),
 }
 
 
@@ -111,16 +96,14 @@ GRADIENTS: dict[str, Callable[[Params], None]] = {
 }
 
 
-def measure(
-    tensors: int, gradients: str, contenders: dict[str, Contender], rounds: int, tick: Callable[[], Any]
-) -> list[Row]:
-    """Times all contenders on ``tensors`` parameters with one of `GRADIENTS`; ``tick`` is called after each round."""
-    running: dict[str, tuple[Params, Step]] = {}
+def measure(tensors: int, gradients: str, contenders: dict[str, Contender], rounds: int) -> list[Row]:
+    """Times all contenders in turn on ``tensors`` parameters with one of `GRADIENTS`."""
+    running: dict[str, tuple[Params, Callable[[], Any]]] = {}
     times: dict[str, list[float]] = {key: [] for key in contenders}
     for key, contender in contenders.items():
         params = [torch.nn.Parameter(torch.randn(ELEMENTS)) for _ in range(tensors)]
         new(params)
-        running[key] = params, contender.make(params)
+        running[key] = params, contender.make(params).step
     for _ in range(rounds):
         for key, (params, step) in running.items():
             with no_kernel() if key == OURS else nullcontext():
@@ -131,7 +114,6 @@ def measure(
                     seconds = time.perf_counter() - start
                     if turn >= 0:
                         times[key].append(seconds * 1e6)
-        tick()
     return [
         {"tensors": tensors, "gradients": gradients, "optimizer": key, "us": spread(us)} for key, us in times.items()
     ]
@@ -154,9 +136,7 @@ def main() -> None:
     """Times everything that is selected, prints the tables and the verdicts, writes the file."""
     options = parser(DESCRIPTION, EPILOG)
     options.add_argument("--tensors", type=int, nargs="+", default=[30, 300], help="parameters (default: 30 300)")
-    options.add_argument("--rounds", type=int, help=f"turns of {STEPS} steps each (default: 20; 1 with --quick)")
     settings = options.parse_args()
-    rounds = settings.rounds or (1 if settings.quick else 20)
     torch.manual_seed(0)
     out, record = begin(threads=1)
     contenders = installed(CONTENDERS, out)
@@ -166,9 +146,8 @@ def main() -> None:
     rows: list[Row] = []
     cases = [(tensors, gradients) for tensors in settings.tensors for gradients in GRADIENTS]
     with progress("overhead") as bar:
-        task = bar.add_task("", total=len(cases) * rounds)
-        for tensors, gradients in cases:
-            found = measure(tensors, gradients, contenders, rounds, lambda: bar.update(task, advance=1))
+        for tensors, gradients in bar.track(cases):
+            found = measure(tensors, gradients, contenders, 1 if settings.quick else ROUNDS)
             least, limit = found[0]["us"]["min"], GOAL_FIXED + GOAL_PER_TENSOR * tensors
             found[0] |= {"goal_us": limit, "met": least <= limit}
             out.print(table(found))
