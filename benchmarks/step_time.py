@@ -65,13 +65,20 @@ FEW = 1024  # parameters of a step that costs what any step does
 SHARE_OF_MEMORY = 0.6  # of the machine's, that one of them may take
 DTYPE_KEYS = {"fp32": "fp32", "bf16": "bf16", "mixed": "fp32/bf16"}
 
-CEILING_GOALS = (("fp32", "lion8bit", 0.85), ("bf16", "lion8bit", 0.55), ("bf16", "lion8bit-stochastic", 0.50))
-RATIO_GOALS = {"lion-pytorch": 6.0, "compiled-lion": 1.2, "adamw": 1.5, "bitsandbytes": 100.0}
+ALL, NO_LIMIT = tuple(DTYPES), math.inf
+GOALS: tuple[tuple[str, str, str, tuple[str, ...], str, float, float], ...] = (
+    # name, optimizer, figure, dtypes, format, least, most
+    ("share of the ceiling", "lion8bit", "share_of_ceiling", ("fp32",), "{:.0%}", 0.85, NO_LIMIT),
+    ("share of the ceiling", "lion8bit", "share_of_ceiling", ("bf16",), "{:.0%}", 0.55, NO_LIMIT),
+    ("share of the ceiling", "lion8bit-stochastic", "share_of_ceiling", ("bf16",), "{:.0%}", 0.50, NO_LIMIT),
+    ("time over ours", "lion-pytorch", "time_over_ours", ALL, "{:.1f}x", 6.0, NO_LIMIT),
+    ("time over ours", "compiled-lion", "time_over_ours", ALL, "{:.1f}x", 1.2, NO_LIMIT),
+    ("time over ours", "adamw", "time_over_ours", ALL, "{:.1f}x", 1.5, NO_LIMIT),
+    ("time over ours", "bitsandbytes", "time_over_ours", ALL, "{:.1f}x", 100.0, NO_LIMIT),
+    ("extra bytes of a step", "lion8bit", "extra_bytes", ALL, "{:,.0f}", -NO_LIMIT, 1e6),
+    ("extra bytes of a step", "portable", "extra_bytes", ALL, "{:,.0f}", -NO_LIMIT, 64e6),
+)
 LINEAR_GOAL = 1.25  # slowest over fastest time per parameter
-EXTRA_GOALS = {"lion8bit": 1.0, "portable": 64.0}  # MB; the system's count is off by some pages
-PORTABLE_GOAL = 4.0
-
-Tick = Callable[[str], None]
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------------------
@@ -136,7 +143,6 @@ def measure(
     contenders: dict[str, Contender],
     repeats: int,
     budget: float,
-    tick: Tick,
 ) -> list[Row]:
     """Times all contenders on one model.
 
@@ -147,7 +153,6 @@ def measure(
         contenders: who takes part.
         repeats: rounds.
         budget: seconds that a contender may take in all, without its warm-up.
-        tick: called with a label after each round and warm-up.
 
     Returns:
         A row per contender, with the stream ``bandwidth`` in bytes per second.
@@ -156,7 +161,6 @@ def measure(
     rows: dict[str, Row] = {}
     running: dict[str, tuple[torch.optim.Optimizer, int]] = {}
     for key, contender in contenders.items():
-        tick(contender.label)
         if dtype in contender.dtypes:
             rows[key], optimizer, rounds = enter(contender, params, dtype, repeats, budget)
             if optimizer is not None:
@@ -169,7 +173,6 @@ def measure(
     times: dict[str, list[float]] = {key: [] for key in running}
     pass_times: list[list[float]] = [[] for _ in passes]
     for round_ in range(repeats):
-        tick("")
         for (call, _), seconds in zip(passes, pass_times):
             seconds.append(time_call(call, device)[0])
         for key, (optimizer, rounds) in running.items():
@@ -197,7 +200,7 @@ def bytes_moved(params: Params, optimizer: torch.optim.Optimizer) -> int:
     return sum(2 * param.nbytes + param.grad.nbytes for param in params) + 2 * state_bytes(optimizer)
 
 
-def measure_sizes(sizes: Sequence[int], repeats: int, tick: Tick) -> list[Row]:
+def measure_sizes(sizes: Sequence[int], repeats: int) -> list[Row]:
     """Times lion8bit on fp32 tensors of growing size, as far as the memory suffices, and on one of `FEW` parameters.
 
     Returns:
@@ -207,7 +210,6 @@ def measure_sizes(sizes: Sequence[int], repeats: int, tick: Tick) -> list[Row]:
     device = torch.device("cpu")
     optimizers: dict[int, torch.optim.Optimizer] = {}
     for size in (FEW, *sizes):
-        tick(f"{size / 1e6:.0f}M parameters")
         if 10 * (size + sum(optimizers)) > SHARE_OF_MEMORY * memory:
             break
         optimizers[size] = CONTENDERS[OURS].make(make_params([(size // 1024, 1024)], device, *DTYPES["fp32"]))
@@ -241,33 +243,24 @@ def judge(name: str, found: dict[str, float], form: str, *, least: float = -math
 
 def goals(rows: list[Row]) -> list[Row]:
     """The goals with what was measured, on one tensor at the most threads."""
-    steps = [row for row in rows if row["table"] == "step" and row["device"] == "cpu" and row["model"] == "64M"]
-    most = max((row["threads"] for row in steps), default=1)
-    by_case = {(row["optimizer"], row["dtype"]): row for row in steps if row["threads"] == most}
-
-    def figures(key: str, name: str) -> dict[str, float]:
-        found = {dtype: row.get(name) for (contender, dtype), row in by_case.items() if contender == key}
-        return {dtype: figure for dtype, figure in found.items() if figure is not None}
-
+    steps = [row for row in rows if row["table"] == "step" and row["model"] == "64M"]
+    most_threads = max((row["threads"] for row in steps), default=1)
     found = []
-    for dtype, key, least in CEILING_GOALS:
-        share = {name: figure for name, figure in figures(key, "share_of_ceiling").items() if name == dtype}
-        found.append(judge(f"share of the ceiling, {CONTENDERS[key].label}, {dtype}", share, "{:.0%}", least=least))
-    for key, least in RATIO_GOALS.items():
-        ratios = figures(key, "time_over_ours")
-        found.append(judge(f"{CONTENDERS[key].label}, time over ours", ratios, "{:.1f}x", least=least))
+    for name, key, figure, dtypes, form, least, most in GOALS:
+        figures = {
+            row["dtype"]: row[figure]
+            for row in steps
+            if row["threads"] == most_threads and row["optimizer"] == key and row["dtype"] in dtypes
+            if row.get(figure) is not None
+        }
+        only = f" in {dtypes[0]}" if len(dtypes) == 1 else ""
+        found.append(judge(f"{CONTENDERS[key].label}, {name}{only}", figures, form, least=least, most=most))
     each = {r["parameters"]: r["ns_per_parameter"] for r in rows if r["table"] == "size" and r["parameters"] > FEW}
     if each:
         ratios = {f"{min(each) / 1e6:.0f}M to {max(each) / 1e6:.0f}M": max(each.values()) / min(each.values())}
-        name = "time per parameter beyond a step of few, largest over smallest"
+        name = "lion8bit, time per parameter beyond a step of few, largest over smallest"
         found.append(judge(name, ratios, "{:.2f}x", most=LINEAR_GOAL))
-    for key, limit in EXTRA_GOALS.items():
-        extra = {dtype: figure / 1e6 for dtype, figure in figures(key, "extra_bytes").items()}
-        found.append(judge(f"extra memory of a step, {CONTENDERS[key].label}", extra, "{:.0f} MB", most=limit))
-    lion = figures("lion-pytorch", "ns_per_parameter").get("fp32", math.nan)
-    ratios = {dtype: ns / lion for dtype, ns in figures("portable", "ns_per_parameter").items()}
-    name = "time of the portable backend over fp32 lion-pytorch"
-    return [*found, judge(name, ratios, "{:.1f}x", most=PORTABLE_GOAL)]
+    return found
 
 
 # ---- The report ------------------------------------------------------------------------------------------------------
@@ -344,29 +337,21 @@ def main() -> None:
     dtypes = [DTYPE_KEYS[key] for key in settings.dtype]
 
     rows: list[Row] = []
+    cases = [(count, model) for count in threads for model in settings.model]
     with progress("step time") as bar:
-        task = bar.add_task("", total=len(threads) * len(settings.model) * len(dtypes) * (len(contenders) + repeats))
-
-        def tick(label: str) -> None:
-            bar.update(task, advance=1, description=f"{at} {label}")
-
-        for count in threads:
+        for count, model in bar.track(cases):
             torch.set_num_threads(count)
-            for model in settings.model:
-                shapes, here = models[model][1], []
-                for dtype in dtypes:
-                    at = f"{model}, {count} threads, {dtype}"
-                    case = {"table": "step", "model": model, "parameters": numel(shapes), "device": settings.device}
-                    device = torch.device(settings.device)
-                    found = measure(shapes, device, dtype, contenders, repeats, settings.budget, tick)
-                    here += [{**case, "threads": count, "dtype": dtype, **row} for row in found]
-                rows += here
-                out.print(model_table(here))
-        if "64M" in settings.model and settings.device == "cpu":
-            at = "lion8bit"
-            sizes = measure_sizes(SIZES[:2] if settings.quick else SIZES, min(repeats, 7), tick)
-            out.print(size_table(sizes))
-            rows += sizes
+            shapes, here = models[model][1], []
+            for dtype in dtypes:
+                case = {"table": "step", "model": model, "parameters": numel(shapes), "device": settings.device}
+                found = measure(shapes, torch.device(settings.device), dtype, contenders, repeats, settings.budget)
+                here += [{**case, "threads": count, "dtype": dtype, **row} for row in found]
+            rows += here
+            out.print(model_table(here))
+    if "64M" in settings.model and settings.device == "cpu":
+        sizes = measure_sizes(SIZES[:2] if settings.quick else SIZES, min(repeats, 7))
+        out.print(size_table(sizes))
+        rows += sizes
     found = goals(rows)
     title = "Goals (dry run of --quick: the numbers are not measurements)" if settings.quick else "Goals"
     out.print(rows_table(title, found, GOAL_COLUMNS, left=4))
