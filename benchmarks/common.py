@@ -35,6 +35,7 @@ FLUSH_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # beyond the last-level cac
 
 Shape = tuple[int, ...]
 Row = dict[str, Any]
+Cell = str | Callable[[Row], str]
 
 
 # ---- Parameters ------------------------------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ def make_params(
     return params
 
 
-# ---- Timing ----------------------------------------------------------------------------------------------------------
+# ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
 def flush_cache(device: torch.device) -> None:
@@ -104,6 +105,15 @@ def time_call(call: Callable[[], Any], device: torch.device) -> tuple[float, flo
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1e3, wall
+
+
+def allocations(call: Callable[[], Any]) -> list[int]:
+    """Bytes of each tensor that a call allocates on the CPU (positive) and frees (negative), by torch's profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -227,21 +237,31 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
-def rows_table(title: str, rows: Sequence[Row], columns: dict[str, Callable[[Row], str]], left: int = 1) -> Table:
+def rows_table(title: str, rows: Sequence[Row], columns: dict[str, Cell], left: int = 1) -> Table:
     """A table with a line per row; rows of this library are green.
 
     Args:
         title: above the table.
         rows: with ``optimizer`` or ``format``.
-        columns: by heading, the text of a row's cell.
+        columns: by heading, a row's cell: a function of it, or a format string for its fields, which gives an empty
+            cell where the row lacks the field.
         left: how many of the columns are text; the others are numbers.
     """
     headings = list(columns)
     table = new_table(title, headings[:left], headings[left:])
     for row in rows:
         ours = (row.get("optimizer") or row.get("format", "")).startswith("lion8bit")
-        table.add_row(*(cell(row) for cell in columns.values()), style="green" if ours else None)
+        table.add_row(*(_text(cell, row) for cell in columns.values()), style="green" if ours else None)
     return table
+
+
+def _text(cell: Cell, row: Row) -> str:
+    if callable(cell):
+        return cell(row)
+    try:
+        return cell.format_map(row)
+    except (KeyError, TypeError):  # no such field, or None
+        return ""
 
 
 def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:

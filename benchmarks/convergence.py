@@ -14,9 +14,8 @@ from typing import Any
 
 import tasks
 import torch
-from common import Row, begin, installed, parser, progress, rows_table, save_figure, write_json
+from common import Cell, Row, begin, installed, parser, progress, rows_table, save_figure, write_json
 from contenders import optimizer
-from rich.table import Table
 from torch import nn
 
 from lion8bit import Lion8bit
@@ -282,27 +281,20 @@ def label(row: Row) -> str:
     return ROUNDINGS[key] if row["problem"] == "weights" else CONTENDERS[key].label
 
 
-def table(name: str, rows: list[Row]) -> Table:
-    """The table of one problem, or of the ways of rounding."""
-
-    def of(field: str, form: str) -> Callable[[Row], str]:
-        return lambda row: form.format(row[field]) if field in row else ""
-
-    baseline = "fp32" if name == "weights" else "Lion"
-    columns = {
+def columns_of(problem: str) -> dict[str, Cell]:
+    """The columns of a problem's table."""
+    baseline = "fp32" if problem == "weights" else "Lion"
+    columns: dict[str, Cell] = {
         "": label,
         "lr": lambda row: f"{row['lr']:.1e}{'*' if row.get('at_edge') else ''}",
-        "mean": of("mean", "{:.4f}"),
-        "std. error": of("std_error", "{:.4f}"),
-        f"minus {baseline}, same seed": of("paired", "{0[mean]:+.4f} +- {0[std_error]:.4f}"),
-        "p": of("paired", "{0[p]:.2f}"),
+        "mean": "{mean:.4f}",
+        "std. error": "{std_error:.4f}",
+        f"minus {baseline}, same seed": "{paired[mean]:+.4f} +- {paired[std_error]:.4f}",
+        "p": "{paired[p]:.2f}",
     }
-    if name == "weights":
-        columns |= {"gain": of("gain", "{:.4f}"), "of fp32's": of("of_fp32_gain", "{:.2f}")}
-        columns["cannot move"] = of("frozen", "{:.0%}")
-    else:
-        columns |= {"seconds": of("seconds", "{:.1f}"), "mean against fp32 Lion's": of("verdict", "{}")}
-    return rows_table(f"{name}, {rows[0]['steps']} steps: test loss in nats", rows, columns)
+    if problem == "weights":
+        return columns | {"gain": "{gain:.4f}", "of fp32's": "{of_fp32_gain:.2f}", "cannot move": "{frozen:.0%}"}
+    return columns | {"seconds": "{seconds:.1f}", "mean against fp32 Lion's": "{verdict}"}
 
 
 def draw(pyplot: Any, problems: dict[str, list[Row]]) -> Any:
@@ -360,7 +352,7 @@ def main() -> None:
                 problems[name] = run_roundings(settings, steps, tick)
             else:
                 problems[name] = run_problem(name, contenders, settings, steps, tick)
-            out.print(table(name, problems[name]))
+            out.print(rows_table(f"{name}, {steps} steps: test loss in nats", problems[name], columns_of(name)))
     rows = [{k: v for k, v in row.items() if k != "training_loss"} for rows in problems.values() for row in rows]
     write_json(settings.json, "convergence", settings, {"environment": record, "rows": rows})
     save_figure(lambda pyplot: draw(pyplot, problems), settings.plot)

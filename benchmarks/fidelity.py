@@ -9,7 +9,7 @@ from typing import Any
 
 import tasks
 import torch
-from common import Row, begin, installed, parser, progress, rows_table, save_figure, write_json
+from common import Cell, Row, begin, installed, parser, progress, rows_table, save_figure, write_json
 from formats import FORMATS, Format, blend
 from torch import Tensor
 
@@ -327,14 +327,14 @@ def outcome(row: Row) -> str:
 # ---- The report ------------------------------------------------------------------------------------------------------
 
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
+COLUMNS: dict[str, Cell] = {
     "format": lambda row: FORMATS[row["format"]].label,
-    "bytes/param": lambda row: f"{row['bytes_per_parameter']:.4f}",
-    "momentum error": lambda row: f"{row['momentum_error']:.4f}",
-    "sign differs": lambda row: f"{row['sign_differs']:.3%}",
-    "drift": lambda row: f"{row['drift']:.5f}",
-    "frozen": lambda row: "-" if row["frozen"] is None else f"{row['frozen']:.1%}",
-    "radial bias": lambda row: f"{row['radial_bias']:+.4f}",
+    "bytes/param": "{bytes_per_parameter:.4f}",
+    "momentum error": "{momentum_error:.4f}",
+    "sign differs": "{sign_differs:.3%}",
+    "drift": "{drift:.5f}",
+    "frozen": "{frozen:.1%}",
+    "radial bias": "{radial_bias:+.4f}",
     "ours: error, sign, drift": lambda row: outcome(row) if "against" in row else "",
 }
 

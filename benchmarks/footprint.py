@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from common import (
+    Cell,
     Row,
     Shape,
+    allocations,
     begin,
     installed,
     make_params,
@@ -97,16 +99,6 @@ def measure_state(contenders: dict[str, Contender], models: dict[str, tuple[str,
     return rows
 
 
-def allocated(call: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes and number of the tensor allocations that torch's profiler sees during a call."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    events = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = [size for size in events if size > 0]
-    return sum(sizes), len(sizes)
-
-
 def measure_allocations(contenders: dict[str, Contender], shapes: list[Shape], dtype: torch.dtype) -> list[Row]:
     """The tensors that a step after the first allocates, by optimizer."""
     rows = []
@@ -119,10 +111,10 @@ def measure_allocations(contenders: dict[str, Contender], shapes: list[Shape], d
             for _ in range(COUNTED_STEPS):
                 step()
 
-        size, number = allocated(steps)
+        sizes = [size for size in allocations(steps) if size > 0]
         row = {
-            "tensor_bytes_per_step": size / COUNTED_STEPS,
-            "tensor_allocations_per_step": number / COUNTED_STEPS,
+            "tensor_bytes_per_step": sum(sizes) / COUNTED_STEPS,
+            "tensor_allocations_per_step": len(sizes) / COUNTED_STEPS,
         }
         rows.append({"table": "allocations", "dtype": str(dtype).removeprefix("torch."), "optimizer": key, **row})
     return rows
@@ -190,18 +182,18 @@ def label(row: Row) -> str:
     return CONTENDERS[row["optimizer"]].label
 
 
-STATE_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "model": lambda row: row["model"],
+STATE_COLUMNS: dict[str, Cell] = {
+    "model": "{model}",
     "optimizer": label,
-    "bytes/param": lambda row: f"{row['whole_model']:.4f}",
-    "8-bit parameters alone": lambda row: f"{row['whole_blocks']:.4f}",
-    "MB": lambda row: f"{row['bytes'] / 1e6:.1f}",
+    "bytes/param": "{whole_model:.4f}",
+    "8-bit parameters alone": "{whole_blocks:.4f}",
+    "bytes": "{bytes:,}",
 }
-ALLOCATION_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "parameters": lambda row: row["dtype"],
+ALLOCATION_COLUMNS: dict[str, Cell] = {
+    "parameters": "{dtype}",
     "optimizer": label,
-    "tensor bytes": lambda row: f"{row['tensor_bytes_per_step']:,.0f}",
-    "tensor allocations": lambda row: f"{row['tensor_allocations_per_step']:,.1f}",
+    "tensor bytes": "{tensor_bytes_per_step:,.0f}",
+    "tensor allocations": "{tensor_allocations_per_step:,.1f}",
 }
 
 
@@ -221,16 +213,16 @@ def main() -> None:
         state = measure_state(contenders, models)
         bar.update(task, advance=1, description="allocations")
         dtypes = (torch.float32, torch.bfloat16)
-        allocations = [r for dtype in dtypes for r in measure_allocations(contenders, models["minilm"][1], dtype)]
+        allocated = [r for dtype in dtypes for r in measure_allocations(contenders, models["minilm"][1], dtype)]
         bar.update(task, advance=1, description="import")
         imported = measure_import(1 if settings.quick else 7)
         bar.update(task, advance=1, description="install")
         others = [imported, *([measure_install()] if settings.install else [])]
     out.print(rows_table("Optimizer state", state, STATE_COLUMNS, left=2))
-    out.print(rows_table("Allocated by one step after the first", allocations, ALLOCATION_COLUMNS, left=2))
+    out.print(rows_table("Allocated by one step after the first", allocated, ALLOCATION_COLUMNS, left=2))
     for row in others:
         out.print(", ".join(f"{name}: {value}" for name, value in row.items() if name != "table"))
-    write_json(settings.json, "footprint", settings, {"environment": record, "rows": [*state, *allocations, *others]})
+    write_json(settings.json, "footprint", settings, {"environment": record, "rows": [*state, *allocated, *others]})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Row, begin, installed, parser, progress, rows_table, save_figure, write_json
+from common import Row, allocations, begin, installed, parser, progress, rows_table, save_figure, write_json
 from contenders import CONTENDERS, Contender, optimizer, ours
 from machine import process_bytes, reset_process_peak
 from rich.table import Table
@@ -147,16 +148,9 @@ def adapt(model: llama.Llama, rank: int) -> None:
 
 
 def tensors_of(call: Callable[[], Any]) -> tuple[int, int]:
-    """Highest and final number of CPU tensor bytes that a call holds beyond those before it, by torch's profiler."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest, now
+    """Highest and final number of CPU tensor bytes that a call holds beyond those before it."""
+    held = list(itertools.accumulate(allocations(call), initial=0))
+    return max(held), held[-1]
 
 
 class Trainer:

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import Row, begin, installed, parser, progress, rows_table, spread, write_json
+from common import Cell, Row, begin, installed, parser, progress, rows_table, spread, write_json
 from contenders import CONTENDERS as TIMED
 from contenders import Contender, Params, optimizer, ours
 from rich.table import Table
@@ -122,10 +122,10 @@ def measure(tensors: int, gradients: str, contenders: dict[str, Contender], roun
 def table(rows: list[Row]) -> Table:
     """The table of one number of tensors and one kind of gradients."""
     tensors, ours = rows[0]["tensors"], rows[0]["us"]["min"]
-    columns: dict[str, Callable[[Row], str]] = {
+    columns: dict[str, Cell] = {
         "optimizer": lambda row: CONTENDERS[row["optimizer"]].label,
-        "us, median": lambda row: f"{row['us']['median']:.0f}",
-        "least": lambda row: f"{row['us']['min']:.0f}",
+        "us, median": "{us[median]:.0f}",
+        "least": "{us[min]:.0f}",
         "us per parameter": lambda row: f"{row['us']['median'] / tensors:.2f}",
         "over ours": lambda row: f"{row['us']['min'] / ours:.1f}x",
     }

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from common import (
+    Cell,
     Row,
     Shape,
     begin,
@@ -28,7 +29,6 @@ from common import (
 from contenders import CONTENDERS, DTYPES, LR, OURS, Contender, Params  # noqa: F401 (gpu_step.py imports them from here)
 from machine import process_bytes, reset_process_peak
 from models import MODELS, QUICK_MODELS
-from rich.table import Table
 
 from lion8bit.tools.demo import state_bytes
 
@@ -43,7 +43,7 @@ ratios within one round, so that a busy machine disturbs both sides alike. Repor
                   best of x.mul_(c), x.add_(y) and x.copy_(y) on as many bytes as lion8bit touches, timed in the same
                   rounds
   time over ours  above 1: slower than lion8bit (rounding to nearest, as the others do)
-  extra MB        peak memory of a step above what is held before it (Linux: of the process's resident memory)
+  extra bytes     peak memory of a step above what is held before it (Linux: of the process's resident memory)
 
 Then lion8bit alone: time per parameter from 1M to 1B parameters in one fp32 tensor, beyond what a step of 1024 takes
 (with cold caches that is the code of Python and torch, fetched from memory). The last table has a verdict on each goal.
@@ -266,51 +266,35 @@ def goals(rows: list[Row]) -> list[Row]:
 # ---- The report ------------------------------------------------------------------------------------------------------
 
 
-def model_table(rows: list[Row]) -> Table:
-    """The table of one model on one number of threads."""
-
-    def of(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
-        return lambda row: "" if row.get(name) is None else form.format(row[name] * scale)
-
-    def label(row: Row) -> str:
-        note = row["status"] if row["status"] != "measured" else ""
-        return f"{CONTENDERS[row['optimizer']].label} {note} {row.get('reason', '')[:50]}".strip()
-
-    first = rows[0]
-    title = (
-        f"{first['model']} ({first['parameters'] / 1e6:.1f}M parameters), {first['device']}, {first['threads']} threads"
-    )
-    columns: dict[str, Callable[[Row], str]] = {
-        "dtype": lambda row: row["dtype"],
-        "optimizer": label,
-        "ms": lambda row: f"{row['ms']['median']:.2f}" if "ms" in row else "",
-        "min to max": lambda row: "{min:.2f} to {max:.2f}".format(**row["ms"]) if row["status"] == "measured" else "",
-        "ns/param": of("ns_per_parameter", "{:.3f}"),
-        "bytes/param": of("bytes_per_parameter", "{:.2f}"),
-        "GB/s of the stream": of("bandwidth", "{:.1f}", 1e-9),
-        "of the ceiling": of("share_of_ceiling", "{:.0%}"),
-        "time over ours": of("time_over_ours", "{:.2f}x"),
-        "extra MB": of("extra_bytes", "{:.1f}", 1e-6),
-    }
-    return rows_table(title, rows, columns, left=2)
+def label(row: Row) -> str:
+    """The name of a row's optimizer, and why it was not measured."""
+    note = "" if row["status"] == "measured" else f" {row['status']} {row.get('reason', '')[:50]}"
+    return CONTENDERS[row["optimizer"]].label + note
 
 
-GOAL_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "goal": lambda row: row["goal"],
-    "requirement": lambda row: row["requirement"],
-    "measured": lambda row: row["measured"],
+STEP_COLUMNS: dict[str, Cell] = {
+    "dtype": "{dtype}",
+    "optimizer": label,
+    "ms": "{ms[median]:.2f}",
+    "min to max": "{ms[min]:.2f} to {ms[max]:.2f}",
+    "ns/param": "{ns_per_parameter:.3f}",
+    "bytes/param": "{bytes_per_parameter:.2f}",
+    "stream GB/s": lambda row: f"{row['bandwidth'] / 1e9:.1f}",
+    "of the ceiling": "{share_of_ceiling:.0%}",
+    "time over ours": "{time_over_ours:.2f}x",
+    "extra bytes": "{extra_bytes:,}",
+}
+SIZE_COLUMNS: dict[str, Cell] = {
+    "parameters": "{parameters:,}",
+    "ms": "{ms[median]:.2f}",
+    f"ns/param beyond {FEW}'s": "{ns_per_parameter:.3f}",
+}
+GOAL_COLUMNS: dict[str, Cell] = {
+    "goal": "{goal}",
+    "requirement": "{requirement}",
+    "measured": "{measured}",
     "verdict": lambda row: {True: "[green]met[/]", False: "[red]NOT MET[/]", None: "-"}[row["met"]],
 }
-
-
-def size_table(rows: list[Row]) -> Table:
-    """Time by number of parameters."""
-    columns: dict[str, Callable[[Row], str]] = {
-        "parameters": lambda row: f"{row['parameters']:,}",
-        "ms": lambda row: f"{row['ms']['median']:.2f}",
-        f"ns/param beyond {FEW}'s": lambda row: f"{row['ns_per_parameter']:.3f}" if row["parameters"] > FEW else "",
-    }
-    return rows_table("One fp32 tensor, the most threads", rows, columns, left=0)
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -347,10 +331,11 @@ def main() -> None:
                 found = measure(shapes, torch.device(settings.device), dtype, contenders, repeats, settings.budget)
                 here += [{**case, "threads": count, "dtype": dtype, **row} for row in found]
             rows += here
-            out.print(model_table(here))
+            title = f"{model} ({numel(shapes) / 1e6:.1f}M parameters), {settings.device}, {count} threads"
+            out.print(rows_table(title, here, STEP_COLUMNS, left=2))
     if "64M" in settings.model and settings.device == "cpu":
         sizes = measure_sizes(SIZES[:2] if settings.quick else SIZES, min(repeats, 7))
-        out.print(size_table(sizes))
+        out.print(rows_table("One fp32 tensor, the most threads", sizes, SIZE_COLUMNS, left=0))
         rows += sizes
     found = goals(rows)
     title = "Goals (dry run of --quick: the numbers are not measurements)" if settings.quick else "Goals"
