@@ -321,7 +321,7 @@ def outcome(row: Row) -> str:
     """A peer's row in words: whether ours is ahead, and the peer's figures over ours."""
     word = "[red]BEHIND[/]" if row["behind_on"] else "ahead" if row["ahead"] else "level"
     ratios = ("inf" if ratio is None else f"{ratio:.2f}" for ratio in row["ratios"])
-    return f"{row['against']}: {word} {' '.join(ratios)}"
+    return f"{row['against'].replace('lion8bit-', 'block ')}: {word} {' '.join(ratios)}"
 
 
 # ---- The report ------------------------------------------------------------------------------------------------------
