@@ -6,26 +6,19 @@ python benchmarks/pretrain_bytelm.py --steps 3600 --threads 1 --out lion8bit/too
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sysconfig
 import time
 import zlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from torch import Tensor
 
-from lion8bit.tools.demo.bytelm import CHECKPOINT, ByteLM, encode, load_pretrained, next_token_loss, save_pretrained
+from lion8bit.tools.demo.bytelm import CHECKPOINT, ByteLM, encode, load_pretrained, next_token_loss
 
 # Tests and idlelib are left out as far from ordinary library code, encodings as tables of escapes, and
 # pydoc_data because it is the text that the demo fine-tunes and evaluates on.
@@ -42,14 +35,7 @@ MAX_GRADIENT_NORM = 1.0
 
 
 def read_corpus(root: Path) -> tuple[bytes, bytes]:
-    """Reads the standard library's source, in the order of the files' paths.
-
-    Args:
-        root: the standard library's folder.
-
-    Returns:
-        The training text and the held-out text (whole files), files separated by a zero byte.
-    """
+    """Reads Python source below a folder: the training text and the held-out text, files separated by a zero byte."""
     texts: tuple[list[bytes], list[bytes]] = ([], [])
     for file in sorted(root.rglob("*.py")):
         relative = file.relative_to(root)
@@ -60,51 +46,53 @@ def read_corpus(root: Path) -> tuple[bytes, bytes]:
 
 
 def random_windows(tokens: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """Draws windows at uniformly random places.
-
-    Args:
-        tokens: [n] uint8.
-        count: number of windows.
-        length: bytes per window.
-        generator: source of the places.
-
-    Returns:
-        [count, length] int64.
-    """
+    """Draws [count, length] int64 windows at uniformly random places of [n] uint8 tokens."""
     starts = torch.randint(len(tokens) - length + 1, (count, 1), generator=generator)
     return tokens[starts + torch.arange(length)].long()
 
 
 @torch.no_grad()
 def bits_per_byte(model: ByteLM, windows: Tensor) -> float:
-    """Evaluates the model.
-
-    Args:
-        model: the model.
-        windows: [count, context + 1] int64; every byte but a window's first is predicted.
-
-    Returns:
-        Mean cross entropy, in bits per byte.
-    """
-    losses = [
-        next_token_loss(model(batch[:, :-1]), batch[:, 1:], "sum").item() for batch in torch.split(windows, BATCH)
-    ]
+    """Mean loss of [count, context + 1] int64 windows in bits per byte; each window's first byte is not predicted."""
+    losses = [next_token_loss(model(part[:, :-1]), part[:, 1:], "sum").item() for part in torch.split(windows, BATCH)]
     return sum(losses) / windows[:, 1:].numel() / math.log(2)
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Gives the schedule: linear warmup, then half a cosine.
-
-    Args:
-        step: index of the step, from 0.
-        steps: total number of steps.
-
-    Returns:
-        The learning rate.
-    """
+    """Linear warmup, then half a cosine."""
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return PEAK_LR * warmup * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * cosine)
+
+
+def save(model: ByteLM, path: Path) -> None:
+    """Writes a checkpoint for `load_pretrained`: the configuration, and the weights in fp16."""
+    weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"config": dataclasses.asdict(model.config), "weights": weights}, path)
+
+
+def train(model: ByteLM, tokens: Tensor, held_out: Tensor, steps: int, seed: int, console: Console) -> None:
+    """Trains on [n] uint8 tokens and prints the loss of the held-out windows every 400 steps."""
+    generator = torch.Generator().manual_seed(seed)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    gains = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    with Progress(console=console) as progress:
+        task = progress.add_task("pretraining", total=steps)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps)
+            batch = random_windows(tokens, BATCH, model.config.context + 1, generator)
+            loss = next_token_loss(model(batch[:, :-1]), batch[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+            optimizer.step()
+            progress.update(task, advance=1, description=f"{loss.item() / math.log(2):.3f} bits/byte")
+            if (step + 1) % 400 == 0:
+                console.print(f"step {step + 1}: held out {bits_per_byte(model, held_out):.4f} bits/byte")
 
 
 def main() -> None:
@@ -119,54 +107,21 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
     console = Console()
-
-    train, held_out = (encode(text) for text in read_corpus(Path(sysconfig.get_path("stdlib"))))
+    tokens, held_out = (encode(text) for text in read_corpus(Path(sysconfig.get_path("stdlib"))))
     model = ByteLM()
-    window = model.config.context + 1
-    held_out_windows = random_windows(held_out, args.eval_windows, window, torch.Generator().manual_seed(0))
-    train_windows = random_windows(train, args.eval_windows, window, torch.Generator().manual_seed(0))
+    train_windows, held_out_windows = (
+        random_windows(part, args.eval_windows, model.config.context + 1, torch.Generator().manual_seed(0))
+        for part in (tokens, held_out)
+    )
     console.print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters; "
-        f"{len(train):,} bytes to train on, {len(held_out):,} held out; "
+        f"{len(tokens):,} bytes to train on, {len(held_out):,} held out; "
         f"{args.steps * BATCH * model.config.context:,} bytes will be seen"
     )
-
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    gains = [p for p in model.parameters() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
-
     started = time.perf_counter()
-    smoothed: float | None = None
-    columns = (
-        TextColumn("pretraining"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=args.steps)
-        for step in range(args.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps)
-            batch = random_windows(train, BATCH, window, generator)
-            loss = next_token_loss(model(batch[:, :-1]), batch[:, 1:])
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-            optimizer.step()
-            bits = loss.item() / math.log(2)
-            smoothed = bits if smoothed is None else 0.98 * smoothed + 0.02 * bits
-            progress.update(task, advance=1, description=f"{smoothed:.3f} bits/byte")
-            if (step + 1) % 400 == 0:
-                console.print(f"step {step + 1}: held out {bits_per_byte(model, held_out_windows):.4f} bits/byte")
-
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_pretrained(model, args.out)
+    train(model, tokens, held_out_windows, args.steps, args.seed, console)
+    save(model, args.out)
     saved = load_pretrained(args.out)
     console.print(
         f"{args.out}: {args.out.stat().st_size:,} bytes after {time.perf_counter() - started:.0f} s; "
