@@ -19,7 +19,7 @@ from common import FLUSH_BYTES, console, describe, environment, new_table, parse
 from rich.table import Table
 
 from lion8bit import Lion8bit
-from lion8bit.backends import cuda
+from lion8bit.backends import cuda, nvrtc
 
 DESCRIPTION = """\
 Which tuning of the CUDA kernel is the fastest on this GPU? Each variant changes how the kernel accesses memory
@@ -74,7 +74,7 @@ NAMES = [
 ]
 
 
-def changed(base: cuda.Tuning, name: str, multiprocessors: int = 132) -> cuda.Tuning:
+def changed(base: nvrtc.Tuning, name: str, multiprocessors: int = 132) -> nvrtc.Tuning:
     """The tuning that a name stands for: the changes to ``base`` that it lists.
 
     Args:
@@ -95,7 +95,7 @@ def changed(base: cuda.Tuning, name: str, multiprocessors: int = 132) -> cuda.Tu
             tuning = tuning._replace(**{word: int(rest)})
         elif word.isdigit() and rest in ("threads", "elements"):
             tuning = tuning._replace(**{{"threads": "threads", "elements": "per_thread"}[rest]: int(word)})
-        elif rest == "ahead" and word in cuda.AHEAD:
+        elif rest == "ahead" and word in nvrtc.AHEAD:
             tuning = tuning._replace(ahead=word)
         elif change == "one wave":
             tuning = tuning._replace(passes=1 << 20, grid=multiprocessors * tuning.resident * 99 // 100)
@@ -104,9 +104,9 @@ def changed(base: cuda.Tuning, name: str, multiprocessors: int = 132) -> cuda.Tu
     return tuning
 
 
-def base_of(case: str, capability: int) -> cuda.Tuning:
+def base_of(case: str, capability: int) -> nvrtc.Tuning:
     """The present choice."""
-    return cuda.tunings_for(capability).of(CASES[case].dtype)
+    return nvrtc.tunings_for(capability).of(CASES[case].dtype)
 
 
 def compile_all(names: Sequence[str], cases: Sequence[str], capabilities: Sequence[int]) -> list[dict[str, Any]]:
@@ -114,9 +114,9 @@ def compile_all(names: Sequence[str], cases: Sequence[str], capabilities: Sequen
 
     def one(capability: int, name: str, case: str) -> dict[str, Any]:
         row: dict[str, Any] = {"capability": capability, "variant": name, "case": case}
-        kernel = CASES[case].kernel(changed(base_of(case, capability), name))._replace(capacity=cuda.SMALL)
+        kernel = CASES[case].kernel(changed(base_of(case, capability), name))._replace(capacity=nvrtc.SMALL)
         try:
-            image = cuda.image(kernel, cuda.architecture(capability))
+            image = nvrtc.image(kernel, nvrtc.architecture(capability))
         except RuntimeError as error:
             return {**row, "error": str(error)[:4000]}
         try:
@@ -148,13 +148,13 @@ def tensors_of(optimizer: Lion8bit) -> list[torch.Tensor]:
     return [tensor.flatten().view(torch.uint8) for tensor in tensors]
 
 
-def differing(tunings: dict[str, cuda.Tuning], case: str, gpu: cuda.Device, device: torch.device) -> list[str]:
+def differing(tunings: dict[str, nvrtc.Tuning], case: str, gpu: cuda.Device, device: torch.device) -> list[str]:
     """The variants whose bits are not those of the first, on some shape."""
     found = []
     for shape in SHAPES:
         expected = None
         for name, tuning in tunings.items():
-            gpu.tunings = cuda.Tunings(tuning, tuning)
+            gpu.tunings = nvrtc.Tunings(tuning, tuning)
             optimizer = optimizer_of(case, shape, device)
             for _ in range(3):
                 optimizer.step()
@@ -178,7 +178,7 @@ def milliseconds(work: Any, times: int) -> float:
 
 
 def time_case(
-    tunings: dict[str, cuda.Tuning], case: str, gpu: cuda.Device, device: torch.device, settings: argparse.Namespace
+    tunings: dict[str, nvrtc.Tuning], case: str, gpu: cuda.Device, device: torch.device, settings: argparse.Namespace
 ) -> dict[str, Any]:
     """Rounds over all variants on one large tensor, as many as the time allows; at least one."""
     elements = 1 << settings.log2
@@ -195,7 +195,7 @@ def time_case(
         order = list(tunings)
         random.Random(number).shuffle(order)
         for name in order:
-            gpu.tunings = cuda.Tunings(tunings[name], tunings[name])
+            gpu.tunings = nvrtc.Tunings(tunings[name], tunings[name])
             times[name].append(milliseconds(optimizer.step, STEPS))
         if time.monotonic() > settings.end:
             break
@@ -244,7 +244,7 @@ def parse() -> argparse.Namespace:
     settings.variant = list(dict.fromkeys(["base", *settings.variant]))
     try:
         for name in settings.variant:
-            changed(cuda.Tuning(), name)
+            changed(nvrtc.Tuning(), name)
     except ValueError as error:
         options.error(f"--variant: {error}")
     if not settings.dry and (reason := cuda.unavailable_reason()):

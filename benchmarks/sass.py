@@ -21,7 +21,7 @@ from common import console, environment, new_table, parser, progress, write_json
 from machine import program
 from rich.console import Console
 
-from lion8bit.backends import cuda
+from lion8bit.backends import nvrtc
 from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING
 
 DESCRIPTION = """\
@@ -67,10 +67,10 @@ class Case:
     on_device: bool = False
     general: bool = False  # with some flag
 
-    def kernel(self, tuning: cuda.Tuning) -> cuda.Kernel:
+    def kernel(self, tuning: nvrtc.Tuning) -> nvrtc.Kernel:
         """What is compiled."""
         kind = (self.dtype, self.dtype, True, self.block_size, WEIGHT_ROUNDING[self.rounding])
-        return cuda.Kernel(*kind, self.general, cuda.LARGE, self.on_device, tuning)
+        return nvrtc.Kernel(*kind, self.general, nvrtc.LARGE, self.on_device, tuning)
 
     @property
     def bytes_per_element(self) -> float:
@@ -369,14 +369,14 @@ def resources(image: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
 
 
-def compile_by_nvcc(kernel: cuda.Kernel, arch: str, folder: Path) -> bytes:
-    """What `cuda.compile_kernel` returns, by the toolkit's compiler."""
+def compile_by_nvcc(kernel: nvrtc.Kernel, arch: str, folder: Path) -> bytes:
+    """What `nvrtc.compile_kernel` returns, by the toolkit's compiler."""
     target = folder / "kernel.cubin"
-    options = [option.decode() for option in cuda.compile_options(kernel, arch)]
-    for name, content in cuda.sources().items():
+    options = [option.decode() for option in nvrtc.compile_options(kernel, arch)]
+    for name, content in nvrtc.sources().items():
         (folder / name).write_bytes(content)
     subprocess.run(
-        ["nvcc", "-cubin", *options, "-o", target, folder / cuda.SOURCES[0]], check=True, capture_output=True
+        ["nvcc", "-cubin", *options, "-o", target, folder / nvrtc.SOURCES[0]], check=True, capture_output=True
     )
     return target.read_bytes()
 
@@ -390,18 +390,18 @@ def compiler(nvcc: bool) -> str:
     try:
         return f"NVRTC {metadata.version('nvidia-cuda-nvrtc')}"
     except metadata.PackageNotFoundError:
-        return "NVRTC {}.{}".format(*cuda.toolchain()[0])
+        return "NVRTC {}.{}".format(*nvrtc.toolchain()[0])
 
 
 def examine(case: Case, capability: int, nvcc: bool) -> dict[str, Any]:
     """All figures of one kernel for one kind of GPU."""
     arch, chip = f"sm_{capability}", CHIPS[capability]
-    kernel = case.kernel(tuning := cuda.tunings_for(capability).of(case.dtype))
+    kernel = case.kernel(tuning := nvrtc.tunings_for(capability).of(case.dtype))
     if nvcc:
         with tempfile.TemporaryDirectory() as folder:
             image = compile_by_nvcc(kernel, arch, Path(folder))
     else:
-        image = cuda.compile_kernel(kernel, arch)
+        image = nvrtc.compile_kernel(kernel, arch)
     used = resources(image)
     path, around = hot_path(parse(inspect(image, "nvdisasm", "-c")), case.accesses(tuning.per_thread))
     cycles = busy(path, chip)
@@ -417,7 +417,7 @@ def examine(case: Case, capability: int, nvcc: bool) -> dict[str, Any]:
     }
 
 
-def every_kernel(capability: int) -> Iterator[cuda.Kernel]:
+def every_kernel(capability: int) -> Iterator[nvrtc.Kernel]:
     """All kernels that a GPU may need, by dtypes, rounding, momentum, block size, flags and what the device decides."""
     roundings = {FP32: ["nearest"], BF16: list(WEIGHT_ROUNDING), FP16: ["nearest", "stochastic"]}
     for param, grad in itertools.product(roundings, roundings):
@@ -425,12 +425,12 @@ def every_kernel(capability: int) -> Iterator[cuda.Kernel]:
         for rounding, momentum in itertools.product(roundings[param], momenta):
             for general, on_device in itertools.product((False, True), (False, True)):
                 kind = (param, grad, *momentum, WEIGHT_ROUNDING[rounding], general)
-                yield cuda.Kernel(*kind, cuda.LARGE, on_device, cuda.tunings_for(capability).of(param))
+                yield nvrtc.Kernel(*kind, nvrtc.LARGE, on_device, nvrtc.tunings_for(capability).of(param))
 
 
-def spills(kernel: cuda.Kernel, capability: int) -> int:
+def spills(kernel: nvrtc.Kernel, capability: int) -> int:
     """Bytes of local memory that a kernel takes, for registers that did not suffice."""
-    used = resources(cuda.compile_kernel(kernel, f"sm_{capability}"))
+    used = resources(nvrtc.compile_kernel(kernel, f"sm_{capability}"))
     return used["STACK"] + used["LOCAL"]
 
 

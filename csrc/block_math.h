@@ -1,12 +1,11 @@
-// Owns the momentum format and the arithmetic of one element, for every backend; loops, memory and dispatch live in the
-// kernels.
+// The momentum format and the arithmetic of one element, shared by all kernels.
 //
 // Functions are templates over the lane type F: `float` in the CUDA kernel, a SIMD vector of floats in the CPU kernel.
-// Each operation rounds once, in the order written, without fused multiply-add (-ffp-contract=off, --fmad=false), so
-// that every backend gives the bits of lion8bit/reference.py, which is the specification.
+// Each operation rounds once, in the order written, without fused multiply-add (-ffp-contract=off, --fmad=false). So
+// every backend gives the bits of lion8bit/reference.py, which is the specification.
 #pragma once
 
-#if defined(__CUDACC_RTC__)  // NVRTC brings no standard headers
+#if defined(__CUDACC_RTC__)  // NVRTC has no standard headers
 using int8_t = signed char;
 using int16_t = short;
 using uint16_t = unsigned short;
@@ -30,20 +29,19 @@ namespace lion8bit {
 
 // ---- The state format, version 4 -----------------------------------------------------------------------------------
 //
-// A parameter is [rows, cols] in memory order: rows = shape[0], or 1 for a vector and where shape[0] rows would be
-// shorter than a block. A row is cut into ceil(cols / block_size) blocks, the last may be short.
+// A parameter is [rows, cols] in memory order. rows is shape[0], or 1 for a vector and where rows would be shorter than
+// a block. A row has ceil(cols / block_size) blocks; the last one may be short.
 //
 //   codes   [rows, cols]            int8   -127..127; 0 is an exact zero
-//   scales  [rows, blocks_per_row]  fp32   s = max |m| over the block, 0 where that is below kMinScale; its low byte is
-//                                          the block's dither
+//   scales  [rows, blocks_per_row]  fp32   s = max |m| over the block, or 0 if that is below kMinScale; its low byte is
+//                                          the dither of the block
 
 constexpr int32_t kFormatVersion = 4;
-constexpr int32_t kMaxBlockSize = 256;      // block sizes are 64, 128 and 256
-constexpr float kRangeSquared = 16002.25f;  // A * A, A = 126.5: |A + dither| rounds to at most 127
-constexpr float kMinScale = 0x1p-100f;      // below it a block is all zero
-constexpr int32_t kDitherMask = 0xff;       // the scale's bits that hold the dither
-constexpr int32_t kOverflowBits = (120 + 127)
-                                  << 23;  // gradients of 2^120 and above are treated as infinite: no overflow later
+constexpr int32_t kMaxBlockSize = 256;                // block sizes are 64, 128 and 256
+constexpr float kRangeSquared = 16002.25f;            // A * A, A = 126.5: |A + dither| rounds to at most 127
+constexpr float kMinScale = 0x1p-100f;                // below it a block is all zero
+constexpr int32_t kDitherMask = 0xff;                 // the scale's bits that hold the dither
+constexpr int32_t kOverflowBits = (120 + 127) << 23;  // gradients of 2^120 and more count as infinite: no overflow
 
 static_assert(126.5f * 126.5f == kRangeSquared, "A * A must be exact");
 
@@ -55,15 +53,15 @@ enum Flag : uint32_t { kMaximize = 1, kCoupledDecay = 2, kCautious = 4, kUnscale
 struct Hyper {
     float lr;             // length of a step
     float decay;          // factor on the parameter: 1 - lr * weight_decay, or 1 where decay is coupled
-    float coupled_decay;  // times the parameter, added to the gradient (kCoupledDecay)
+    float coupled_decay;  // coupled_decay * parameter is added to the gradient (kCoupledDecay)
     float blend;          // update = sign(blend * m + one_minus_blend * g)
     float one_minus_blend;
     float beta;  // m <- beta * m + one_minus_beta * g
     float one_minus_beta;
-    float unscale;            // times the gradient, before all else (kUnscale)
+    float unscale;            // the gradient is multiplied by it first (kUnscale)
     uint32_t flags;           // Flag bits
     int32_t block_size;       // 64, 128 or 256
-    int32_t weight_rounding;  // WeightRounding; parameters of 16 bits only, kCompensated of bf16 only
+    int32_t weight_rounding;  // WeightRounding of 16-bit parameters; kCompensated is for bf16 only
 };
 static_assert(sizeof(Hyper) == 44, "mirrored by lion8bit/layout.py");
 
@@ -73,13 +71,13 @@ struct TensorRow {
     const void* grad;  // [rows, cols] of grad_dtype
     void* momentum;    // [rows, cols] int8 codes, or fp32 values where scales is null; updated in place
     float* scales;     // [rows, blocks_per_row] fp32, updated in place
-    int8_t* residual;  // [rows, cols] int8 below a bf16 param, updated in place; null unless weights are compensated
+    int8_t* residual;  // [rows, cols] int8, the next 8 bits of a bf16 param, updated in place; null unless kCompensated
     int64_t rows;
     int64_t cols;
-    uint32_t first;       // index of the first element within the whole parameter, of which this may be a shard
-    uint32_t row_stride;  // elements of the whole from the start of a row to that of the next; both modulo 2^32
-    uint32_t seed;        // tells parameters apart in stochastic rounding
-    uint32_t step;        // counts this parameter's updates from 1; or indexes Launch::counters of the CUDA kernel
+    uint32_t first;       // index of the first element in the whole parameter, of which this may be a shard
+    uint32_t row_stride;  // elements of the whole parameter from one row to the next; `first` and this are modulo 2^32
+    uint32_t seed;        // of stochastic rounding; differs between parameters
+    uint32_t step;        // number of this update, from 1; or an index into Launch::counters of the CUDA kernel
     int16_t param_dtype;  // Dtype
     int16_t grad_dtype;   // Dtype
     int32_t hyper;        // index into the array of Hyper
@@ -97,9 +95,9 @@ template <class To, class From> LION8BIT_FN To bit_cast(From from) {
     return to;
 }
 
-template <class F> struct LanesOf;  // what F needs besides operators; the SIMD specialisation stands in the CPU kernel
+template <class F> struct LanesOf;  // what F needs besides operators; the SIMD specialisation is in the CPU kernel
 #if defined(__CUDACC__) || defined(LION8BIT_EMULATED)
-// IEEE square root and division without their branches, for the arguments that occur here.
+// IEEE square root and division without branches, for the arguments that occur here.
 #if defined(__CUDACC__)
 LION8BIT_FN float approximate_reciprocal(float x) {
     float y;
@@ -111,26 +109,26 @@ LION8BIT_FN float approximate_reciprocal_root(float x) {
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-#else  // tests/emulator has its own
+#else  // defined by tests/emulator
 float approximate_reciprocal(float x);
 float approximate_reciprocal_root(float x);
 #endif
 template <> struct LanesOf<float> {
     using Int = int32_t;
     using Uint = uint32_t;
-    // The root of |x| with the sign of x, by the steps that nvcc emits for __fsqrt_rn on sm_75 to sm_120 where |x| is
-    // neither tiny nor huge. Adding 2^-80 changes no |x| of 2^-55 or more, and keeps the reciprocal root finite at 0.
-    // The root of a smaller |x| need not be exact, because it is far below the last bit of the dither.
+    // The root of |x| with the sign of x. These are the steps that nvcc emits for __fsqrt_rn on sm_75 to sm_120 where
+    // |x| is neither tiny nor huge. Adding 2^-80 changes no |x| of 2^-55 or more, and keeps the reciprocal root finite
+    // at 0. The root of a smaller |x| need not be exact, because it is far below the last bit of the dither.
     static LION8BIT_FN float signed_root(float x) {
         const float y = approximate_reciprocal_root(fabsf(x) + 0x1p-80f), size = fabsf(x) * y, root = x * y;
         return __fmaf_rn(__fmaf_rn(-root, size, x), y * 0.5f, root);
     }
     static LION8BIT_FN float subtract_where(bool condition, float a, float b) { return condition ? a - b : a; }
     static LION8BIT_FN int32_t truncate(float x) { return __float2int_rz(x); }
-    // To nearest even; the low byte is that of the integer, which 1.5 * 2^23 brings to the end of the significand.
+    // To nearest even. Adding 1.5 * 2^23 puts the integer at the end of the significand; only the low byte is valid.
     static LION8BIT_FN int32_t round(float x) { return bit_cast<int32_t>(x + 12582912.0f); }
-    // A*A / scale; both are divided by 4, so that the reciprocal never underflows. Exact for every significand, also
-    // where the approximation is off by 4 units in the last place: tests/emulator tries them all.
+    // A*A / scale. Both are divided by 4, so that the reciprocal never underflows. Exact for every significand, even if
+    // the approximation is off by 4 units in the last place; tests/emulator tries them all.
     static LION8BIT_FN float range_over(float scale) {
         constexpr float range = kRangeSquared * 0.25f;
         scale = scale * 0.25f;
@@ -155,7 +153,7 @@ template <class F> using Uint = typename LanesOf<F>::Uint;
 template <class F> LION8BIT_FN Int<F> bits(F x) { return bit_cast<Int<F>>(x); }
 template <class F> LION8BIT_FN F magnitude(F x) {
 #if defined(__CUDACC__)
-    return fabsf(x);  // no instruction, but a modifier of an operand
+    return fabsf(x);  // an operand modifier, not an instruction
 #else
     return bit_cast<F>(bits(x) & 0x7fffffff);
 #endif
@@ -164,7 +162,7 @@ template <class F> LION8BIT_FN F copy_sign(F magnitude_, F sign) {
     return bit_cast<F>((bits(sign) & int32_t(0x80000000)) | bits(magnitude_));
 }
 
-// MurmurHash3's 32-bit finaliser: a bijection whose every output bit depends on every input bit.
+// The 32-bit finaliser of MurmurHash3: a bijection; every output bit depends on every input bit.
 template <class U> LION8BIT_FN U fmix32(U h) {
     h ^= h >> 16;
     h *= 0x85ebca6bu;
@@ -176,7 +174,7 @@ template <class U> LION8BIT_FN U fmix32(U h) {
 
 // ---- The momentum code ---------------------------------------------------------------------------------------------
 
-// What encoding and decoding need of a block, all of it derived from its scale.
+// The constants of a block for encoding and decoding, all derived from its scale.
 struct Codec {
     float dither;       // u in (-1/2, 1/2), the low byte of the scale
     float encode_gain;  // A*A / s, or 0 for an all-zero block
@@ -192,15 +190,15 @@ LION8BIT_FN Codec encoder(float scale) {
 }
 LION8BIT_FN Codec decoder(float scale) { return {dither(scale), 0.0f, scale * (1.0f / kRangeSquared)}; }
 
-// The scale of a block whose momentum only decays: scale * beta, rounded so that the dither, and with it every code,
-// stays as it is. Below kMinScale the block has to be encoded, to zero.
+// The scale of a block whose momentum only decays: scale * beta, rounded so that the dither does not change. Then the
+// codes need not change either. If the result is below kMinScale, the block must be encoded, to zeros.
 LION8BIT_FN float decayed_scale(float scale, float beta) {
     const int32_t byte = bits(scale) & kDitherMask;
     return bit_cast<float>(((bits(scale * beta) - byte + kDitherMask / 2 + 1) & ~kDitherMask) | byte);
 }
 
-// code = rint(copysign(sqrt(|m| * A*A/s), m) + u), which is 0 for a zero. The low byte of the result is the code.
-// In two parts, between which others may work: roots take long.
+// code = rint(copysign(sqrt(|m| * A*A/s), m) + u), which is 0 for m = 0. The low byte of the result is the code.
+// There are two functions so that the caller can put other work between them, because square roots have a long latency.
 template <class F> LION8BIT_FN F root(F momentum, const Codec& codec) {
     return LanesOf<F>::signed_root(momentum * codec.encode_gain);
 }
@@ -208,8 +206,7 @@ template <class F> LION8BIT_FN Int<F> encode(F root_, const Codec& codec) {
     return LanesOf<F>::round(root_ + codec.dither);
 }
 
-// m = t*|t| * (s * 1/(A*A)), t = code - u; 0 for the code 0.
-// NoZeros: the caller knows that the code is not 0.
+// m = t*|t| * (s * 1/(A*A)), t = code - u; 0 for the code 0. NoZeros: the caller knows that the code is not 0.
 template <bool NoZeros = false, class F> LION8BIT_FN F decode(F code, const Codec& codec) {
     const F t = code - codec.dither;
     const F value = t * magnitude(t) * codec.decode_gain;
@@ -219,11 +216,13 @@ template <bool NoZeros = false, class F> LION8BIT_FN F decode(F code, const Code
 
 // ---- The Lion step -------------------------------------------------------------------------------------------------
 
-// Updates one element in place. Returns whether it was skipped: a bad gradient leaves the element as it is. `grad`
-// comes back as it enters the formulas; where it is zero in all of a block, the block's codes stay and its scale
-// decays. General is false where no flag is set: the same arithmetic without the tests. Trusted: the caller knows that
-// the gradient is finite. Clamped: and that `blend` and `one_minus_blend` are so large that a blended momentum which is
-// not 0 is at least lr, and finite; nor is it -0.
+// Updates one element in place and returns whether it was skipped because of a bad gradient. `grad` returns the
+// gradient that entered the formulas: if it is zero in a whole block, only the scale of the block changes.
+//
+// General:  false if no flag is set; the tests of flags are then left out.
+// Trusted:  the caller knows that the gradient is finite.
+// Clamped:  the caller also knows that the blended momentum is finite, is not -0, and is 0 or at least lr in magnitude,
+//           because `blend` and `one_minus_blend` are large enough.
 // H is Hyper, or has the same fields in lanes.
 template <bool General, bool Trusted = false, bool Clamped = false, class H, class F>
 LION8BIT_FN auto lion_step(const H& hyper, F& param, F& grad, F& momentum) {
@@ -261,7 +260,7 @@ LION8BIT_FN auto lion_step(const H& hyper, F& param, F& grad, F& momentum) {
 
 // ---- 16-bit numbers ------------------------------------------------------------------------------------------------
 //
-// A 16-bit pattern travels in the low half of a 32-bit lane.
+// A 16-bit pattern is in the low half of a 32-bit lane.
 
 template <class F> LION8BIT_FN F from_bfloat16(Uint<F> pattern) { return bit_cast<F>(pattern << 16); }
 
@@ -271,13 +270,12 @@ template <class F> LION8BIT_FN F from_float16(Uint<F> pattern) {
     return bit_cast<F>(bit_cast<Uint<F>>(scaled) | special | ((pattern & 0x8000u) << 16));
 }
 
-// `random` is 16 uniform bits: the value is rounded away from zero with the probability that makes the rounding
-// unbiased.
-// Number: the caller knows that x is no NaN.
+// `random` is 16 uniform bits; stochastic rounding uses them so that it is unbiased.
+// Number: the caller knows that x is not NaN.
 template <int32_t rounding, bool Number = false, class F> LION8BIT_FN Uint<F> to_bfloat16(F x, Uint<F> random) {
     const Uint<F> pattern = bit_cast<Uint<F>>(x);
     const Uint<F> increment = rounding == kStochastic ? random : ((pattern >> 16) & 1u) + 0x7fffu;
-    const Uint<F> rounded = (pattern + increment) >> 16;  // infinity stays infinity: the increment is below 2^16
+    const Uint<F> rounded = (pattern + increment) >> 16;  // infinity stays, because the increment is below 2^16
     if constexpr (Number) return rounded;
     return x != x ? Uint<F>{} + 0x7fc0u : rounded;
 }
@@ -285,12 +283,12 @@ template <int32_t rounding, bool Number = false, class F> LION8BIT_FN Uint<F> to
 template <int32_t rounding, class F> LION8BIT_FN Uint<F> to_float16(F x, Uint<F> random) {
     const Uint<F> pattern = bit_cast<Uint<F>>(x);
     const Uint<F> size = pattern & 0x7fffffffu;
-    const F units = magnitude(x) * 0x1p24f;  // in steps of the smallest subnormal; exact where it is used
+    const F units = magnitude(x) * 0x1p24f;  // in units of the smallest subnormal; exact where it is used
     Uint<F> normal, subnormal;
     if constexpr (rounding == kStochastic) {
         normal = (size + (random >> 3)) >> 13;
         const F threshold =
-            bit_cast<F>((random >> 2) + 0x4b000000u) - 0x1p23f;  // 14 bits: a whole number of units stays put
+            bit_cast<F>((random >> 2) + 0x4b000000u) - 0x1p23f;  // 14 bits; a whole number of units does not change
         subnormal = bit_cast<Uint<F>>(LanesOf<F>::truncate(units < 1024.0f ? units + threshold * 0x1p-14f : F{}));
     } else {
         normal = (size + ((size >> 13) & 1u) + 0xfffu) >> 13;
@@ -309,35 +307,34 @@ template <int32_t rounding, class F> LION8BIT_FN Uint<F> to_float16(F x, Uint<F>
 //
 //   fp32 bits = (bf16 bits << 16) + (residual << 8)
 //
-// Zero, infinity and NaN have no residual: there it is not read, so that a weight which is set to one of them from
-// outside is exactly that.
+// The residual of zero, infinity and NaN is not read. So a weight that other code sets to one of them has that value.
 
-// `shifted` is the residual times 2^8. Number: the caller knows that the bf16 part is neither zero, infinity nor NaN.
+// `shifted` is the residual * 2^8. Number: the caller knows that the bf16 part is not zero, infinity or NaN.
 template <class F, bool Number = false> LION8BIT_FN F from_compensated(Uint<F> pattern, Uint<F> shifted) {
     if constexpr (Number) return bit_cast<F>((pattern << 16) + shifted);
     const auto has_residual = (pattern & 0x7fffu) - 1u < 0x7f7fu;
     return bit_cast<F>((pattern << 16) + (has_residual ? shifted : Uint<F>{}));
 }
 
-// To 24 bits, to nearest even, as an fp32 pattern whose low byte means nothing.
-// Number: the caller knows that x is no NaN.
+// Rounds to 24 bits, to nearest even. The result is an fp32 pattern whose low byte has no meaning.
+// Number: the caller knows that x is not NaN.
 template <bool Number = false, class F> LION8BIT_FN Uint<F> to_24_bits(F x) {
     const Uint<F> pattern = bit_cast<Uint<F>>(x);
     const Uint<F> rounded = pattern + ((pattern >> 8) & 1u) + 0x7fu;
     if constexpr (Number) return rounded;
     return x != x ? Uint<F>{} + 0x7fc00000u : rounded;
 }
-// The two parts of what `to_24_bits` returns; the residual is the low byte of its own.
+// The two parts of a result of `to_24_bits`; the residual is the low byte of `residual_part`.
 template <class U> LION8BIT_FN U bfloat16_part(U rounded) { return (rounded + 0x8000u) >> 16; }
 template <class U> LION8BIT_FN U residual_part(U rounded) { return rounded >> 8; }
 
 // ---- Random bits for stochastic rounding ---------------------------------------------------------------------------
 //
-// A function of (parameter, its update count, element) alone: it needs no state, and shards agree with the whole. An
-// element is counted within the whole parameter, modulo 2^32.
+// A function of parameter, update count and element alone. So it needs no state, and a shard has the bits of the whole
+// parameter. Elements are counted in the whole parameter, modulo 2^32.
 
 LION8BIT_FN uint32_t random_key(uint32_t seed, uint32_t step) { return fmix32(fmix32(seed) + step); }
-// 32 bits for an element whose index is even (low half) and the next one (high half).
+// 32 bits: the low half for the element with this even index, the high half for the next element.
 template <class U> LION8BIT_FN U random_word(uint32_t key, U even) { return fmix32(even ^ key); }
 
 }  // namespace lion8bit

@@ -1,9 +1,8 @@
-// Owns the CPU loops over blocks, vectorised for one instruction set; built once per set, with LION8BIT_ISA naming it.
+// The CPU loops over blocks, vectorised for one instruction set. Compiled once per set; LION8BIT_ISA is its name.
 //
-// A block is dequantized and stepped in groups of four vectors; its new momentum waits in a buffer of the first-level
-// cache and is requantized, group by group, while the next block but one is stepped. A quick look at the gradients and
-// codes comes first: it tells whether the block is idle, and whether it is ordinary, so that no element needs a test of
-// its own.
+// A block is decoded and stepped in groups of four vectors. Its new momentum goes to a buffer in the first-level cache.
+// Encoding of block i is interleaved with stepping of block i+2. A first pass over the gradients and codes of a block
+// finds out whether it is idle (all gradients zero) and whether it is ordinary (no element needs a test).
 #include "cpu_kernel.h"
 
 #include <cstring>
@@ -24,7 +23,7 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int kGroup = 4 * kLanes;  // elements of four vectors; divides every block size
+constexpr int kGroup = 4 * kLanes;  // elements of four vectors; every block size is a multiple
 
 namespace {
 
@@ -39,11 +38,11 @@ using Floats = Vector<float>;
 template <> struct LanesOf<Floats> {
     using Int = Vector<int32_t>;
     using Uint = Vector<uint32_t>;
-    static LION8BIT_FN Floats subtract_where(Int condition, Floats a, Floats b) {  // the mask costs less than a choice
+    static LION8BIT_FN Floats subtract_where(Int condition, Floats a, Floats b) {  // a mask is cheaper than a select
         return a - (condition ? b : Floats{});
     }
-    static LION8BIT_FN Floats clamp(Floats x, Floats limit) {  // to [-limit, limit]; no NaN, limit > 0
-#if defined(__AVX2__)  // integer units are idle; patterns of negative numbers are the largest ones without a sign
+    static LION8BIT_FN Floats clamp(Floats x, Floats limit) {  // to [-limit, limit]; x is not NaN, limit > 0
+#if defined(__AVX2__)  // integer units are idle here; read as unsigned, negative numbers have the largest patterns
         const Uint pattern = bit_cast<Uint>(x), lowest = bit_cast<Uint>(-limit);
         const Int above = bit_cast<Int>(pattern < lowest ? pattern : lowest), highest = bit_cast<Int>(limit);
         return bit_cast<Floats>(above < highest ? above : highest);
@@ -86,9 +85,9 @@ using Uints = Uint<Floats>;
 
 // ---- Groups of four vectors in memory -------------------------------------------------------------------------------
 //
-// Narrow elements are widened and narrowed again by instructions that work inside parts of 128 bits. Where they take
-// part, a group is in woven order: of each two vectors the first holds the even and the second the odd runs of four
-// elements. With four lanes that is the plain order.
+// The instructions that widen and narrow elements work inside 128-bit parts of a register. If a tensor has 16-bit
+// elements, a group is therefore in woven order: of each two vectors the first holds the even and the second the odd
+// runs of four elements. With four lanes this is the plain order.
 
 template <class T> struct Pair {
     T first, second;
@@ -102,14 +101,14 @@ template <class V, class T> LION8BIT_FN V load(const T* from) {
 template <class V, class T> LION8BIT_FN void store(T* to, V vector) { std::memcpy(to, &vector, sizeof(vector)); }
 
 #if defined(__AVX512F__)
-using Whole = __m512i;  // a register
+using Whole = __m512i;  // a whole register
 #elif defined(__AVX2__)
 using Whole = __m256i;
 #elif defined(LION8BIT_X86)
 using Whole = __m128i;
 #endif
 
-// Two vectors between plain and woven order.
+// Convert two vectors from plain to woven order, and back.
 LION8BIT_FN Pair<Floats> weave(Floats a, Floats b) {
 #if defined(__AVX512F__)
     return {_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)};
@@ -129,7 +128,7 @@ LION8BIT_FN Pair<Floats> unweave(Floats even, Floats odd) {
 #endif
 }
 
-// 16-bit patterns, each in the low half of its lane or, with `high`, in the high half with zeros below; woven.
+// Reads 16-bit patterns into the low half of each lane or, with `high`, into the high half; woven order.
 template <bool high> LION8BIT_FN Pair<Uints> from_words(const uint16_t* from) {
 #if defined(LION8BIT_X86)
     const auto words = load<Whole>(from);
@@ -154,7 +153,7 @@ template <bool high> LION8BIT_FN Pair<Uints> from_words(const uint16_t* from) {
 #endif
 }
 
-// The low halves of woven lanes, each below 2^16.
+// Writes the low halves of lanes in woven order; each lane is below 2^16.
 LION8BIT_FN void to_words(uint16_t* to, Pair<Uints> patterns) {
 #if defined(LION8BIT_X86)
     const auto a = bit_cast<Whole>(patterns.first), b = bit_cast<Whole>(patterns.second);
@@ -162,7 +161,7 @@ LION8BIT_FN void to_words(uint16_t* to, Pair<Uints> patterns) {
     store(to, _mm512_packus_epi32(a, b));
 #elif defined(__AVX2__)
     store(to, _mm256_packus_epi32(a, b));
-#else  // only the signed form, which keeps what has been sign-extended
+#else  // SSE2 has only the signed form, which keeps sign-extended values
     store(to, _mm_packs_epi32(_mm_srai_epi32(_mm_slli_epi32(a, 16), 16), _mm_srai_epi32(_mm_slli_epi32(b, 16), 16)));
 #endif
 #else
@@ -172,7 +171,7 @@ LION8BIT_FN void to_words(uint16_t* to, Pair<Uints> patterns) {
 }
 
 #if defined(__AVX2__)
-// Of each part of 128 bits the run of four bytes that begins at `starts`, each in the highest byte of a lane.
+// Takes from each 128-bit part the run of four bytes at `starts` and puts each byte into the highest byte of a lane.
 LION8BIT_FN Ints spread_bytes(Whole bytes, const int (&starts)[kLanes / 4]) {
     Uints order;
     for (int lane = 0; lane < kLanes; ++lane) order[lane] = (starts[lane / 4] + lane % 4) << 24 | 0x00ffffff;
@@ -184,11 +183,11 @@ LION8BIT_FN Ints spread_bytes(Whole bytes, const int (&starts)[kLanes / 4]) {
 }
 #endif
 
-// Bytes, each in the highest byte of its lane with zeros below.
+// Reads bytes into the highest byte of each lane; the other bytes are zero.
 template <bool woven> LION8BIT_FN Pair<Ints> from_bytes(const int8_t* from) {
 #if defined(__AVX512F__)
     if constexpr (woven) {
-        const __m512i runs = _mm512_cvtepu32_epi64(load<__m256i>(from));  // two in each part
+        const __m512i runs = _mm512_cvtepu32_epi64(load<__m256i>(from));  // two runs in each part
         return {spread_bytes(runs, {0, 0, 0, 0}), spread_bytes(runs, {8, 8, 8, 8})};
     }
     return {spread_bytes(_mm512_broadcast_i32x4(load<__m128i>(from)), {0, 4, 8, 12}),
@@ -206,7 +205,7 @@ template <bool woven> LION8BIT_FN Pair<Ints> from_bytes(const int8_t* from) {
 #endif
 }
 
-// A group of integers in [-128, 127] as bytes.
+// Writes a group of integers in [-128, 127] as bytes.
 template <bool woven> LION8BIT_FN void to_bytes(int8_t* to, const Ints (&group)[4]) {
 #if defined(LION8BIT_X86)
     Whole v[4];
@@ -228,11 +227,12 @@ template <bool woven> LION8BIT_FN void to_bytes(int8_t* to, const Ints (&group)[
 #endif
 }
 
-// How a parameter or gradient of each dtype is read, and how a parameter is written, two vectors at a time.
+// Reading of parameters and gradients and writing of parameters by dtype, two vectors at a time.
 struct Float32 {
     using Element = float;
-    static constexpr uint32_t kSign = 0x80000000u, kLarge = 0x40000000u;  // of a word in memory; large: at least 2
-    static constexpr int32_t kTooLarge = 0x43800000;                      // the pattern of kOrdinaryLimit
+    static constexpr uint32_t kSign = 0x80000000u,
+                              kLarge = 0x40000000u;   // bits of a word in memory; kLarge: at least 2
+    static constexpr int32_t kTooLarge = 0x43800000;  // the pattern of kOrdinaryLimit
     template <bool woven> static LION8BIT_FN Pair<Floats> read(const float* from) {
         const auto a = load<Floats>(from), b = load<Floats>(from + kLanes);
         return woven ? weave(a, b) : Pair<Floats>{a, b};
@@ -251,7 +251,7 @@ struct Bfloat16 {
         const Pair<Uints> patterns = from_words<true>(from);
         return {bit_cast<Floats>(patterns.first), bit_cast<Floats>(patterns.second)};
     }
-    // A NaN here comes from a bf16 NaN, whose low 16 bits are zero: it stays one without care.
+    // A NaN here comes from a bf16 NaN, whose low 16 bits are zero, so rounding keeps it a NaN without a test.
     template <bool, int32_t rounding>
     static LION8BIT_FN void write(uint16_t* to, Floats a, Floats b, Pair<Uints> random) {
         to_words(to, {to_bfloat16<rounding, true>(a, random.first), to_bfloat16<rounding, true>(b, random.second)});
@@ -302,13 +302,14 @@ LION8BIT_FN bool any_set(Ints x, uint32_t mask) {
 
 // ---- Ordinary blocks ------------------------------------------------------------------------------------------------
 //
-// Where the gradients are below 256, no code is 0 and the scale is in [2^-56, 256), elements need no tests
-// of their own, if in addition 2^-6 <= blend <= 1, 0 <= one_minus_blend <= 1 and 0 < lr <= 1:
+// A block is ordinary if its gradients are below 256, no code is 0 and the scale is in [2^-56, 256). The group must
+// have 2^-6 <= blend <= 1, 0 <= one_minus_blend <= 1 and 0 < lr <= 1. Then no element needs a test:
 //
-// - Momenta are normal numbers: |t| is at least 2^-9, |m| at least 2^-56 * 2^-18 * 2^-14. So codes may stay shifted to
-//   the top of a lane, 2^24 times as large: powers of two cancel exactly.
-// - The products with blend and one_minus_blend, taken 2^118 times as large, do not overflow. Their sum is zero, or at
-//   least half a unit in the last place of blend * m, which is 2^118 * 2^-94 * 2^-24 or more: not below 1, nor lr.
+// - Momenta are normal numbers: |t| is at least 2^-9, so |m| is at least 2^-56 * 2^-18 * 2^-14. So codes may stay in
+// the
+//   top byte of a lane, which makes them 2^24 times as large, because powers of two cancel exactly.
+// - Products with blend and one_minus_blend, both multiplied by 2^118, do not overflow. Their sum is zero, or at least
+//   half a unit in the last place of blend * m, which is at least 2^118 * 2^-94 * 2^-24 = 1, so at least lr.
 constexpr float kOrdinaryLimit = 256.0f, kOrdinaryScale = 0x1p-56f, kBlendFactor = 0x1p118f;
 
 LION8BIT_FN bool may_be_ordinary(const Hyper& hyper) {
@@ -321,7 +322,7 @@ struct WideHyper {
     Floats lr, decay, coupled_decay, blend, one_minus_blend, beta, one_minus_beta, unscale;
     uint32_t flags;
     float scalar_beta;
-    bool tame;  // blocks may be ordinary
+    bool tame;  // blocks of this group may be ordinary
 };
 LION8BIT_FN WideHyper widen(const Hyper& hyper, float blend_factor = 1.0f) {
     const auto wide = [](float x) { return x - Floats{}; };
@@ -344,13 +345,13 @@ LION8BIT_FN Codec shifted(const Codec& codec) {
 
 struct Look {
     bool idle;      // all gradients of the block are zero
-    bool ordinary;  // gradients and codes are
+    bool ordinary;  // the gradients and codes are those of an ordinary block
 };
 template <class Grad> LION8BIT_FN Look look(const typename Grad::Element* grad, const int8_t* codes, int length) {
     using Element = std::conditional_t<sizeof(typename Grad::Element) == 2, int16_t, int32_t>;
     typedef Element Numbers __attribute__((vector_size(kLanes * 4)));
     typedef uint8_t Bytes __attribute__((vector_size(kGroup)));
-    constexpr int kVectors = sizeof(Element);  // of a group
+    constexpr int kVectors = sizeof(Element);  // vectors of a group
     const auto numbers = [grad](int at, int i) {
         return load<Numbers>(reinterpret_cast<const char*>(grad + at) + i * sizeof(Numbers));
     };
@@ -381,8 +382,8 @@ struct Roots {
     Floats of[4];
 };
 
-// A block that has been stepped and is encoded while the next but one is stepped: this hides the latency of its scale,
-// and the square roots, of which a processor starts few, run beside other work.
+// A stepped block i that is encoded while block i+2 is stepped. This hides the latency of its scale, and the square
+// roots, whose throughput is low, run beside other work.
 template <bool woven> struct Waiting {
     bool any = false;
     const float* momentum = nullptr;
@@ -403,8 +404,8 @@ template <bool woven> struct Waiting {
     }
 };
 
-// 16 random bits for each element of a block, whose first one is `element` in the whole parameter. They begin at the
-// returned place in `random`, which has room for two vectors more.
+// Writes 16 random bits for each element of a block to `random`, and returns where they begin there. `element` is the
+// index of the block's first element in the whole parameter. `random` has room for two more vectors.
 LION8BIT_FN const uint16_t* fill_random(uint16_t* random, uint32_t key, uint32_t element, int length) {
     const int odd = element % 2;
     Uints even;
@@ -420,17 +421,17 @@ LION8BIT_FN const uint16_t* fill_random(uint16_t* random, uint32_t key, uint32_t
 
 #define LION8BIT_INLINE __attribute__((always_inline))
 
-// Where blocks that follow each other in memory lie.
+// Addresses of blocks that follow each other in memory.
 template <class Param, class Grad, class Momentum> struct Blocks {
     Param* param;
     const Grad* grad;
     Momentum* momentum;
     int8_t* residual;
     float* scale;
-    uint32_t element;  // index of the first one in the whole parameter
+    uint32_t element;  // index of the first element in the whole parameter
 };
 
-// Steps `count` blocks of `length` elements each, a multiple of kGroup.
+// Steps `count` blocks of `length` elements; `length` is a multiple of kGroup.
 template <class Param, class Grad, bool quantized, bool general, int32_t rounding, class Momentum>
 __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, typename Grad::Element, Momentum> at,
                                               int length, int64_t count, uint32_t key, const WideHyper& hyper,
@@ -439,7 +440,7 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
     int64_t skipped = 0;
     alignas(64) uint16_t random_bits[kMaxBlockSize + 2 * kLanes];
     const uint16_t* random = random_bits;
-    alignas(64) float momenta[3][kMaxBlockSize];  // of this block, of the one that is encoded and of the one between
+    alignas(64) float momenta[3][kMaxBlockSize];  // of this block and of the two before it
     float *stepped = momenta[0], *free = momenta[1], *free_next = momenta[2];
     Waiting<woven> waiting, next;
     for (; count > 0; --count) {
@@ -576,7 +577,7 @@ int64_t update_range(const TensorRow& tensor, const Hyper& options, int64_t firs
     const auto step = [&](const auto& at, int length, int64_t count) {
         return step_blocks<Param, Grad, quantized, general, rounding>(at, length, count, key, hyper, ordinary_hyper);
     };
-    // Rows that end with a whole block follow each other without a gap, here and in the whole parameter.
+    // If rows end with a whole block, blocks are contiguous across rows, here and in the whole parameter.
     if (cols % block_size == 0 && (rounding != kStochastic || tensor.row_stride == static_cast<uint32_t>(cols))) {
         const int64_t offset = first * block_size;
         return step(blocks(first, offset, offset), static_cast<int>(block_size), last - first);
@@ -593,7 +594,7 @@ int64_t update_range(const TensorRow& tensor, const Hyper& options, int64_t firs
             block += count;
             continue;
         }
-        // The short block at the end of a row: a copy, padded with elements that change nothing.
+        // The short block at the end of a row is stepped in a copy, padded with zeros, which change nothing.
         const auto length = static_cast<size_t>(cols % block_size);
         alignas(64) ParamElement param[kMaxBlockSize];
         alignas(64) GradElement grad[kMaxBlockSize];
@@ -612,7 +613,7 @@ int64_t update_range(const TensorRow& tensor, const Hyper& options, int64_t firs
         }
         const Blocks<ParamElement, GradElement, Momentum> copy = {param,    grad,     momentum,
                                                                   residual, at.scale, at.element};
-        // Padding is bad where a factor of the group is infinite or NaN. There every element is.
+        // Padding is skipped only if a constant of the group is infinite or NaN. Then every element is skipped.
         const int64_t bad = step(copy, padded, 1), most = static_cast<int64_t>(length);
         skipped += bad < most ? bad : most;
         std::memcpy(at.param, param, length * sizeof(ParamElement));
@@ -625,7 +626,7 @@ int64_t update_range(const TensorRow& tensor, const Hyper& options, int64_t firs
 
 template <class Param, class Grad, bool quantized, int32_t rounding>
 int64_t with_flags(const TensorRow& tensor, const Hyper& hyper, int64_t first, int64_t last) {
-    // Rare combinations go without the variant that saves the tests of flags, which halves the time to build them.
+    // Rare combinations have only the general variant. This halves the time to compile them.
     constexpr bool common = quantized && !std::is_same<Param, Float16>::value && !std::is_same<Grad, Float16>::value;
     if constexpr (common) {
         if (!hyper.flags) return update_range<Param, Grad, quantized, false, rounding>(tensor, hyper, first, last);

@@ -1,52 +1,52 @@
-// Owns the CUDA kernel: how threads walk the blocks of many tensors in one launch; the arithmetic is block_math.h's.
+// The CUDA kernel: one launch steps the blocks of many tensors. The arithmetic is in block_math.h.
 //
-// lion8bit/backends/cuda.py compiles it with NVRTC, one module per combination of the LION8BIT_* macros, and packs the Launch.
-// Each thread holds 8 (or 16) consecutive elements in registers, neighbouring threads hold a block, and the largest new
-// momentum of a block travels between them by shuffles, so that each byte is read once and written once.
+// lion8bit/backends/cuda.py compiles it with NVRTC, one module per combination of the LION8BIT_* macros, and fills in
+// the Launch. A thread holds 8 or 16 consecutive elements in registers, and neighbouring threads hold a block. They
+// exchange the largest new momentum of the block by shuffles. So each byte is read once and written once.
 #include "block_math.h"
 
 namespace lion8bit {
 
-// How the kernel accesses memory: `Tuning` of lion8bit/backends/cuda.py. It changes times, never bits.
+// How the kernel accesses memory, see `Tuning` in lion8bit/backends/cuda.py. It changes times, never bits.
 constexpr int32_t kThreads = LION8BIT_THREADS;     // of a CUDA block
 constexpr int32_t kPerLane = LION8BIT_PER_THREAD;  // consecutive elements of a thread: 8 or 16
 enum Ahead : int32_t { kNothing = 0, kToCache = 1, kToRegisters = 2 };
-constexpr int32_t kAhead = LION8BIT_AHEAD;  // where the next pass's elements go while this one computes
-// LION8BIT_LOAD and LION8BIT_STORE: PTX cache hints of whole vectors, such as ".L1::no_allocate"; "" for none
+constexpr int32_t kAhead = LION8BIT_AHEAD;  // where the next pass is loaded to while this one computes
+// LION8BIT_LOAD and LION8BIT_STORE are PTX cache hints for whole vectors, such as ".L1::no_allocate", or "".
 
 constexpr uint32_t kFullWarp = 0xffffffffu;
-constexpr int32_t kMany = 1 << 30;  // more elements, and blocks, than a CUDA block steps
+constexpr int32_t kMany = 1 << 30;  // more than the elements, and blocks, of a CUDA block's share
 
-// A learning rate in device memory, of one parameter group.
+// The learning rate of one parameter group, in device memory.
 struct DeviceRate {
-    const float* lr;  // [1]; null where Hyper has the rate already
+    const float* lr;  // [1]; null if the rate is in Hyper
     double divisor;   // decay = 1 - lr / divisor * weight_decay
     double weight_decay;
 };
 
-// The updates of one parameter, where the device decides whether there is one.
+// The update count of one parameter, for launches where the device decides whether to update.
 struct Counter {
     unsigned long long updates;
-    unsigned long long arrived;  // of the launch whose first tensor this is: CUDA blocks that have read their counter
+    unsigned long long arrived;  // CUDA blocks that have read their counter, in a launch whose first tensor this is
 };
-constexpr uint32_t kUncounted = 1u << 31;  // beside the index in TensorRow::step: a later piece will count this update
+constexpr uint32_t kUncounted = 1u << 31;  // flag in TensorRow::step: a later launch will count this update
 
-// All that one launch works on, passed by value: no table on the device, no copy, and a CUDA graph keeps it.
-// What stands after `nonfinite` up to `counters`, and `rates`, is read where the kernel is compiled for it (on_device).
+// The arguments of one launch, passed by value. So there is no table on the device and no copy, and a CUDA graph keeps
+// them. `grad_scale`, `found_inf`, `counters` and `rates` are read only by kernels compiled with on_device.
 template <int32_t tensor_capacity, int32_t hyper_capacity> struct Launch {
     unsigned long long* nonfinite;        // [1], counts elements skipped for a bad gradient
-    const float* grad_scale;              // [1], what gradients are to be divided by; or null
-    const float* found_inf;               // [1], nothing is written where it is not 0; or null
+    const float* grad_scale;              // [1], gradients are divided by it; or null
+    const float* found_inf;               // [1], nothing is written if it is not 0; or null
     Counter* counters;                    // indexed by TensorRow::step, see counter_of
     int32_t count;                        // tensors in use, at least 1
     int32_t passes;                       // a CUDA block steps passes * kThreads * kPerLane elements
     int32_t first_tile[tensor_capacity];  // index of the first CUDA block of each tensor, ascending from 0
-    TensorRow tensors[tensor_capacity];      // none of them empty, unless on_device
+    TensorRow tensors[tensor_capacity];   // not empty, unless on_device
     Hyper hypers[hyper_capacity];         // indexed by TensorRow::hyper
-    DeviceRate rates[hyper_capacity];           // likewise
+    DeviceRate rates[hyper_capacity];     // indexed by TensorRow::hyper
 };
 
-// ---- The consecutive elements of a thread, as they lie in memory ----------------------------------------------------
+// ---- The consecutive elements of a thread, as in memory -------------------------------------------------------------
 
 template <int32_t bytes> struct PatternOf;
 template <> struct PatternOf<1> {
@@ -83,7 +83,7 @@ LION8BIT_FN uint2 load(const uint2* from) {
     return *from;
 }
 LION8BIT_FN void store(uint4* to, uint4 a) {
-#if defined(__CUDA_ARCH__)  // the compiler makes four stores of an assignment where it sees the words one by one
+#if defined(__CUDA_ARCH__)  // otherwise the compiler may split the assignment into four stores
     asm volatile("st.global" LION8BIT_STORE ".v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a.x), "r"(a.y), "r"(a.z),
                  "r"(a.w)
                  : "memory");
@@ -113,11 +113,11 @@ template <class T> struct Elements {
     uint32_t words[kWords];
 
     LION8BIT_FN uint32_t get(int32_t i) const { return words[i / kPerWord] >> (i % kPerWord * 8 * sizeof(T)); }
-    LION8BIT_FN void put(int32_t i, uint32_t pattern) {  // once per element, from all zero
+    LION8BIT_FN void put(int32_t i, uint32_t pattern) {  // once per element; words start as zero
         words[i / kPerWord] |= pattern << (i % kPerWord * 8 * sizeof(T));
     }
 
-    // All elements, at an address aligned to `kAlignment`.
+    // Load and store all elements, at an address aligned to `kAlignment`.
     static constexpr int32_t kAlignment = kWords == 2 ? 8 : 16;
     LION8BIT_FN void load_whole(const T* from) {
         if constexpr (kWords == 2) {
@@ -142,7 +142,7 @@ template <class T> struct Elements {
         }
     }
 
-    // The first `count` elements, or all where it is more, at any address; the others read as `padding`.
+    // Load and store the first `count` elements, at most all, at any address. The others are loaded as `padding`.
     LION8BIT_FN void load_part(const T* from, int32_t count, uint32_t padding) {
         *this = {};
 #pragma unroll
@@ -160,7 +160,7 @@ template <int32_t dtype> LION8BIT_FN float to_float(uint32_t pattern) {
     if constexpr (dtype == kFloat32) return bit_cast<float>(pattern);
     if constexpr (dtype == kBfloat16) return from_bfloat16<float>(pattern & 0xffffu);
     if constexpr (dtype == kFloat16) {
-#if defined(__CUDA_ARCH__)  // one instruction for the same
+#if defined(__CUDA_ARCH__)  // the same in one instruction
         float x;
         asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(pattern)));
         return x;
@@ -170,7 +170,7 @@ template <int32_t dtype> LION8BIT_FN float to_float(uint32_t pattern) {
     }
 }
 
-// Whether `pack` takes in a NaN without being told.
+// Whether `pack` handles NaN without a test.
 template <int32_t rounding> LION8BIT_FN constexpr bool packs_nan() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     return rounding == kNearest;
@@ -179,10 +179,10 @@ template <int32_t rounding> LION8BIT_FN constexpr bool packs_nan() {
 #endif
 }
 
-// Two parameters as they are stored, with 16 random bits for each. `number`: neither is a NaN.
+// Packs two parameters into one word, with 16 random bits for each. `number`: neither is NaN.
 template <int32_t dtype, int32_t rounding, bool number>
 LION8BIT_FN uint32_t pack(float low, float high, uint32_t random) {
-    if constexpr (packs_nan<rounding>()) {  // one instruction for the same, but for the bits of a NaN
+    if constexpr (packs_nan<rounding>()) {  // the same in one instruction, except for the bits of a NaN
 #if defined(__CUDA_ARCH__)
         uint32_t packed;
         if constexpr (dtype == kBfloat16) {
@@ -201,7 +201,7 @@ LION8BIT_FN uint32_t pack(float low, float high, uint32_t random) {
     }
 }
 
-// Whether some of the gradients are not finite (2^120 and above counts as infinite), or may not be.
+// False only if all numbers are finite; 2^120 and above counts as infinite. May be true for finite numbers too.
 template <int32_t dtype, class Grads> LION8BIT_FN bool suspicious(const Grads& grads) {
     constexpr uint32_t mask = dtype == kFloat32 ? 0x7fffffffu : 0x7fff7fffu;
     constexpr uint32_t to_top_bit = dtype == kFloat32    ? 0x80000000u - kOverflowBits
@@ -213,18 +213,18 @@ template <int32_t dtype, class Grads> LION8BIT_FN bool suspicious(const Grads& g
     return (sums & ~mask) != 0;
 }
 
-// The bits that occur in any of the numbers, in both halves where two share a word.
+// The OR of all numbers, in both halves of the word if two numbers share one.
 template <class T> LION8BIT_FN uint32_t joined(const Elements<T>& numbers) {
     uint32_t bits = 0;
 #pragma unroll
     for (int32_t w = 0; w < Elements<T>::kWords; ++w) bits |= numbers.words[w];
     return bits;
 }
-// What `joined` has where some number is not zero, and where some is 2 or more in magnitude.
+// Bits that `joined` has if some number is not zero, and if some is 2 or more in magnitude.
 template <class T> constexpr uint32_t kNonzeroBits = sizeof(T) == 4 ? 0x7fffffffu : 0x7fff7fffu;
 template <class T> constexpr uint32_t kLargeBits = sizeof(T) == 4 ? 0x40000000u : 0x40004000u;
 
-// Not 0 where some number of 16 bits is zero.
+// Not 0 if some of the 16-bit numbers is zero.
 LION8BIT_FN uint32_t zeros(const Elements<uint16_t>& numbers) {
     uint32_t nonzero = 0xffffffffu;
 #pragma unroll
@@ -236,8 +236,8 @@ template <bool value_> struct Constant {
     static constexpr bool value = value_;
 };
 
-// Keeps what is the same for a warp in a register of each thread: the compiler would move it there anew for each use.
-// It does not see that no lane has 32 below it.
+// Keeps a value that is the same for a whole warp in a register of each thread. Otherwise the compiler would copy it
+// there for each use. The assembly ORs a zero into the value, which the compiler cannot know.
 template <class T> LION8BIT_FN void keep([[maybe_unused]] T& value) {
 #if defined(__CUDA_ARCH__)
     uint32_t bits_ = bit_cast<uint32_t>(value);
@@ -256,7 +256,7 @@ LION8BIT_FN int32_t at_most(int64_t count, int32_t most) { return count < most ?
 struct Decision {
     Hyper hyper;
     uint32_t step;
-    bool last;  // this is the CUDA block that counts the update: all others have read their counters
+    bool last;  // this CUDA block counts the update, because all others have read their counters
 };
 
 template <class Launch> LION8BIT_FN Counter& counter_of(const Launch& launch, const TensorRow& tensor) {
@@ -267,14 +267,14 @@ template <class Launch> LION8BIT_FN Decision decide(const Launch& launch, const 
     Decision decision = {launch.hypers[tensor.hyper], 0, false};
     Hyper& hyper = decision.hyper;
     const DeviceRate& rate = launch.rates[tensor.hyper];
-    if (rate.lr) {  // the formulas of make_hyper in lion8bit/layout.py; what the host refuses below 0 counts as 0
+    if (rate.lr) {  // the formulas of make_hyper in Python; values below 0, which the host refuses, count as 0
         hyper.lr = *rate.lr < 0.0f ? 0.0f : *rate.lr;
         const double decay = 1.0 - static_cast<double>(hyper.lr) / rate.divisor * rate.weight_decay;
         hyper.decay = decay < 0.0 ? 0.0f : static_cast<float>(decay);
     }
     if (launch.grad_scale) hyper.unscale = static_cast<float>(1.0 / static_cast<double>(*launch.grad_scale));
     decision.step = static_cast<uint32_t>(counter_of(launch, tensor).updates) + 1;
-    __threadfence();  // the counter is read before this block is seen to have arrived
+    __threadfence();  // the counter must be read before others see that this block has arrived
     unsigned long long& arrived = counter_of(launch, launch.tensors[0]).arrived;
     decision.last = atomicAdd(&arrived, 1ull) == gridDim.x - 1;
     if (decision.last) arrived = 0;
@@ -283,7 +283,7 @@ template <class Launch> LION8BIT_FN Decision decide(const Launch& launch, const 
 
 // ---- The kernel -----------------------------------------------------------------------------------------------------
 
-// The share of one CUDA block. The template arguments are what all tensors of a launch have in common.
+// Steps the share of one CUDA block. The template arguments are common to all tensors of a launch.
 template <int32_t param_dtype, int32_t grad_dtype, bool quantized, int32_t block_size, int32_t rounding, bool general,
           bool on_device, class Launch>
 LION8BIT_FN void update_tile(const Launch& launch) {
@@ -303,7 +303,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     };
 
     const int32_t tile = static_cast<int32_t>(blockIdx.x);
-    int32_t index = 0;  // the last tensor whose first tile is not beyond this one
+    int32_t index = 0;  // the last tensor whose first tile is at or before this one
     for (int32_t end = launch.count; end - index > 1;) {
         const int32_t middle = (index + end) / 2;
         (launch.first_tile[middle] <= tile ? index : end) = middle;
@@ -324,8 +324,8 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             }
         }
     }
-    // Rows that end with a whole block follow each other without a gap: they are one row, unless the whole parameter
-    // has more between them.
+    // If rows end with a whole block, they are treated as one row, unless the whole parameter has more elements between
+    // them.
     const bool together = rounding != kStochastic || tensor.row_stride == static_cast<uint32_t>(tensor.cols);
     const bool seamless = tensor.rows == 1 || (tensor.cols % block_size == 0 && together);
     const int64_t cols = seamless ? tensor.rows * tensor.cols : tensor.cols;
@@ -338,7 +338,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     const int32_t thread = static_cast<int32_t>(threadIdx.x);
     const int32_t lane = static_cast<int32_t>(threadIdx.x % kLanes);
     const int32_t thread_block = static_cast<int32_t>(threadIdx.x / kLanes);
-    // What this thread steps in its first pass, if the row does not end before.
+    // The first element of this thread in its first pass, if the row does not end before it.
     const int64_t first_element = row * cols + in_row * block_size + thread * kPerLane;
     auto* param = static_cast<Param*>(tensor.param) + first_element;
     const auto* grad = static_cast<const Grad*>(tensor.grad) + first_element;
@@ -352,18 +352,18 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     keep(key);
     keep(hyper.lr);
 
-    // Within the tile 32 bits are enough, also for what is cut off here.
+    // Within a tile 32 bits are enough. Larger values are cut to kMany.
     const int32_t tile_blocks = at_most(blocks - first_block, launch.passes * kBlocksPerPass);
     const int32_t blocks_in_row = at_most(row_blocks, kMany), elements_in_row = at_most(cols, kMany);
-    const int32_t blocks_to_end = at_most(row_blocks - in_row, kMany);  // of the row that the tile begins in
+    const int32_t blocks_to_end = at_most(row_blocks - in_row, kMany);  // of the row in which the tile begins
     const int32_t elements_to_end = at_most(cols - in_row * block_size, kMany) - thread * kPerLane;
-    const int32_t gap = static_cast<int32_t>(row_blocks * block_size - cols);  // what a row's last block is short of
-    const uint32_t first_index =  // of this thread's first element in the whole parameter
+    const int32_t gap = static_cast<int32_t>(row_blocks * block_size - cols);  // missing elements of a row's last block
+    const uint32_t first_index =  // of this thread's first element, in the whole parameter
         tensor.first + static_cast<uint32_t>(row) * tensor.row_stride +
         static_cast<uint32_t>(in_row * block_size + thread * kPerLane);
-    const int32_t whole_from = vectors ? kPerLane : kMany + 1;  // elements left for a vector access
+    const int32_t whole_from = vectors ? kPerLane : kMany + 1;  // least number of elements left for vector access
     const uint32_t group = (kFullWarp >> (32 - kLanes)) << (threadIdx.x % 32 / kLanes * kLanes);  // lanes of a block
-    // NaN cannot come out of a step whose gradient and parameter are below 2^120.
+    // Below these limits, a step whose gradient and parameter are below 2^120 cannot give NaN.
     const uint32_t wild = magnitude(hyper.lr) < 2.0f && magnitude(hyper.decay) < 2.0f ? 0 : 1;
     const auto load_whole = [&](Loaded& loaded, int32_t offset) {
         if constexpr (rounding == kCompensated) loaded.residuals.load_whole(residual + offset);
@@ -372,10 +372,10 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         loaded.grads.load_whole(grad + offset);
     };
     int32_t nonfinite = 0;
-    Loaded next;  // which this pass finds loaded where `is_ahead`
+    Loaded next;  // already loaded for this pass, if `is_ahead`
     bool is_ahead = false;
     for (int32_t pass_block = 0; pass_block < tile_blocks; pass_block += kBlocksPerPass) {
-        // Threads without elements go along: every lane of a warp takes part in the shuffles.
+        // Threads without elements run too, because every lane of a warp takes part in the shuffles.
         const int32_t block = pass_block + thread_block;
         int32_t offset = pass_block * block_size;  // from this thread's first element
         int32_t left = elements_to_end - offset;   // in this row
@@ -395,7 +395,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         if (is_ahead) {
             now = next;
         } else {
-            // The scale comes first: behind the vectors' first use it would wait for them.
+            // The scale is loaded first; after the first use of the vectors its load would wait for them.
             if (quantized && block < tile_blocks) now.scale = scales[pass_block];
             if (whole) {
                 load_whole(now, offset);
@@ -407,7 +407,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             }
         }
         if constexpr (kAhead != kNothing) {
-            // Where the thread's next elements are whole and of the same row.
+            // Only if the thread's next elements are whole and in the same row.
             is_ahead = pass_block + kBlocksPerPass < tile_blocks && left - kStride >= whole_from;
             if (is_ahead && kAhead == kToRegisters) {
                 if constexpr (quantized) next.scale = scales[pass_block + kBlocksPerPass];
@@ -423,13 +423,14 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         Codec codec = {};
         if constexpr (quantized) codec = decoder(now.scale);
 
-        // Ordinary: no element needs a test of its own. Few instructions tell for all of them.
+        // Ordinary: no element needs a test. A few instructions on whole words check this for all elements.
         constexpr bool nan_matters = param_dtype == kBfloat16 && !packs_nan<rounding>();
         const uint32_t grad_bits = joined(now.grads);
         uint32_t doubts = grad_bits & kLargeBits<Grad>;
         if constexpr (nan_matters) doubts |= (joined(now.params) & kLargeBits<Param>) | wild;
         if constexpr (rounding == kCompensated) doubts |= zeros(now.params);
-        if constexpr (rounding == kStochastic) doubts |= element % 2;  // begins with the second half of a random word
+        if constexpr (rounding == kStochastic)
+            doubts |= element % 2;  // the first element has the second half of a random word
         const auto ordinary = [&] {
             if constexpr (rounding == kCompensated) {
                 if (zeros(now.params)) return false;
@@ -449,7 +450,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         Elements<Byte> moved_residuals = {};
         const auto step = [&](auto ordinary_) {
             constexpr bool plain = decltype(ordinary_)::value;
-            // With flags, decay may make a finite gradient infinite.
+            // With flags, coupled decay or unscaling may make a finite gradient infinite.
             constexpr bool trusted = plain && !general;
             float p[kPerLane];
             [[maybe_unused]] int32_t bad = 0;
@@ -470,7 +471,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
                 largest = fmaxf(largest, magnitude(m[i]));
                 if constexpr (general) touched |= g != 0.0f;
             }
-            // Padding is bad where a factor of the group is infinite or NaN. There every element is.
+            // Padding is skipped only if a constant of the group is infinite or NaN. Then every element is.
             if constexpr (general) nonfinite += left <= 0 ? 0 : bad < left ? bad : left;
             if constexpr (param_dtype == kFloat32) {
 #pragma unroll

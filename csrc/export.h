@@ -1,4 +1,4 @@
-// Owns the mark of the functions that Python calls.
+// The mark of functions that Python calls.
 #pragma once
 
 #if defined(_WIN32)

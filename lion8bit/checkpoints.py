@@ -1,4 +1,4 @@
-"""Owns moving momentum between optimizers: what other Lions save into `Lion8bit`, and its own out to them."""
+"""Conversion of state between optimizers: what other Lions save into `Lion8bit`'s state, and its state into theirs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ import torch
 from torch import Tensor
 
 from lion8bit.layout import FORMAT_VERSION, blocks_per_row, memory_order
-from lion8bit.loading import check_momentum, check_numbers, check_structure, check_tensor, naming, step_count
-from lion8bit.optimizer import Lion8bit, _new_state, check_saved_group, checked_state, momentum_of, quantized
+from lion8bit.loading import check_numbers, check_structure, naming
+from lion8bit.options import group_hyper
+from lion8bit.reference import check_momentum
 from lion8bit.sharding import check_placement, local
+from lion8bit.state import (
+    check_tensor,
+    check_version,
+    checked_state,
+    fp32_momentum,
+    momentum_of,
+    new_state,
+    quantized,
+    step_count,
+)
 
 # Mean the same to all.
 _SHARED_OPTIONS = ("lr", "betas", "weight_decay", "initial_lr", "maximize", "decouple_lr", "peak_lr")
@@ -23,7 +34,7 @@ SHAPED = ("codes", "momentum", "exp_avg", "state1", "exp_avg::quantized")  # as 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def convert_state_dict(state_dict: dict[str, Any], optimizer: Lion8bit) -> dict[str, Any]:
+def convert_state_dict(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The state of any Lion as ``optimizer`` would have saved it with its present options.
 
     Known are lion-pytorch, timm, torch-optimi and `lion8bit.Lion` (``exp_avg`` or ``momentum``), bitsandbytes' Lion and
@@ -66,6 +77,15 @@ def convert_state_dict(state_dict: dict[str, Any], optimizer: Lion8bit) -> dict[
     return {**state_dict, "state": state, "param_groups": groups}
 
 
+def check_saved_group(saved: dict[str, Any], place: int) -> None:
+    """Raises ValueError unless the options of a saved group are such as `Lion8bit` accepts, in a known format."""
+    try:
+        check_version(saved.get("format_version"))
+        group_hyper(dict(saved))
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # of values that are no numbers, or on "meta"
+        raise ValueError(f"{error} (group {place} of the saved state)") from error
+
+
 def parts_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     """What a parameter's saved state holds, taken out of bitsandbytes' wrapper.
 
@@ -88,7 +108,7 @@ def _converted(
         saved_residual = theirs.pop("residual", None)
     elif "codes" in theirs:
         raise ValueError(f"state must have format_version {FORMAT_VERSION}, got None")
-    ours = _new_state(param, group)
+    ours = new_state(param, group)
     residual = ours.pop("residual", None)
     same_blocks = "codes" not in ours or saved.get("block_size") == group["block_size"]
     if ours.keys() == theirs.keys() and same_blocks and _order(ours) == _order(theirs):
@@ -106,7 +126,7 @@ def _order(state: Mapping[str, Any]) -> tuple[int, ...] | None:
     return memory_order(local(state["codes" if "codes" in state else "momentum"]))
 
 
-def export_state_dict(optimizer: Lion8bit, peer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+def export_state_dict(optimizer: torch.optim.Optimizer, peer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """The momentum in fp32 under the names that another library's Lion loads.
 
     Args:
@@ -134,10 +154,10 @@ def export_state_dict(optimizer: Lion8bit, peer: torch.optim.Optimizer | None = 
         if not optimizer.state.get(param):
             continue
         with naming(number, param):
-            checked_state(optimizer.state[param], param, own_group)
-        momentum = optimizer.momentum(param)
+            own_state = checked_state(optimizer.state[param], param, own_group)
+        momentum = fp32_momentum(own_state, param, own_group["block_size"])
         if hasattr(peer, "name2qmap"):  # bitsandbytes
-            state[number] = {"state1": momentum.contiguous(), "step": optimizer.state[param]["step"]}
+            state[number] = {"state1": momentum.contiguous(), "step": own_state["step"]}
         else:
             state[number] = {"exp_avg": momentum}
         if "kahan_sum" in group:  # torch-optimi, which takes state without kahan_comp for none

@@ -1,41 +1,59 @@
-"""Owns stepping under torch.compile: one operator that takes all tensors of a step, and is opaque to the compiler.
+"""The step under torch.compile: one operator that gets all tensors of a step and is opaque to the compiler.
 
-A graph can neither count updates in Python nor look at memory. So it hands parameters, gradients, state and learning
-rates to `lion8bit::step_`, and the operator takes the eager step with them.
+A graph can neither count updates in Python nor check memory. So it passes parameters, gradients, state and learning
+rates to the operator `lion8bit::step_`, which runs the eager step with them.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
 from itertools import accumulate
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from lion8bit.sharding import as_part_of, gradients, is_dtensor, local
-from lion8bit.table import STATE_TENSORS
-
-if TYPE_CHECKING:
-    from lion8bit.optimizer import Lion8bit
-
-_optimizers: WeakValueDictionary[int, Lion8bit] = WeakValueDictionary()  # by the key that graphs hold
+from lion8bit.state import STATE_TENSORS
 
 
-def enroll(optimizer: Lion8bit) -> int:
-    """The key by which graphs name this optimizer while it lives."""
+class Compilable(Protocol):
+    """What this module needs of `Lion8bit`."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def _before_tracing(self) -> int:
+        """Makes missing state; the key of `enroll`."""
+
+    def _step_graph(
+        self,
+        groups: list[dict[str, Any]],
+        owners: list[Tensor],
+        params: list[Tensor],
+        grads: list[Tensor],
+        counts: list[int],
+        states: list[dict[str, Any]] | None,
+    ) -> None:
+        """Steps parameters, or copies of them and of their states."""
+
+
+_optimizers: WeakValueDictionary[int, Any] = WeakValueDictionary()  # by the key that graphs hold
+
+
+def enroll(optimizer: Compilable) -> int:
+    """The key by which graphs refer to this optimizer while it lives."""
     if any(is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
         _take_dtensors()
     _optimizers[id(optimizer)] = optimizer
     return id(optimizer)
 
 
-def trace_step(optimizer: Lion8bit) -> None:
-    """The step as torch.compile sees it: collects tensors and calls the operator."""
+def trace_step(optimizer: Compilable) -> None:
+    """The step as torch.compile traces it: collects tensors and calls the operator."""
     key = optimizer._before_tracing()
     every = [param for group in optimizer.param_groups for param in group["params"]]
     numbers = [number for number, param in enumerate(every) if param.grad is not None]
@@ -83,23 +101,15 @@ def _step(
     owners = [every[number] for number in numbers]
     states = [optimizer.state[owner] for owner in owners]
     if all(map(is_, params + tensors, map(local, owners + _tensors(states)))):
-        optimizer._step(groups, owners, grads, counts)
+        optimizer._step_graph(groups, owners, owners, grads, counts, None)
         return
-
-    # A twin of the optimizer owns the copies. What counts on the device belongs to states, so it stays behind.
     given = iter(tensors)
     copies = [
         {**state, **{name: _as(state[name], next(given)) for name in STATE_TENSORS if name in state}}
         for state in states
     ]
-    stand_in = {owner: _as(owner, param) for owner, param in zip(owners, params, strict=True)}
-    optimizer._settle()
-    twin = object.__new__(type(optimizer))
-    vars(twin).update(vars(optimizer), _plan=None, _update_counts={})
-    twin.state = defaultdict(dict, zip(stand_in.values(), copies, strict=True))
-    twin.param_groups = [{**group, "params": [stand_in.get(p, p) for p in group["params"]]} for group in groups]
-    twin._step(twin.param_groups, [*stand_in.values()], grads, counts)
-    twin._settle()
+    params = [_as(owner, param) for owner, param in zip(owners, params, strict=True)]
+    optimizer._step_graph(groups, owners, params, grads, counts, copies)
     for state, copy in zip(states, copies, strict=True):
         state["step"] = copy["step"]
 
@@ -122,7 +132,7 @@ torch.library.register_fake("lion8bit::step_", lambda *arguments: None, lib=_lib
 
 @cache
 def _take_dtensors() -> None:
-    """Has the operator step DTensors: their local tensors enter the graph."""
+    """Lets the operator step DTensors: their local tensors enter the graph."""
     from torch.distributed.tensor import DTensor
 
     def step_local_tensors(cls: type, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> None:

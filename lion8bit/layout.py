@@ -1,11 +1,13 @@
-"""Owns the layout of tensors and options for the kernels: the [rows, cols] view, ctypes mirrors of `block_math.h`."""
+"""How the kernels see tensors and options: [rows, cols] views, and ctypes mirrors of structs in `block_math.h`."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 FORMAT_VERSION = 4
@@ -54,53 +56,6 @@ class Hyper(ctypes.Structure):
         ("block_size", ctypes.c_int32),
         ("weight_rounding", ctypes.c_int32),
     ]
-
-
-def make_hyper(
-    *,
-    lr: float,
-    betas: Sequence[float] = (0.9, 0.99),
-    weight_decay: float = 0.0,
-    block_size: int = 128,
-    weight_rounding: str = "nearest",
-    momentum_first: bool = False,
-    decoupled_weight_decay: bool = True,
-    peak_lr: float | None = None,
-    cautious: bool = False,
-    maximize: bool = False,
-) -> Hyper:
-    """Derives the kernels' constants from a group's options, in double precision, each rounded to float32 once.
-
-    With ``momentum_first`` the momentum takes the gradient in before the update is formed from it,
-    ``m = beta1*m + (1-beta1)*g; c = beta2*m + (1-beta2)*g``, which is Lion with blend ``beta1*beta2`` and decay
-    ``beta1``. ``peak_lr`` asks for weight decay that does not scale with the peak learning rate: the parameter is
-    multiplied by ``1 - weight_decay*lr/peak_lr`` instead of ``1 - weight_decay*lr``.
-    """
-    weight_decay = float(weight_decay)
-    beta1, beta2 = (float(beta) for beta in betas)
-    blend, beta = (beta1 * beta2, beta1) if momentum_first else (beta1, beta2)
-    divisor, decoupled = decay_terms(weight_decay, decoupled_weight_decay, peak_lr)
-    coupled = not decoupled_weight_decay and weight_decay != 0
-    return Hyper(
-        lr=lr,
-        decay=1.0 - lr / divisor * decoupled,
-        coupled_decay=weight_decay if coupled else 0.0,
-        blend=blend,
-        one_minus_blend=1.0 - blend,
-        beta=beta,
-        one_minus_beta=1.0 - beta,
-        unscale=1.0,
-        flags=MAXIMIZE * bool(maximize) | COUPLED_DECAY * coupled | CAUTIOUS * bool(cautious),
-        block_size=int(block_size),
-        weight_rounding=WEIGHT_ROUNDING[weight_rounding],
-    )
-
-
-def decay_terms(weight_decay: float, decoupled_weight_decay: bool, peak_lr: float | None = None) -> tuple[float, float]:
-    """(divisor, weight decay) of the factor on the parameter, ``decay = 1 - lr / divisor * weight_decay``."""
-    if not decoupled_weight_decay or peak_lr == 0:
-        return 1.0, 0.0
-    return (1.0 if peak_lr is None else peak_lr), weight_decay
 
 
 def mark_order(scales: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
@@ -152,6 +107,16 @@ class TensorRow(ctypes.Structure):
         ("grad_dtype", ctypes.c_int16),
         ("hyper", ctypes.c_int32),
     ]
+
+
+def is_integer(value: Any) -> bool:
+    return type(value) is int or isinstance(value, np.integer)
+
+
+def check_block_size(block_size: Any) -> None:
+    """Raises ValueError unless the format has this block size."""
+    if not is_integer(block_size) or block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
 
 
 def blocks_per_row(cols: int, block_size: int) -> int:

@@ -1,7 +1,7 @@
-"""Owns momentum in host memory: which state lives there, and its way through a small buffer on the device and back.
+"""Paging: state in host memory is streamed through a small buffer on the device and back.
 
-Each slot of the buffer holds a load: pieces of state, of whole blocks. While the kernel updates one slot, the next
-loads come in and the last ones go back, on CUDA streams of their own. Without streams the same happens in turn.
+Each slot of the buffer holds a load: segments of state, of whole blocks. While the kernel updates one slot, the next
+loads are copied in and the last ones back, on separate CUDA streams. Without streams the same happens in turn.
 """
 
 from __future__ import annotations
@@ -14,59 +14,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import starmap
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lion8bit.layout import Hyper, TensorRow, blocks_per_row, in_memory_order
-from lion8bit.sharding import is_dtensor, local
-
-if TYPE_CHECKING:
-    from lion8bit.table import DeviceTable, Entry
+from lion8bit.table import DeviceTable, Entry
 
 SLOTS = 3  # one comes in, one is updated, one goes back
 SLOT_BYTES = 16 << 20
 BUFFER_BYTES = SLOTS * SLOT_BYTES
-LEAST = 1 << 16  # elements below which a parameter's state stays on the device: copies cost more than it takes
-DEVICES = {"cuda"}  # types of devices with a memory of their own
 
 _ALIGNMENT = 16  # bytes: what the kernels' widest access to state asks for
 _UNCOUNTED = np.uint32(1 << 31)  # kUncounted of cuda_kernel.cu
-
-
-def lives_on_host(param: Tensor, group: dict[str, Any]) -> bool:
-    """Whether the state of a parameter is in host memory while the parameter is not.
-
-    Raises:
-        ValueError: the group asks for it, and the parameter is a DTensor.
-    """
-    if not group["is_paged"] or local(param).device.type not in DEVICES:
-        return False
-    if is_dtensor(param):
-        raise ValueError(
-            "is_paged must be False for DTensor parameters on a GPU, got True; "
-            "fully_shard(..., offload_policy=CPUOffloadPolicy()) keeps their state in host memory"
-        )
-    return param.numel() >= LEAST
-
-
-def home(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-    """Where the state of a parameter lives, as torch's factory functions take it."""
-    if not lives_on_host(param, group):
-        return {"device": local(param).device}
-    return {"device": torch.device("cpu"), "pin_memory": param.device.type == "cuda"}
-
-
-def bring_home(tensor: Tensor, param: Tensor, group: dict[str, Any], copy: bool = False) -> Tensor:
-    """A tensor of a parameter's state where it lives; itself if it does already and no copy is wanted."""
-    place = home(param, group)
-    if "pin_memory" not in place:
-        return tensor.to(param.device, copy=copy)
-    if not copy and tensor.device == place["device"] and (tensor.is_pinned() or not place["pin_memory"]):
-        return tensor
-    return torch.empty_like(tensor, **place).copy_(tensor)
 
 
 def in_thread(work: Callable[[], None], device: torch.device) -> None:
@@ -195,19 +157,19 @@ def queues(device: torch.device, buffer: Tensor) -> tuple[Queue, Queue, Queue, C
 class Segment:
     """Whole blocks of one entry: whole rows, or a part of one row."""
 
-    entry: int  # index into the batch
+    entry: int  # index into the table
     start: int  # first element
     rows: int
     cols: int
     first_block: int  # of the entry's blocks
     blocks: int
-    last: bool  # no piece of this entry follows
+    last: bool  # no segment of this entry follows
 
 
 def cut(
     shapes: Sequence[tuple[int, int]], block_sizes: Sequence[int], block_bytes: Sequence[int]
 ) -> list[list[Segment]]:
-    """Cuts entries into pieces and deals these out to loads of at most `SLOT_BYTES`, in order.
+    """Cuts entries into segments and deals these out to loads of at most `SLOT_BYTES`, in order.
 
     Args:
         shapes: [rows, cols] of each entry.
@@ -215,7 +177,7 @@ def cut(
         block_bytes: bytes of state that a whole block has.
 
     Returns:
-        The pieces of each load.
+        The segments of each load.
     """
     loads: list[list[Segment]] = [[]]
     left = SLOT_BYTES
@@ -245,35 +207,35 @@ def cut(
 
 
 class Load:
-    """What one slot takes at a time; to the backends, a batch whose state lies in the slot."""
+    """What one slot takes at a time; to the backends, a table whose state lies in the slot."""
 
     def __init__(
-        self, batch: DeviceTable, pieces: Sequence[Segment], place: int, slot: Tensor, homes: frozenset[int]
+        self, table: DeviceTable, segments: Sequence[Segment], place: int, slot: Tensor, homes: frozenset[int]
     ) -> None:
-        self.device = batch.device
+        self.device = table.device
         self.place = place  # which slot
-        self.homes = homes  # memory that this and the other loads of the batch come from
-        self.first = False  # of its batch
-        self.table = (TensorRow * len(pieces))()
+        self.homes = homes  # memory that this and the other loads of the table come from
+        self.first = False  # of its table
+        self.table = (TensorRow * len(segments))()
         self.cuda_cache: dict[Any, Any] = {}
         self.entries: list[Entry] = []
-        self._batch, self._pieces = batch, pieces
+        self._owner, self._segments = table, segments
         self._copies: list[tuple[Tensor, Tensor]] = []  # host, slot
         self._taken = 0
         self.done: list[Any] = []
-        for number, piece in enumerate(pieces):
-            whole = batch.entries[piece.entry]
-            elements = slice(piece.start, piece.start + piece.rows * piece.cols)
-            blocks = slice(piece.first_block, piece.first_block + piece.blocks)
-            shape = (piece.rows, piece.cols)
+        for number, segment in enumerate(segments):
+            whole = table.entries[segment.entry]
+            elements = slice(segment.start, segment.start + segment.rows * segment.cols)
+            blocks = slice(segment.first_block, segment.first_block + segment.blocks)
+            shape = (segment.rows, segment.cols)
             param = _flat(whole.param, whole)[elements].view(shape)
             momentum = self._bring(_flat(whole.momentum, whole)[elements], slot).view(shape)
             residual = scales = None
             if whole.residual is not None:
                 residual = self._bring(_flat(whole.residual, whole)[elements], slot).view(shape)
             if whole.scales is not None:
-                scales = self._bring(whole.scales.view(-1)[blocks], slot).view(piece.rows, -1)
-            first = whole.first + piece.start
+                scales = self._bring(whole.scales.view(-1)[blocks], slot).view(segment.rows, -1)
+            first = whole.first + segment.start
             entry = replace(
                 whole,
                 param=param,
@@ -281,37 +243,37 @@ class Load:
                 scales=scales,
                 residual=residual,
                 order=(0, 1),
-                rows=piece.rows,
-                cols=piece.cols,
+                rows=segment.rows,
+                cols=segment.cols,
                 first=first,
             )
             self.entries.append(entry)
-            self.table[number] = batch.table[piece.entry]
+            self.table[number] = table.table[segment.entry]
             row = self.table[number]
             row.param, row.momentum = param.data_ptr(), momentum.data_ptr()
             row.scales = 0 if scales is None else scales.data_ptr()
             row.residual = 0 if residual is None else residual.data_ptr()
-            row.rows, row.cols, row.first = piece.rows, piece.cols, first & 0xFFFFFFFF
+            row.rows, row.cols, row.first = segment.rows, segment.cols, first & 0xFFFFFFFF
         self._columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(TensorRow))
-        self._rows = np.array([piece.entry for piece in pieces])
-        sizes = np.array([batch.grads[piece.entry].element_size() for piece in pieces])
-        self._offsets = (np.array([piece.start for piece in pieces]) * sizes).astype(np.uint64)
-        self._unfinished = np.array([not piece.last for piece in pieces]).astype(np.uint32) * _UNCOUNTED
+        self._rows = np.array([segment.entry for segment in segments])
+        sizes = np.array([table.grads[segment.entry].element_size() for segment in segments])
+        self._offsets = (np.array([segment.start for segment in segments]) * sizes).astype(np.uint64)
+        self._unfinished = np.array([not segment.last for segment in segments]).astype(np.uint32) * _UNCOUNTED
 
     @property
     def grads(self) -> list[Tensor]:
-        """The gradients of the pieces."""
-        grads, entries = self._batch.grads, self._batch.entries
+        """The gradients of the segments."""
+        grads, entries = self._owner.grads, self._owner.entries
         return [
             _flat(grads[p.entry], entries[p.entry])[p.start : p.start + p.rows * p.cols].view(p.rows, p.cols)
-            for p in self._pieces
+            for p in self._segments
         ]
 
     def refresh(self, on_device: bool) -> None:
-        """Takes in what changes from step to step; ``on_device``: update counts are in device memory."""
+        """Updates what changes from step to step; ``on_device``: update counts are in device memory."""
         self.done = []
-        self._columns["grad"] = self._batch.columns["grad"][self._rows] + self._offsets
-        steps = self._batch.columns["step"][self._rows]
+        self._columns["grad"] = self._owner.columns["grad"][self._rows] + self._offsets
+        steps = self._owner.columns["step"][self._rows]
         self._columns["step"] = steps | self._unfinished if on_device else steps
 
     def fetch(self) -> None:
@@ -352,10 +314,10 @@ class _Slot:
 
 
 class Pager:
-    """The buffer of one device, through which the state of batches on that device streams.
+    """The buffer of one device, through which the state of tables on that device streams.
 
     What waits for what: an update for its load; a store for its update; a load for the store that empties its slot; and
-    a batch's first load for stores of earlier steps to the same memory. The host waits in `settle` alone.
+    a table's first load for stores of earlier steps to the same memory. The host waits in `settle` alone.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -365,46 +327,46 @@ class Pager:
         self.buffer_bytes = self._buffer.nbytes
         self._dealt = 0  # loads that have been given a slot
         self._ahead: deque[tuple[Load, int]] = deque()  # loads in the slots that wait for their updates; their versions
-        self._followers: dict[DeviceTable, DeviceTable] = {}  # what came after each batch in the last turn
+        self._followers: dict[DeviceTable, DeviceTable] = {}  # what came after each table in the last turn
         self._seen: dict[DeviceTable, DeviceTable] = {}  # in this one
         self._latest: DeviceTable | None = None
 
     def run(
-        self, batch: DeviceTable, hypers: ctypes.Array[Hyper], update: Callable[[Load], None], *, on_device: bool
+        self, table: DeviceTable, hypers: ctypes.Array[Hyper], update: Callable[[Load], None], *, on_device: bool
     ) -> None:
-        """Updates a batch whose state is on the host.
+        """Updates a table whose state is on the host.
 
-        When all of it has been asked of the device, loads of the batch that came next in the last turn are fetched too.
+        When all of it has been asked of the device, loads of the table that came next in the last turn are fetched too.
         It happens in a thread of its own, where Python does not raise KeyboardInterrupt: a half of it cannot be undone.
         Called again for the same update, it does nothing.
 
         Args:
-            batch: on this device.
-            hypers: constants of the groups; of a batch that has run before, the same block sizes.
+            table: on this device.
+            hypers: constants of the groups; of a table that has run before, the same block sizes.
             update: one step of a load, by a backend.
-            on_device: update counts are in device memory, so that only one piece of each parameter must count.
+            on_device: update counts are in device memory, so that only one segment of each parameter must count.
         """
-        if batch.done:
+        if table.done:
             return
-        if self._latest is not None and batch.in_place:
-            self._seen[self._latest] = batch
-        self._latest = batch
-        if batch.loads is None:
-            batch.loads = self._cut(batch, hypers)
-        loads = batch.loads
+        if self._latest is not None and not table.copied:
+            self._seen[self._latest] = table
+        self._latest = table
+        if table.loads is None:
+            table.loads = self._cut(table, hypers)
+        loads = table.loads
 
         def stream() -> None:
             try:
-                self._stream(loads, batch, update, on_device)
-                batch.done.append(batch)
+                self._stream(loads, table, update, on_device)
+                table.done.append(table)
             except BaseException:
                 self._ahead.clear()
                 raise
 
-        in_thread(stream, batch.device)
+        in_thread(stream, table.device)
 
     def turn(self) -> None:
-        """Ends an iteration: the batches that have run since the last call are expected again in this order."""
+        """Ends an iteration: the tables that have run since the last call are expected again in this order."""
         self._followers, self._seen, self._latest = self._seen, {}, None
 
     def settle(self) -> None:
@@ -413,12 +375,12 @@ class Pager:
         self._outward.finish()
 
     def _stream(
-        self, loads: Sequence[Load], batch: DeviceTable, update: Callable[[Load], None], on_device: bool
+        self, loads: Sequence[Load], table: DeviceTable, update: Callable[[Load], None], on_device: bool
     ) -> None:
-        upcoming = self._upcoming(batch)
+        upcoming = self._upcoming(table)
         if not all(load is next(upcoming, None) and version == load.version() for load, version in self._ahead):
             self._ahead.clear()
-            upcoming = self._upcoming(batch)
+            upcoming = self._upcoming(table)
         waiting = next(upcoming, None)
         for load in loads:
             waiting = self._fill(waiting, upcoming)
@@ -434,11 +396,11 @@ class Pager:
             self._ahead.popleft()
         self._fill(waiting, upcoming)
 
-    def _upcoming(self, batch: DeviceTable | None) -> Iterator[Load]:
-        """The loads of a batch, then those of the batches that are expected after it."""
-        while batch is not None:
-            yield from batch.loads or ()
-            batch = self._followers.get(batch)
+    def _upcoming(self, table: DeviceTable | None) -> Iterator[Load]:
+        """The loads of a table, then those of the tables that are expected after it."""
+        while table is not None:
+            yield from table.loads or ()
+            table = self._followers.get(table)
 
     def _fill(self, waiting: Load | None, upcoming: Iterator[Load]) -> Load | None:
         """Fetches loads as long as their slots are free; returns the first one that is not."""
@@ -455,18 +417,18 @@ class Pager:
             waiting = next(upcoming, None)
         return waiting
 
-    def _cut(self, batch: DeviceTable, hypers: ctypes.Array[Hyper]) -> list[Load]:
-        block_sizes = [hypers[entry.hyper].block_size for entry in batch.entries]
+    def _cut(self, table: DeviceTable, hypers: ctypes.Array[Hyper]) -> list[Load]:
+        block_sizes = [hypers[entry.hyper].block_size for entry in table.entries]
         block_bytes = []
-        for entry, block_size in zip(batch.entries, block_sizes, strict=True):
+        for entry, block_size in zip(table.entries, block_sizes, strict=True):
             each = entry.momentum.element_size() + (entry.residual is not None)
             block_bytes.append(block_size * each + 4 * (entry.scales is not None))
-        tensors = [t for e in batch.entries for t in (e.momentum, e.scales, e.residual) if t is not None]
+        tensors = [t for e in table.entries for t in (e.momentum, e.scales, e.residual) if t is not None]
         homes = frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
         loads = []
-        for pieces in cut([(entry.rows, entry.cols) for entry in batch.entries], block_sizes, block_bytes):
+        for segments in cut([(entry.rows, entry.cols) for entry in table.entries], block_sizes, block_bytes):
             place = self._dealt % SLOTS
-            loads.append(Load(batch, pieces, place, self._slots[place].buffer, homes))
+            loads.append(Load(table, segments, place, self._slots[place].buffer, homes))
             self._dealt += 1
         loads[0].first = True
         return loads

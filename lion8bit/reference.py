@@ -1,14 +1,13 @@
-"""Owns the specification: the momentum format and the Lion step in plain torch, which every kernel matches bit for bit.
+"""The specification: the momentum format and the Lion step in plain torch, which every kernel matches bit for bit.
 
-The functions carry the names they have in `csrc/block_math.h`. Each torch operation rounds once and none is fused, so
-the order of operations written here is the definition of the result. Also here: `Lion`, the fp32 optimizer to compare
-with, and the update rule that the project's original listing defines in prose.
+Functions have the names they have in `csrc/block_math.h`. Each torch operation rounds once and none is fused, so the
+order of operations written here defines the result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,31 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lion8bit.layout import (
-    BLOCK_SIZES,
     CAUTIOUS,
     COUPLED_DECAY,
     MAXIMIZE,
     MIN_SCALE,
+    MOMENTUM_LIMIT,
     UNSCALE,
     WEIGHT_ROUNDING,
     Hyper,
     blocks_per_row,
+    check_block_size,
     in_memory_order,
     memory_order,
     rows_and_cols,
     scales_shape,
 )
-from lion8bit.loading import check_momentum, check_structure, check_tensor, keeping_dtypes, naming, pair
-from lion8bit.sharding import local
 
 RANGE_SQUARED = 126.5 * 126.5  # A * A; |A + dither| rounds to at most 127
 DITHER_MASK = 0xFF  # the scale's bits that hold the dither
 RECIPROCAL_RANGE = float(np.float32(1 / RANGE_SQUARED))
 OVERFLOW = 2.0**120  # gradients of this magnitude and above are treated as infinite
-MAX_FLOAT = float(np.finfo(np.float32).max)
-# Rounding may end a schedule below 0: in double by some 1e-16 of its peak, summed up in fp32 by some 1e-5 of it, which
-# is 1e-9 at a peak of 1e-4. No schedule means such a rate: it hardly moves a weight.
-ROUNDED_RATE = 1e-9
+_CHUNK = 1 << 20  # elements that are checked at a time
 
 _STOCHASTIC = WEIGHT_ROUNDING["stochastic"]
 _MASK32 = 0xFFFFFFFF
@@ -407,209 +402,37 @@ def dequantize(codes: Tensor, scales: Tensor, block_size: int = 128) -> Tensor:
     return momentum
 
 
-def check_block_size(block_size: int) -> None:
-    """Raises ValueError unless the format has this block size."""
-    if not is_integer(block_size) or block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
+# ---- Legal values of the format --------------------------------------------------------------------------------------
 
 
-def as_number(name: str, value: Any) -> float:
-    """The value as a float; ValueError where it is text, a truth value or no number."""
-    if type(value) is float:
-        return value
-    if isinstance(value, str):
-        raise ValueError(f"{name} must be a number, got the text {value!r}; YAML reads 1e-4 as text: write 1.0e-4")
-    real = not isinstance(value, (bool, np.bool_))
-    if isinstance(value, Tensor):
-        real = value.is_floating_point() and value.numel() == 1
-    try:
-        if real:
-            return float(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ValueError(f"{name} must be a number, got {value!r}")
+def check_momentum(momentum: Tensor) -> None:
+    """Raises ValueError unless all of a tensor is finite and in the range of the format."""
+    bad = _first_not(lambda piece: piece.abs() < MOMENTUM_LIMIT, momentum)
+    if bad is not None:
+        raise ValueError(f"momentum must be finite and below 2^127 in magnitude, got {bad}")
 
 
-def is_integer(value: Any) -> bool:
-    return type(value) is int or isinstance(value, np.integer)
+def check_scales(scales: Tensor) -> None:
+    """Raises ValueError unless all scales are such as the format has: 0, or in [2^-100, 2^127), with any dither."""
+    bad = _first_not(lambda piece: (piece == 0) | (piece >= MIN_SCALE) & (piece < MOMENTUM_LIMIT), scales)
+    if bad is not None:
+        raise ValueError(f"scales must be 0 or in [2^-100, 2^127), got {bad}")
 
 
-def check_flag(name: str, value: Any) -> None:
-    """Raises ValueError unless the value is True or False; the text "False" would count as true."""
-    if value not in (True, False):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
+def check_codes(codes: Tensor) -> None:
+    """Raises ValueError where codes are none of the format, which has those from -127 to 127."""
+    bad = _first_not(lambda piece: piece >= -127, codes)
+    if bad is not None:
+        raise ValueError(f"codes must be in [-127, 127], got {bad:.0f}")
 
 
-def check_rates(options: dict[str, Any]) -> float:
-    """Raises ValueError unless lr, betas and weight_decay are in their ranges.
-
-    Returns:
-        lr as a number; 0 where rounding alone has made it negative.
-    """
-    lr, betas = options["lr"], options["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-    rate = as_number("lr", lr)
-    if not -ROUNDED_RATE < rate <= MAX_FLOAT:
-        raise ValueError(f"Invalid learning rate: {rate} (lr must be at least 0, and finite in float32)")
-    pair = type(betas) is tuple or (isinstance(betas, (Sequence, np.ndarray)) and not isinstance(betas, str))
-    if not pair or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers, got {betas!r}")
-    for name, beta in zip(("beta1", "beta2"), betas, strict=True):
-        if not 0.0 <= as_number(name, beta) < 1.0:
-            raise ValueError(f"Invalid {name}: {beta} (it must be in [0, 1))")
-    weight_decay = as_number("weight_decay", options["weight_decay"])
-    if not 0.0 <= weight_decay <= MAX_FLOAT:
-        raise ValueError(f"Invalid weight_decay: {weight_decay} (it must be at least 0, and finite in float32)")
-    return rate if rate > 0.0 else 0.0
-
-
-def check_decay(decay: float, lr: float, weight_decay: float, peak_lr: float | None = None) -> None:
-    """Raises ValueError unless the factor on the parameter is in [0, 1]: another one flips or blows up all weights."""
-    if not 0.0 <= decay <= 1.0:
-        formula, peak = ("lr", "") if peak_lr is None else ("lr/peak_lr", f", peak_lr {peak_lr}")
-        raise ValueError(
-            f"Invalid weight_decay: {weight_decay} ({formula}*weight_decay must be at most 1, got {1.0 - decay} with "
-            f"lr {lr}{peak}; a step multiplies weights by 1 - {formula}*weight_decay)"
-        )
-
-
-# ---- Optimizers to compare with -------------------------------------------------------------------------------------
-
-
-class Lion(torch.optim.Optimizer):
-    r"""Lion with fp32 momentum in plain torch: what `Lion8bit` is measured against.
-
-    .. math::
-        c &= \beta_1 m + (1-\beta_1) g \\
-        p &\leftarrow p\,(1 - \mathrm{lr}\,\lambda) - \mathrm{lr}\,\mathrm{sign}(c) \\
-        m &\leftarrow \beta_2 m + (1-\beta_2) g
-
-    Args:
-        params: parameters, named parameters or groups of either. Every option below may be set per group.
-        lr: step length, in units of the parameters; a float or a tensor of one element.
-        betas: (beta1, beta2), each in [0, 1).
-        weight_decay: the lambda above, at least 0.
-        maximize: ascend.
-
-    Raises:
-        ValueError: an option out of its range.
-
-    Source: Chen et al., Symbolic Discovery of Optimization Algorithms, arXiv 2302.06675, program 1.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        check_rates(defaults)
-        check_flag("maximize", maximize)
-        super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters with options of its own; see `torch.optim.Optimizer.add_param_group`."""
-        if isinstance(param_group, dict):
-            options = {**self.defaults, **param_group}
-            check_rates(options)
-            check_flag("maximize", options["maximize"])
-        super().add_param_group(param_group)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.defaults.pop("differentiable", None)  # torch adds it to every optimizer's, whatever its arguments are
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Performs one step; ``closure`` re-evaluates the model and returns the loss.
-
-        Raises:
-            ValueError: an option out of its range; no parameter has been changed.
-            RuntimeError: a gradient is sparse or complex; the parameters before it have been stepped.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        rates = []
-        for group in self.param_groups:
-            lr = check_rates(group)
-            check_flag("maximize", group["maximize"])
-            decay = 1 - lr * float(group["weight_decay"])
-            check_decay(decay, lr, group["weight_decay"])
-            rates.append((lr, decay))
-        for group, (lr, decay) in zip(self.param_groups, rates, strict=True):
-            beta1, beta2 = map(float, group["betas"])
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.layout != torch.strided or p.grad.is_complex():
-                    raise RuntimeError(f"Lion does not support sparse or complex gradients, got {p.grad.layout}")
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p, dtype=torch.float32)
-                g, m = p.grad.float() * (-1 if group["maximize"] else 1), state["momentum"]
-                c = m * beta1 + g * (1 - beta1)
-                p.copy_(p.float() * decay - lr * c.sign())
-                m.copy_(m * beta2 + g * (1 - beta2))
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned; the momentum stays in fp32, whatever the parameter's dtype is.
-
-        Raises:
-            ValueError: the momentum does not fit its parameter or is not finite, or an option is out of its range;
-                nothing has changed.
-        """
-        with keeping_dtypes(self, ("momentum",), self._loadable):
-            super().load_state_dict(state_dict)
-
-    def _loadable(self, incoming: dict[str, Any]) -> dict[str, Any]:
-        check_structure(incoming)
-        for saved in incoming["param_groups"]:
-            check_rates({**self.defaults, **saved})
-        for number, param, _saved in pair(self.param_groups, incoming["param_groups"]):
-            state = incoming["state"].get(number)
-            if state:
-                with naming(number, param):
-                    check_tensor("momentum", state.get("momentum"))
-                    if state["momentum"].shape != param.shape:
-                        raise ValueError(
-                            f"momentum must have the parameter's shape, got {tuple(state['momentum'].shape)}"
-                        )
-                    check_momentum(local(state["momentum"]))
-        return incoming
-
-
-def listing_definition(
-    grads: Iterable[float], theta: float = 0.0, *, beta1: float, beta2: float, gamma: float, lr: float, eps: float
-) -> list[dict[str, float]]:
-    """The rule that the project's original listing defines in prose, kept to show that it is not Lion::
-
-        m   = beta1*m + (1-beta1)*g
-        n   = gamma*sign(g)*sqrt(|g|^2) + (1-beta2)*sign(g)
-        theta <- theta - lr * (m / (1-beta1^t)) / (sqrt(n / (1-beta2^t)) + eps)
-
-    ``n`` has the sign of ``g`` and no memory, so every negative gradient takes the root of a negative number: NaN.
-
-    Returns:
-        One record per step with ``m``, ``n``, ``m_hat``, ``n_hat`` and ``theta``.
-    """
-    m, records = 0.0, []
-    for t, g in enumerate(grads, start=1):
-        sign = (g > 0) - (g < 0)
-        m = beta1 * m + (1 - beta1) * g
-        n = gamma * sign * abs(g) + (1 - beta2) * sign
-        m_hat, n_hat = m / (1 - beta1**t), n / (1 - beta2**t)
-        root = n_hat**0.5 if n_hat >= 0 else float("nan")
-        theta = theta - lr * m_hat / (root + eps)
-        records.append({"m": m, "n": n, "m_hat": m_hat, "n_hat": n_hat, "theta": theta})
-    return records
+def _first_not(legal: Callable[[Tensor], Tensor], tensor: Tensor) -> float | None:
+    """The first element that is not legal, or None."""
+    order = memory_order(tensor)
+    flat = (tensor if order is None or tensor.dim() < 2 else tensor.permute(*order)).detach().reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        piece = flat[start : start + _CHUNK].float()
+        passed = legal(piece)
+        if not bool(passed.all()):
+            return float(piece[~passed][0])
+    return None

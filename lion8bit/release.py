@@ -53,16 +53,15 @@ class GradientRelease:
             hooks.append(param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
         self._end = weakref.finalize(optimizer, _remove, weakref.ref(self), hooks)
         self._end.atexit = False
-        # GradScaler then hands its scale to the optimizer, which is how `_before_step` learns of it.
-        vars(optimizer)["_step_supports_amp_scaling"] = True
+        optimizer._releases += 1
         _handles.add(self)
 
     def remove(self) -> None:
         """Goes back to ordinary steps."""
-        self._end()
         optimizer = self._optimizer()
-        if optimizer is not None and all(other._optimizer() is not optimizer for other in _handles):
-            vars(optimizer).pop("_step_supports_amp_scaling", None)
+        if self._end.alive and optimizer is not None:
+            optimizer._releases -= 1
+        self._end()
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:

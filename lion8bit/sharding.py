@@ -1,6 +1,6 @@
-"""Owns what a DTensor parameter is to one process: local tensors, their place in the whole, how state is sharded.
+"""DTensor parameters in one process: local tensors, their place in the whole, and how state is sharded.
 
-A plain tensor is its own local tensor, so callers need not tell the two apart. Whatever the ranks must decide alike is
+A plain tensor is its own local tensor, so callers need not distinguish the two. What all ranks must decide alike is
 decided from global shape, mesh and placements. Nothing here imports `torch.distributed` for a plain tensor.
 """
 
@@ -31,21 +31,21 @@ def local(tensor: Any) -> Any:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def as_part_of(param: Any, piece: Tensor, shape: Sequence[int]) -> Tensor:
-    """The DTensor of global ``shape`` that has ``piece`` here and is placed as ``param``; ``piece`` for a plain one."""
+def as_part_of(param: Any, shard: Tensor, shape: Sequence[int]) -> Tensor:
+    """The DTensor of global ``shape`` that has ``shard`` here and is placed as ``param``; ``shard`` for a plain one."""
     if not is_dtensor(param):
-        return piece
+        return shard
     from torch.distributed.tensor import DTensor
 
     whole: Tensor = DTensor.from_local(
-        piece,
+        shard,
         param.device_mesh,
         param.placements,
         run_check=False,
         shape=torch.Size(shape),  # shards may be uneven or empty, so the local shape does not tell the global one
         stride=torch.empty(shape, device="meta").stride(),
     )
-    return whole.to(piece.device)  # from_local moves to the mesh's device, but offloaded shards stay on the host
+    return whole.to(shard.device)  # from_local moves to the mesh's device, but offloaded shards stay on the host
 
 
 def keeps_blocks_whole(param: Any, block_size: int) -> bool:
@@ -79,29 +79,24 @@ def place_in_whole(param: Any) -> tuple[tuple[int, int], int, int]:
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, piece = param.shape, local(param).shape
+    shape, shard = param.shape, local(param).shape
     if len(shape) < 2:
-        shape, piece = (1, *shape), (1, *piece)
+        shape, shard = (1, *shape), (1, *shard)
     _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     first = sum(index * stride for index, stride in zip(offset, strides[len(shape) - len(offset) :], strict=True))
-    cut = max((dim for dim in range(1, len(shape)) if piece[dim] != shape[dim]), default=1)
-    return (math.prod(piece[:cut]), math.prod(piece[cut:])), first, strides[cut - 1]
+    cut = max((dim for dim in range(1, len(shape)) if shard[dim] != shape[dim]), default=1)
+    return (math.prod(shard[:cut]), math.prod(shard[cut:])), first, strides[cut - 1]
 
 
 def gradients(params: Sequence[Any], grads: list[Any]) -> list[Tensor]:
-    """Of gradients what is in this process's memory, placed as the parameters; communicates where they are not so."""
-    if not {*map(type, grads)} <= {Tensor}:
-        grads = [
-            grad if type(grad) is Tensor else _local_gradient(param, grad)
-            for param, grad in zip(params, grads, strict=True)
-        ]
-    return resolved(grads)
-
-
-def resolved(grads: list[Tensor]) -> list[Tensor]:
-    """Gradients whose memory holds what they mean: torch negates lazily (``is_neg``), the kernels read memory."""
-    return [grad.resolve_neg() for grad in grads] if True in map(Tensor.is_neg, grads) else grads
+    """The part of gradients in this process's memory, placed as the parameters; communicates to place them so."""
+    if {*map(type, grads)} <= {Tensor}:
+        return grads
+    return [
+        grad if type(grad) is Tensor else _local_gradient(param, grad)
+        for param, grad in zip(params, grads, strict=True)
+    ]
 
 
 def _local_gradient(param: Any, grad: Any) -> Tensor:
@@ -110,8 +105,8 @@ def _local_gradient(param: Any, grad: Any) -> Tensor:
         return grad  # type: ignore[no-any-return]
     if spec is not wanted and spec.placements != wanted.placements:
         grad = grad.redistribute(placements=wanted.placements)
-    piece: Any = grad._local_tensor
-    result: Tensor = piece.wait() if hasattr(piece, "wait") else piece  # a collective may still be under way
+    shard: Any = grad._local_tensor
+    result: Tensor = shard.wait() if hasattr(shard, "wait") else shard  # a collective may still be under way
     return result
 
 
@@ -135,7 +130,7 @@ def check_placement(name: str, tensor: Any, param: Any) -> None:
     """Raises ValueError unless a tensor lies on the parameter's mesh as the parameter does, or both are plain."""
     if _placement(tensor) != _placement(param):
         raise ValueError(
-            f"{name} must be {_describe(param)} as the parameter is, got {_describe(tensor)}; load it with "
+            f"{name} must be {_placement_text(param)} as the parameter is, got {_placement_text(tensor)}; load it with "
             "set_optimizer_state_dict or set_model_state_dict of torch.distributed.checkpoint.state_dict"
         )
 
@@ -144,5 +139,5 @@ def _placement(tensor: Any) -> Any:
     return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
 
 
-def _describe(tensor: Any) -> str:
+def _placement_text(tensor: Any) -> str:
     return f"a DTensor placed {tensor.placements} on {tensor.device_mesh}" if is_dtensor(tensor) else "a plain tensor"

@@ -1,76 +1,70 @@
-"""Owns what an optimizer hands to a backend: one device's parameters, gradients and state, checked, as a table."""
+"""The table of parameters that a backend steps: one device's parameters, gradients and state, checked."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import is_, itemgetter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from lion8bit.describe import describe, listed, look_again, replace
 from lion8bit.device_scalars import UpdateCounts
-from lion8bit.layout import DTYPES, Hyper, TensorRow, memory_order, rows_and_cols, scales_shape, unmark_order
-from lion8bit.loading import step_count
+from lion8bit.layout import DTYPES, Hyper, TensorRow, memory_order, unmark_order
 from lion8bit.sharding import is_dtensor, local, local_state, place_in_whole
+from lion8bit.state import STATE_TENSORS, check_state, step_count
 
-if TYPE_CHECKING:
-    from lion8bit.paging import Load
-
-STATE_TENSORS = ("codes", "scales", "momentum", "residual")
+_STEP = itemgetter("step")
 
 
 @dataclass(slots=True)
 class Entry:
-    """One parameter of a step, as much of it as lies in this process.
+    """One parameter of a step, the part of it that is in this process.
 
-    Its tensors but ``scales`` are dense with the memory order of ``momentum``, and on the same device unless ``paged``.
+    Its tensors except ``scales`` are dense with the memory order of ``momentum``, on the same device unless ``paged``.
     """
 
-    param: torch.Tensor  # fp32, bf16 or fp16
-    momentum: torch.Tensor  # int8 codes, or fp32 where scales is None
-    scales: torch.Tensor | None  # fp32, one for each block of [rows, cols]
-    residual: torch.Tensor | None  # int8, below a compensated bf16 parameter
+    param: Tensor  # fp32, bf16 or fp16; outside of a step the optimizer's own, also where `is_copied`
+    momentum: Tensor  # int8 codes, or fp32 where scales is None
+    scales: Tensor | None  # fp32, one for each block of [rows, cols]
+    residual: Tensor | None  # int8, below a compensated bf16 parameter
     order: tuple[int, ...]  # memory order of the dimensions
     rows: int
     cols: int
-    first: int  # index of the first element within the whole parameter, where this is a part of it
+    first: int  # index of the first element within the whole parameter, of which this may be a shard
     row_stride: int  # elements of the whole parameter from the start of a row to that of the next
     block_size: int
     seed: int
     hyper: int  # index into the step's Hypers
     state: dict[str, Any]
-    source: torch.Tensor  # the optimizer's own parameter; its local tensor is `param`, or has been copied to it
-    in_place: bool  # neither parameter nor gradient is a copy
+    source: Tensor  # the optimizer's own parameter
+    is_copied: bool  # the parameter's memory has gaps or another order: each step works on a copy
     paged: bool  # the state is in host memory, and the parameter is not
 
 
 def make_entry(
-    param: torch.Tensor,
-    grad: torch.Tensor,
+    param: Tensor,
+    grad: Tensor,
     state: dict[str, Any],
     *,
     block_size: int,
     seed: int,
     hyper: int,
     paged: bool = False,
-) -> tuple[Entry, torch.Tensor]:
-    """Checks a parameter, its gradient and its state against each other; copies what is laid out differently in memory.
+) -> Entry:
+    """Checks a parameter, its gradient and its state against each other.
 
     Args:
         param: the optimizer's parameter, plain or a DTensor.
         grad: its gradient in this process, from `sharding.gradients`.
         state: its state, placed as the parameter.
         block_size: of the group.
-        seed: tells parameters apart in stochastic rounding.
+        seed: distinguishes parameters in stochastic rounding.
         hyper: index of the group.
-        paged: the state is to be in host memory.
-
-    Returns:
-        The entry, and the gradient in its memory order.
+        paged: the state must be in host memory.
 
     Raises:
         TypeError: a dtype that the kernels do not have, or a complex gradient.
@@ -85,28 +79,16 @@ def make_entry(
     order, (rows, cols) = check_state(state, source, block_size)
     tensors = local_state(state, STATE_TENSORS, source, block_size)
     scales = tensors.get("scales")
-    momentum = tensors["momentum"] if scales is None else tensors["codes"]
-    home = torch.device("cpu") if paged else param.device
-    for name, tensor in tensors.items():
-        if tensor.device != home:
-            raise RuntimeError(f"state must be on the parameter's device {home}, got {tensor.device}")
-        if tensor.numel() and not tensor.data_ptr():
-            raise RuntimeError(f"state must have memory, got {name} without storage")
-        if tensor.is_neg():
-            raise ValueError(f"state must not be a negated view, got {name}; replace it by its resolve_neg()")
-    if scales is not None and not scales.is_contiguous():
-        raise ValueError(f"scales must be contiguous, got strides {scales.stride()}")
-    scales = None if scales is None else unmark_order(scales)
+    _check_memory(tensors, torch.device("cpu") if paged else param.device)
     first, row_stride = 0, cols
     if is_dtensor(source) and order == (*range(param.dim()),):
-        (tall, wide), first, apart = place_in_whole(source)
-        if apart != wide:  # else rows follow each other in the whole as they do here
-            rows, cols, row_stride = tall, wide, apart
-    ordered, ordered_grad = _in_order(param, order, momentum), _in_order(grad, order, momentum)
-    entry = Entry(
-        param=ordered,
-        momentum=momentum,
-        scales=scales,
+        (whole_rows, whole_cols), first, distance = place_in_whole(source)
+        if distance != whole_cols:  # else rows follow each other in the whole as they do here
+            rows, cols, row_stride = whole_rows, whole_cols, distance
+    return Entry(
+        param=param,
+        momentum=tensors["momentum"] if scales is None else tensors["codes"],
+        scales=None if scales is None else unmark_order(scales),
         residual=tensors.get("residual"),
         order=order,
         rows=rows,
@@ -118,60 +100,24 @@ def make_entry(
         hyper=hyper,
         state=state,
         source=source,
-        in_place=ordered is param and ordered_grad is grad,
+        is_copied=not _is_in_order(param, order),
         paged=paged,
     )
-    return entry, ordered_grad
 
 
-def check_state(state: dict[str, Any], param: torch.Tensor, block_size: int) -> tuple[tuple[int, ...], tuple[int, int]]:
-    """Checks that a parameter's state is complete and has the dtypes and shapes of the format.
-
-    Returns:
-        The memory order of the momentum in this process, and its [rows, cols] as `rows_and_cols` defines them.
-
-    Raises:
-        ValueError: it does not; the message says what differs.
-    """
-    names = state.keys() & STATE_TENSORS
-    known = names - {"residual"} in ({"codes", "scales"}, {"momentum"}) and "step" in state
-    if not known or not all(isinstance(state[name], torch.Tensor) for name in names):
-        raise ValueError(f"state must hold step with codes and scales, or with momentum; got {sorted(map(str, state))}")
-    tensors, param = local_state(state, STATE_TENSORS, param, block_size), local(param)
-    name, dtype = ("codes", torch.int8) if "codes" in state else ("momentum", torch.float32)
-    momentum = tensors[name]
-    order = memory_order(momentum)
-    if momentum.dtype != dtype or momentum.shape != param.shape or order is None:
-        got = f"{momentum.dtype} of shape {tuple(momentum.shape)}"
-        raise ValueError(f"{name} must be a dense {dtype} tensor of shape {tuple(param.shape)}, got {got}")
-    ordered_shape = [param.shape[dim] for dim in order]
-    if "residual" in tensors:
-        residual = tensors["residual"]
-        if residual.dtype != torch.int8 or residual.shape != param.shape or memory_order(residual) != order:
-            got = f"{residual.dtype} of shape {tuple(residual.shape)} with strides {residual.stride()}"
-            raise ValueError(f"residual must be an int8 tensor with the shape and memory order of {name}, got {got}")
-        if param.dtype != torch.bfloat16:
-            raise ValueError(
-                f"residual must belong to a bfloat16 parameter, got {param.dtype}; "
-                "delete it from the state, and take the weights from `fp32_weights` of the optimizer that saved it"
-            )
-    if "scales" in tensors:
-        shape, scales = scales_shape(ordered_shape, block_size), tensors["scales"]
-        if order != (*range(len(order)),):
-            scales = unmark_order(scales)
-        elif scales is not unmark_order(scales):
-            raise ValueError(
-                "codes must have the order in memory that their scales were made for, got contiguous codes and scales "
-                f"{tuple(scales.shape)}, which belong to another order such as channels_last; load a file of "
-                "torch.save, which keeps strides, or into a model and an optimizer in the memory format that was saved"
-            )
-        if scales.dtype != torch.float32 or tuple(scales.shape) != shape:
-            got = f"{scales.dtype} {tuple(scales.shape)}"
-            raise ValueError(f"scales must be float32 {shape} at block_size {block_size}, got {got}")
-    return order, rows_and_cols(ordered_shape, block_size)
+def _check_memory(tensors: dict[str, Tensor], device: torch.device) -> None:
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise RuntimeError(f"state must be on the parameter's device {device}, got {tensor.device}")
+        if tensor.numel() and not tensor.data_ptr():
+            raise RuntimeError(f"state must have memory, got {name} without storage")
+        if tensor.is_neg():
+            raise ValueError(f"state must not be a negated view, got {name}; replace it by its resolve_neg()")
+        if name == "scales" and not tensor.is_contiguous():
+            raise ValueError(f"scales must be contiguous, got strides {tensor.stride()}")
 
 
-def _check_param(param: torch.Tensor) -> None:
+def _check_param(param: Tensor) -> None:
     if param.layout != torch.strided or param.dtype not in DTYPES:
         raise TypeError(f"parameters must be dense float32, bfloat16 or float16, got {param.dtype} {param.layout}")
     if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
@@ -182,7 +128,7 @@ def _check_param(param: torch.Tensor) -> None:
         raise RuntimeError(f"parameters must have memory, got a tensor without storage on {param.device}")
 
 
-def _check_grad(grad: torch.Tensor, param: torch.Tensor) -> None:
+def _check_grad(grad: Tensor, param: Tensor) -> None:
     if grad.layout != torch.strided:
         raise RuntimeError("Lion8bit does not support sparse gradients; use nn.Embedding(..., sparse=False)")
     if grad.dtype not in DTYPES:
@@ -196,107 +142,92 @@ def _check_grad(grad: torch.Tensor, param: torch.Tensor) -> None:
         raise RuntimeError(f"gradients must have memory, got a tensor without storage on {grad.device}")
 
 
-def _in_order(tensor: torch.Tensor, order: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    if memory_order(tensor) == order and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0:
-        return tensor
-    return torch.empty_like(like, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+def _is_in_order(tensor: Tensor, order: tuple[int, ...]) -> bool:
+    """Whether the kernels can read a tensor's memory in this order."""
+    return memory_order(tensor) == order and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0
+
+
+def _copy_in_order(tensor: Tensor, entry: Entry) -> Tensor:
+    return torch.empty_like(entry.momentum, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def turns(entries: Sequence[Entry]) -> list[int]:
-    """For each entry how many others must be stepped before it, because they share memory with it; as a rule 0.
+    """For each entry how many others must be stepped before it because they share memory with it; usually 0.
 
-    Threads would step the same elements at once. Parameters share memory where one is listed twice, or where modules
-    are tied by ``.data``.
+    Threads would otherwise step the same elements at once. Parameters share memory if one is listed twice, or if
+    modules are tied by ``.data``.
 
     Raises:
         ValueError: such a parameter is one that a step has to copy.
     """
     found = [0] * len(entries)
     places = [place for place, entry in enumerate(entries) if entry.param.numel()]
-    places.sort(key=lambda place: (str(entries[place].param.device), local(entries[place].source).data_ptr(), place))
+    places.sort(key=lambda place: (str(entries[place].param.device), entries[place].param.data_ptr(), place))
     group: list[int] = []  # parameters that share memory
     end = 0  # of that memory
     for place in places:
-        entry, source = entries[place], local(entries[place].source)
+        entry = entries[place]
         first = entries[group[0]] if group else entry
-        if first.param.device != entry.param.device or source.data_ptr() >= end:
+        if first.param.device != entry.param.device or entry.param.data_ptr() >= end:
             group, end = [], 0
-        elif source.data_ptr() == local(first.source).data_ptr() and not (entry.in_place and first.in_place):
+        elif entry.param.data_ptr() == first.param.data_ptr() and (entry.is_copied or first.is_copied):
             raise ValueError(
                 f"parameters that share memory must be dense, got two of shapes {tuple(first.param.shape)} and "
                 f"{tuple(entry.param.shape)}; list each parameter once"
             )
         found[place] = len(group)
         group.append(place)
-        end = max(end, source.data_ptr() + source.nbytes)
+        end = max(end, entry.param.data_ptr() + entry.param.nbytes)
     return found
 
 
 class Work(Protocol):
-    """What backends need of a batch, or of a part of one."""
+    """What backends need of a table, or of a part of one."""
 
     device: torch.device
-    table: Any  # ctypes array of `layout.Tensor`
+    table: Any  # ctypes array of `TensorRow`
     cuda_cache: dict[Any, Any]
     entries: list[Entry]  # row by row as the table
-    done: list[Any]  # of the present update, see `backend.update_`
+    done: list[Any]  # of the present update, see `backends.select.update_`
 
     @property
-    def grads(self) -> list[torch.Tensor]:
+    def grads(self) -> list[Tensor]:
         """The gradients of the entries."""
 
 
 class DeviceTable:
-    """The entries of one device and the kernels' table of them, kept while memory stays where it is."""
+    """The entries of one device and their `TensorRow`s, kept while memory stays where it is."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        entries: Sequence[Entry],
-        grads: Sequence[torch.Tensor],
-        places: Sequence[int] | None = None,
-    ) -> None:
-        """Describes entries with their gradients.
+    def __init__(self, entries: Sequence[Entry], grads: Sequence[Tensor], places: Sequence[int] | None = None) -> None:
+        """Makes the table.
 
         Args:
-            device: the one that all of them are on.
-            entries: as `make_entry` returned them, at least one; all or none of them paged, all or none in place.
-            grads: their gradients, likewise.
-            places: which gradients of a step are these entries'; None where all are.
+            entries: of one device, as `make_entry` returned them, at least one; all or none of them paged.
+            grads: their gradients, checked by `make_entry`.
+            places: which gradients of a step belong to these entries; None if all do.
         """
-        self.device = device
+        self.device = entries[0].param.device
+        self.paged = entries[0].paged
+        self.entries = list(entries)
         self.places = places
         self.cuda_cache: dict[Any, Any] = {}
+        self.loads: list[Any] | None = None  # `paging.Load`s of a paged table
         self.done: list[Any] = []
         self.finished = False
-        self.paged = entries[0].paged
-        self.in_place = entries[0].in_place  # otherwise the entries hold copies, which `finish` lets go of
-        self.loads: list[Load] | None = None  # what `Pager` has cut it into
+        self.grads: list[Tensor] = []  # in a step only, so that zero_grad frees them
+        self.copied = [number for number, entry in enumerate(entries) if entry.is_copied]
+        self.is_sharded = any(is_dtensor(entry.source) for entry in entries)
         self._params = [entry.source for entry in entries]
         self._states = [entry.state for entry in entries]
-        self._made_with: list[dict[str, Any]] = [
-            {"block_size": e.block_size, "seed": e.seed, "hyper": e.hyper, "paged": e.paged} for e in entries
+        self._holders = [
+            ([state for state in self._states if name in state], itemgetter(name)) for name in STATE_TENSORS
         ]
-        self._held: list[Any] = []
-        for name in STATE_TENSORS:
-            self._held += [[state for state in self._states if name in state], name]
-        self.sharded = [entry.param for entry in entries if is_dtensor(entry.source)]
-        self._changed = [tensor for tensor in self._params + self.sharded if not tensor.is_inference()]
-        self._counts: list[int] = []  # of updates before the present one: one for all, or one of each
-        self._following: list[int] = []  # likewise, after it
-        self._tabulate(entries, grads)
-        if self.in_place:
-            self._seen = describe(self._columns(self._params, self.grads))
-            self._misaligned = np.array([grad.element_size() - 1 for grad in self.grads], np.uint64)
-            self._nonempty = np.array([grad.numel() > 0 for grad in self.grads], np.bool_)
-
-    def _tabulate(self, entries: Sequence[Entry], grads: Sequence[torch.Tensor]) -> None:
-        self.entries = list(entries)
-        self.grads = list(grads)  # let go of by `finish`, so that zero_grad frees them
-        self.table = (TensorRow * len(self.entries))()
-        for row, entry, grad in zip(self.table, self.entries, self.grads, strict=True):
+        self._written = self._params + [entry.param for entry in entries if is_dtensor(entry.source)]
+        self._written = [tensor for tensor in self._written if not tensor.is_inference()]
+        self._counts: list[int] = []  # updates of each parameter after the present one; empty where the device counts
+        self.table = (TensorRow * len(entries))()
+        for row, entry, grad in zip(self.table, self.entries, grads, strict=True):
             row.param = entry.param.data_ptr()
-            row.grad = grad.data_ptr()
             row.momentum = entry.momentum.data_ptr()
             row.scales = 0 if entry.scales is None else entry.scales.data_ptr()
             row.residual = 0 if entry.residual is None else entry.residual.data_ptr()
@@ -305,86 +236,117 @@ class DeviceTable:
             row.seed, row.hyper = entry.seed, entry.hyper
             row.param_dtype, row.grad_dtype = DTYPES[entry.param.dtype], DTYPES[grad.dtype]
         self.columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(TensorRow))
+        self._tensors = self._held(self._params)
+        self._memory = _memory_of(self._tensors)
+        self._layouts = _layouts_of(self._tensors[: len(entries)])
+        self._grad_dtypes = [grad.dtype for grad in grads]
+        self._grad_sizes = [*map(Tensor.numel, grads)]
+        self._grad_strides: list[Any] = [None] * len(entries)  # of gradients that need no copy
+        self._alignments = np.array([grad.element_size() - 1 for grad in grads], np.uint64)
+        self._set_grads(list(grads))
 
-    def refresh(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
-        """Takes in a step's parameters and gradients; False where more than gradients has changed.
+    def refresh(self, params: list[Tensor], grads: list[Tensor]) -> bool:
+        """Updates the table for a step with these parameters and gradients; False if it must be made again.
 
-        All that the kernels are told of a tensor is compared: address, dtype, device, shape and strides. State is
-        looked up again, for code outside may put other tensors there or move these.
+        Other code may change state and parameters between steps. So objects, addresses and sizes of all tensors are
+        compared with those of the table, and dtypes, strides and lazy negation of parameters and gradients.
         """
         if self.places is not None:
             params, grads = ([tensors[place] for place in self.places] for tensors in (params, grads))
-        compared = self.sharded or not self.in_place  # elsewhere, below
-        if compared and not all(map(is_, params, self._params)):
+        if self.is_sharded and not all(map(is_, params, self._params)):
             return False
         try:
-            if not self.in_place:
-                return self._copy_again(grads)
-            addresses = look_again(self._columns(params, grads), self._seen)
+            tensors = self._held(params)
+            if not all(map(is_, tensors, self._tensors)) or _memory_of(tensors) != self._memory:
+                return False
+            return _layouts_of(tensors[: len(params)]) == self._layouts and self._set_grads(grads)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
-            return False  # `make_entry` says better what is wrong
-        if addresses is None:
+            return False  # `make_entry` will report what is wrong
+
+    def _held(self, params: list[Tensor]) -> list[Tensor]:
+        """All tensors of the entries in this process, parameters first."""
+        held = list(params)
+        for states, get in self._holders:
+            held += map(get, states)
+        return [*map(local, held)] if self.is_sharded else held
+
+    def _set_grads(self, grads: list[Tensor]) -> bool:
+        """Puts gradients into the table, copies of those in another memory order; False if it must be made again."""
+        if [grad.dtype for grad in grads] != self._grad_dtypes or [*map(Tensor.numel, grads)] != self._grad_sizes:
             return False
-        if (addresses & self._misaligned).any() or (self._nonempty & (addresses == 0)).any():
+        strides = [*map(Tensor.stride, grads)]
+        addresses = np.array([*map(Tensor.data_ptr, grads)], np.uint64)
+        if strides != self._grad_strides or True in map(Tensor.is_neg, grads) or (addresses & self._alignments).any():
+            if any(grad.shape != entry.param.shape for grad, entry in zip(grads, self.entries, strict=True)):
+                return False
+            pairs = [*zip(grads, self.entries, strict=True)]
+            ordered = [
+                grad if _is_in_order(grad, entry.order) else _copy_in_order(grad, entry) for grad, entry in pairs
+            ]
+            self._grad_strides = [grad.stride() if grad is kept else None for grad, kept in zip(grads, ordered)]
+            grads, addresses = ordered, np.array([*map(Tensor.data_ptr, ordered)], np.uint64)
+        if not addresses.all() and any(grad.numel() and not grad.data_ptr() for grad in grads):
             return False
         self.grads = grads
         self.columns["grad"] = addresses
         return True
 
-    def _copy_again(self, grads: list[torch.Tensor]) -> bool:
-        made = [
-            make_entry(param, grad, state, **options)
-            for param, grad, state, options in zip(self._params, grads, self._states, self._made_with, strict=True)
-        ]
-        self.cuda_cache, self.loads = {}, None
-        self._tabulate(*zip(*made, strict=True))
-        return not any(entry.in_place for entry in self.entries)
-
     def begin(self) -> None:
-        """Begins an update: the table has its number for each parameter; the state will when it has been applied.
+        """Begins an update that the host counts; the state has the new counts when it has been applied.
 
         Raises:
-            ValueError: a count of updates is no count.
+            ValueError: a count of updates is not a whole number.
         """
-        self.done, self.finished = [], False
-        first = self._states[0]["step"]
-        uniform = replace(self._states, "step", first, first)  # as a rule: one number for all
-        self._counts = [first] if uniform else [*map(itemgetter("step"), self._states)]
-        following = {count: count + 1 for count in map(step_count, self._counts)}  # one object for all that are equal
-        self._following = [following[step_count(count)] for count in self._counts]
-        self.columns["step"] = np.array(self._following, np.int64)  # modulo 2^32
+        counts = [*map(_STEP, self._states)]
+        if type(counts[0]) is int and counts.count(counts[0]) == len(counts):  # usually
+            self._counts = [step_count(counts[0]) + 1] * len(counts)
+        else:
+            self._counts = [step_count(count) + 1 for count in counts]
+        self.columns["step"] = np.array(self._counts, np.int64)  # modulo 2^32
+        self._begin()
 
-    def begin_on(self, counts: UpdateCounts, live: Collection[dict[str, Any]]) -> None:
-        """Begins an update that the device counts; ``live`` is the state of all parameters."""
-        self.done, self.finished, self._counts, self._following = [], False, [], []
-        self.columns["step"] = counts.places(self._states, live)
+    def begin_on_device(self, counts: UpdateCounts, capacity: int) -> None:
+        """Begins an update that the device counts; ``capacity``: how many parameters the optimizer has."""
+        self._counts = []
+        self.columns["step"] = counts.indices(self._states, capacity)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.done, self.finished = [], False
+        for number in self.copied:
+            entry = self.entries[number]
+            entry.param = _copy_in_order(local(entry.source), entry)
+            self.columns["param"][number] = entry.param.data_ptr()
+        if self.copied:
+            self.loads = None  # which refer to former copies
 
     def finish(self) -> None:
-        """Counts the update, writes copied parameters back, tells autograd, lets go of the gradients.
+        """Writes update counts and copied parameters back, and increments autograd's version counters.
 
-        Where it was interrupted, it may be called again.
+        If it was interrupted, it may be called again.
         """
-        if len(self._counts) == 1:
-            replace(self._states, "step", *self._counts, *self._following)
-        else:
-            for state, count in zip(self._states, self._following):
-                state["step"] = count
-        if not self.in_place:
-            for entry in self.entries:
-                if entry.param is not local(entry.source):
-                    local(entry.source).copy_(entry.param)
-        torch.autograd.graph.increment_version(self._changed)
+        for state, count in zip(self._states, self._counts):
+            state["step"] = count
+        for number in self.copied:
+            entry = self.entries[number]
+            if entry.param is not local(entry.source):
+                local(entry.source).copy_(entry.param)
+        torch.autograd.graph.increment_version(self._written)
         self.finished = True
-        self.grads = []
-        if not self.in_place:
-            self.entries = []
 
-    def _columns(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> list[Any]:
-        """All tensors of a step as `describe` takes them, gradients first."""
-        columns = [grads, None, params, None, *self._held]
-        if self.sharded:
-            return [part for tensors in listed(columns) for part in ([*map(local, tensors)], None)]
-        return columns
+    def release(self) -> None:
+        """Drops gradients and copies, which belong to one step."""
+        self.grads = []
+        for number in self.copied:
+            self.entries[number].param = local(self.entries[number].source)
+
+
+def _memory_of(tensors: list[Tensor]) -> list[int]:
+    return [*map(Tensor.data_ptr, tensors), *map(Tensor.numel, tensors)]
+
+
+def _layouts_of(tensors: list[Tensor]) -> list[Any]:
+    return [[tensor.dtype for tensor in tensors], [*map(Tensor.stride, tensors)], [*map(Tensor.is_neg, tensors)]]
 
 
 def hyper_array(hypers: Sequence[Hyper]) -> ctypes.Array[Hyper]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from lion8bit import reference
-from lion8bit.layout import COUPLED_DECAY, DTYPES, UNSCALE, Hyper, TensorRow, make_hyper
+from lion8bit.backends import select
+from lion8bit.layout import COUPLED_DECAY, DTYPES, UNSCALE, Hyper, TensorRow
+from lion8bit.options import make_hyper
 
 PARAM_DTYPES = tuple(DTYPES)
 
@@ -61,6 +65,18 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None
             f"{what}: {int(differs.sum())} of {differs.numel()} differ, first at {where}: "
             f"{actual[where].item()!r} != {expected[where].item()!r}"
         )
+
+
+@contextlib.contextmanager
+def override_backend(update_: Callable[..., None] | None, decides: bool = False) -> Iterator[None]:
+    """Lets `update_` step all parameters; None leaves the usual backend. `decides`: it reads device memory."""
+    if update_ is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for device_type in ("cpu", "cuda"):
+            stack.enter_context(select.override(device_type, select.Backend("test", update_, decides)))
+        yield
 
 
 def scale_of_each(scales: torch.Tensor, shape: torch.Size, block_size: int) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """Owns fixtures that several test files ask for by name, and the order of the files."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from cases import override_backend
 
 from lion8bit import Lion8bit
 
@@ -19,6 +21,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Optimizers that a test compares have the same random bits: each numbers its parameters from 0."""
     monkeypatch.setitem(Lion8bit.__init__.__kwdefaults__, "seed", 0)
+
+
+@pytest.fixture
+def use_backend() -> Iterator[Callable[..., None]]:
+    """Calls `override_backend` for the rest of the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *arguments, **options: stack.enter_context(override_backend(*arguments, **options))
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lion8bit import Lion8bit
-from lion8bit.backends import cuda, portable
+from lion8bit.backends import cpu, cuda, nvrtc, portable
 from lion8bit.device_scalars import UpdateCounts
+from lion8bit.stepper import Stepper
 
 ON_EMULATOR = pytest.param("emulated", marks=pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"))
 ON_GPU = pytest.param("cuda", marks=needs_gpu, id="on_gpu")
@@ -34,32 +35,31 @@ class Place:
     def __init__(self, name: str) -> None:
         self.name = name
         self.device = "cuda" if name == "cuda" else "cpu"
-        self.launches: list[tuple[cuda.Kernel, int, ctypes.Structure]] = []
+        self.launches: list[tuple[nvrtc.Kernel, int, ctypes.Structure]] = []
 
 
 @pytest.fixture(params=["cpu", "portable", ON_EMULATOR, ON_GPU])
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(request: pytest.FixtureRequest, use_backend: Callable[..., None]) -> Place:
     where = Place(request.param)
     if where.name == "portable":
-        monkeypatch.setattr("lion8bit.optimizer.update_", portable.update_)
+        use_backend(portable.update_)
     if where.name == "emulated":
         runner = Emulated(request.getfixturevalue("library"))
 
         class Recorder:
             tunings = runner.tunings
 
-            def capacity(self, tensors: int) -> cuda.Capacity:
+            def capacity(self, tensors: int) -> nvrtc.Capacity:
                 return runner.capacity(tensors)
 
-            def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
+            def run(self, kernel: nvrtc.Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
                 where.launches.append((kernel, grid, type(launch).from_buffer_copy(launch)))
                 runner.run(kernel, grid, launch, done)
 
         def step_(batch: Any, hypers: Any, counter: torch.Tensor, control: Any = None) -> None:
             cuda.step_(batch, hypers, counter, Recorder(), control)
 
-        monkeypatch.setattr("lion8bit.optimizer.update_", step_)
-        monkeypatch.setattr("lion8bit.optimizer.decides", lambda device_type: True)
+        use_backend(step_, decides=True)
     return where
 
 
@@ -374,14 +374,14 @@ def test_counts_survive_everything(place: Place) -> None:
     assert_same_contents(results[0], results[2])
 
 
-def test_the_host_reads_what_it_needs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_reads_what_it_needs_itself(monkeypatch: pytest.MonkeyPatch, use_backend: Callable[..., None]) -> None:
     """Parameters on the CPU beside others on a GPU, where lr and the scale are: here the GPU's part is left out."""
     results = []
     for elsewhere in (False, True):
         place = Place("cpu")
         params = parameters(place, torch.float32)
-        monkeypatch.setattr("lion8bit.optimizer.decides", lambda device_type, elsewhere=elsewhere: elsewhere)
-        monkeypatch.setattr(Lion8bit, "_counts_on", lambda *arguments: None)
+        use_backend(cpu.update_, decides=elsewhere)
+        monkeypatch.setattr(Stepper, "_counts_on", lambda *arguments: None)
         optimizer = Lion8bit(params, lr=torch.tensor(1e-3), weight_decay=0.1, capturable=True, fused=True)
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
         for step in range(2):
@@ -413,25 +413,28 @@ def test_gpu_and_cpu_parameters_in_one_optimizer() -> None:
     assert_same_contents(*results)
 
 
-def test_counts_move_to_more_room() -> None:
-    """States that are no longer the optimizer's make room; counts that the device has made meanwhile are kept."""
+def test_counts_move_to_a_larger_table() -> None:
+    """Counts on the device are kept, those that were set from outside are used, and no two states share one."""
     counts = UpdateCounts(torch.device("cpu"))
-    states = [{"step": n} for n in range(5)]
-    places = counts.places(states[:3], states)
-    counts.table[places, 0] += 10
-    assert counts.table[places, 0].tolist() == [10, 11, 12]
-    first = counts.table
+    states: list[dict[str, Any]] = [{"step": n} for n in range(5)]
+    first = counts.indices(states[:3], 3)
+    table = counts.table
+    assert [state["step"].data_ptr() for state in states[:3]] == [table[index].data_ptr() for index in first]
+    table[first, 0] += 10
+    assert counts.indices(states[:3], 3) == first and counts.table is table
     more = [*states[1:], *({"step": 50 + n} for n in range(20))]
-    places = counts.places(more, more)
-    assert counts.table is not first
-    assert counts.table[places, 0].tolist() == [11, 12, 3, 4, *range(50, 70)]
-    counts.table[:, 0] += 1
-    states[1]["step"] = 7  # set from outside: neither lost nor overwritten
-    counts.settle()
-    assert [state["step"] for state in more] == [7, 13, 4, 5, *range(51, 71)]
-    assert states[0]["step"] == 0
-    assert counts.table[counts.places(more[:2], more), 0].tolist() == [7, 13]
-    assert len({*counts.places(more, more)}) == len(more)
+    indices = counts.indices(more, len(more))
+    assert counts.table is not table and len({*indices}) == len(more)
+    assert [int(state["step"]) for state in more] == [11, 12, 3, 4, *range(50, 70)]
+    assert counts.table[indices, 0].tolist() == [int(state["step"]) for state in more]
+    assert int(states[0]["step"]) == 10
+    more[0]["step"], more[2]["step"], more[3] = 7, torch.tensor([8.0]), dict(more[4])
+    indices = counts.indices(more, len(more))
+    assert len({*indices}) == len(more)
+    assert counts.table[indices, 0].tolist() == [7, 12, 8, 50, 50, *range(51, 70)]
+    more[1]["step"] = 1.5
+    with pytest.raises(ValueError, match="step must be a whole number of updates"):
+        counts.indices(more, len(more))
 
 
 @on_device
@@ -443,8 +446,8 @@ def test_counts_let_go_of_state_that_was_replaced(place: Place) -> None:
     replaced = [
         weakref.ref(tensor)
         for state in optimizer.state.values()
-        for tensor in state.values()
-        if isinstance(tensor, torch.Tensor)
+        for name, tensor in state.items()
+        if isinstance(tensor, torch.Tensor) and name != "step"  # counts outlive it, for captured graphs
     ]
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert len(replaced) == 4 and not any(each() is not None for each in replaced)

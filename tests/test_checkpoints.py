@@ -20,8 +20,7 @@ from torch import nn
 
 from lion8bit import Lion, Lion8bit, convert_state_dict, dequantize, export_state_dict, quantize
 from lion8bit.layout import mark_order, memory_order
-from lion8bit.loading import _PIECE
-from lion8bit.reference import RANGE_SQUARED
+from lion8bit.reference import _CHUNK, RANGE_SQUARED
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 lion_pytorch = pytest.importorskip("lion_pytorch")
@@ -409,11 +408,11 @@ def assert_refused(saved: Any, message: str, error: type[BaseException] = ValueE
     params = parameters()
     optimizer = Lion8bit(params, lr=1e-3, **options)
     step(params, optimizer, 1)
-    before, plan = contents(optimizer), optimizer._plan
+    before, plan = contents(optimizer), optimizer._stepper.plan
     with pytest.raises(error, match=message):
         optimizer.load_state_dict(saved)
     assert_same_contents(before, contents(optimizer))
-    assert optimizer._plan is plan is not None
+    assert optimizer._stepper.plan is plan is not None
     step(params, optimizer, 2)
 
 
@@ -592,9 +591,9 @@ def test_every_scale_of_the_format_loads(scale: float) -> None:
     assert optimizer.state[optimizer.param_groups[0]["params"][0]]["scales"].view(-1)[-1] == torch.tensor(scale)
 
 
-@pytest.mark.parametrize("place", [0, _PIECE - 1, _PIECE, 2 * _PIECE])
+@pytest.mark.parametrize("place", [0, _CHUNK - 1, _CHUNK, 2 * _CHUNK])
 def test_values_are_looked_at_in_pieces_and_to_the_end(place: int) -> None:
-    param = nn.Parameter(torch.zeros(2 * _PIECE + 1))
+    param = nn.Parameter(torch.zeros(2 * _CHUNK + 1))
     optimizer = Lion8bit([param], optim_bits=32)
     param.grad = torch.zeros_like(param)
     optimizer.step()
@@ -622,7 +621,7 @@ def test_a_copy_that_fails_changes_nothing(number: int, error: type, monkeypatch
     """As where memory runs out on the device half way."""
     import lion8bit.optimizer as module
 
-    real, calls = module.bring_home, []
+    real, calls = module.to_place, []
 
     def fails(*arguments: Any, **options: Any) -> torch.Tensor:
         calls.append(1)
@@ -630,9 +629,7 @@ def test_a_copy_that_fails_changes_nothing(number: int, error: type, monkeypatch
             raise error("no memory")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(
-        module, "bring_home", lambda t, *a, **o: fails(t, *a, **o) if o.get("copy") else real(t, *a, **o)
-    )
+    monkeypatch.setattr(module, "to_place", lambda t, *a, **o: fails(t, *a, **o) if o.get("copy") else real(t, *a, **o))
     assert_refused(stepped(lambda p: Lion8bit(p, lr=2e-3)), "no memory", error)
     assert len(calls) == number + 1
 
@@ -734,7 +731,7 @@ def test_a_checkpoint_of_another_memory_format(saved_format: torch.memory_format
         if "residual" in saved["state"][number]:
             assert torch.equal(converted.state[param]["residual"], saved["state"][number]["residual"])
     train_images(converted_net, converted, 2)
-    assert converted._plan is not None  # nothing is copied, so the plan is kept
+    assert converted._stepper.plan is not None  # nothing is copied, so the plan is kept
     for param in converted_net.parameters():
         assert {memory_order(t) for t in converted.state[param].values() if getattr(t, "shape", 0) == param.shape} == {
             memory_order(param)

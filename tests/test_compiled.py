@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from lion8bit import Lion8bit, compiled
-from lion8bit.table import STATE_TENSORS
+from lion8bit.state import STATE_TENSORS
 
 Params = list[torch.nn.Parameter]
 

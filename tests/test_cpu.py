@@ -34,9 +34,11 @@ from hypothesis import strategies as st
 
 from lion8bit import Lion8bit, reference
 from lion8bit.backends import cpu, portable
-from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Hyper, TensorRow, make_hyper
+from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Hyper, TensorRow
+from lion8bit.options import make_hyper
 from lion8bit.reference import decode
-from lion8bit.table import STATE_TENSORS, hyper_array
+from lion8bit.state import STATE_TENSORS
+from lion8bit.table import hyper_array
 
 ROOT = Path(__file__).parents[1]
 AVAILABLE = cpu.available_kernels()
@@ -441,7 +443,7 @@ def test_exceptions_do_not_trap() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_plain_torch_where_subnormals_are_flushed(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_torch_where_subnormals_are_flushed(threads: int, use_backend: Callable[..., None]) -> None:
     """It keeps its bits among numbers that are normal in fp32, as every fp16 number is."""
     before = torch.get_num_threads()
     for dtype, rounding in ROUNDINGS:
@@ -451,7 +453,7 @@ def test_plain_torch_where_subnormals_are_flushed(threads: int, monkeypatch: pyt
             param = torch.nn.Parameter((torch.randn(300, 1000, generator=generator) * 1e-5).to(dtype))
             param.grad = (torch.randn(param.shape, generator=generator) * 1e-6).to(dtype)
             optimizer = Lion8bit([param], lr=1e-6, weight_rounding=rounding)
-            monkeypatch.setattr("lion8bit.optimizer.update_", update)
+            use_backend(update)
             torch.set_num_threads(threads)
             supported = torch.set_flush_denormal(flush)
             try:

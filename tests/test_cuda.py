@@ -33,16 +33,16 @@ from cases import (
 )
 
 from lion8bit import Lion8bit, reference
-from lion8bit.backends import cuda
+from lion8bit.backends import cuda, nvrtc
 from lion8bit.layout import BLOCK_SIZES, DTYPES, WEIGHT_ROUNDING, Hyper, TensorRow
 from lion8bit.table import hyper_array
 
 EMULATOR = Path(__file__).parent / "emulator"
-SOURCES = [*sorted(EMULATOR.iterdir()), *(Path(__file__).parents[1] / "csrc" / name for name in cuda.SOURCES)]
+SOURCES = [*sorted(EMULATOR.iterdir()), *(Path(__file__).parents[1] / "csrc" / name for name in nvrtc.SOURCES)]
 COMPILER = shutil.which("g++")
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
 SHARED = ["-shared", "-fPIC"]
-DEFAULT = cuda.Tuning()
+DEFAULT = nvrtc.Tuning()
 SANITIZE = ["-g1", "-DEMULATE_FEW", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
@@ -80,17 +80,17 @@ class Emulated:
     order: int = 0  # in which threads go on: 0 ascending, 1 descending, else shuffled
     large: bool = False
     first: int = 0  # CUDA block to begin with
-    tuning: cuda.Tuning = DEFAULT
-    log: list[tuple[cuda.Kernel, int, int]] = field(default_factory=list)
+    tuning: nvrtc.Tuning = DEFAULT
+    log: list[tuple[nvrtc.Kernel, int, int]] = field(default_factory=list)
 
     @property
-    def tunings(self) -> cuda.Tunings:
-        return cuda.Tunings(self.tuning, self.tuning)
+    def tunings(self) -> nvrtc.Tunings:
+        return nvrtc.Tunings(self.tuning, self.tuning)
 
-    def capacity(self, tensors: int) -> cuda.Capacity:
-        return cuda.LARGE if self.large else cuda.SMALL
+    def capacity(self, tensors: int) -> nvrtc.Capacity:
+        return nvrtc.LARGE if self.large else nvrtc.SMALL
 
-    def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
+    def run(self, kernel: nvrtc.Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
         self.log.append((kernel, launch.count, grid))  # type: ignore[attr-defined]
         assert ctypes.sizeof(launch) == self.library.launch_bytes(int(self.large))
         if self.large:
@@ -105,7 +105,7 @@ class Emulated:
         done.append(grid)
 
 
-def defined(tuning: cuda.Tuning) -> list[str]:
+def defined(tuning: nvrtc.Tuning) -> list[str]:
     """The macros of a tuning for the compiler."""
     return [f"-DLION8BIT_{name}={value}" for name, value in tuning.macros().items()]
 
@@ -223,31 +223,31 @@ COMBINATIONS = [
 def test_nvrtc_compiles_every_dtype_and_rounding() -> None:
     for (param, grad, rounding), quantized in itertools.product(COMBINATIONS, (True, False)):
         shape = (DTYPES[param], DTYPES[grad], quantized, 128, WEIGHT_ROUNDING[rounding])
-        kernel = cuda.Kernel(*shape, general=quantized, capacity=cuda.SMALL)
-        assert cuda.compile_kernel(kernel, "sm_90").startswith(b"\x7fELF")
+        kernel = nvrtc.Kernel(*shape, general=quantized, capacity=nvrtc.SMALL)
+        assert nvrtc.compile_kernel(kernel, "sm_90").startswith(b"\x7fELF")
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "compute_80"])
 def test_nvrtc_compiles_for_every_architecture(arch: str) -> None:
-    if int(arch.partition("_")[2]) not in cuda.toolchain()[1]:
+    if int(arch.partition("_")[2]) not in nvrtc.toolchain()[1]:
         pytest.skip(f"this NVRTC does not know {arch}")
     for kernel in (
-        cuda.Kernel(0, 0, True, 64, 0, False, cuda.LARGE),
-        cuda.Kernel(1, 1, True, 128, 0, False, cuda.LARGE),
-        cuda.Kernel(1, 0, True, 256, 1, True, cuda.SMALL),
-        cuda.Kernel(1, 1, True, 128, 2, False, cuda.LARGE),
-        cuda.Kernel(1, 1, True, 128, 1, True, cuda.LARGE, on_device=True),
-        cuda.Kernel(2, 2, False, 128, 1, False, cuda.SMALL),
+        nvrtc.Kernel(0, 0, True, 64, 0, False, nvrtc.LARGE),
+        nvrtc.Kernel(1, 1, True, 128, 0, False, nvrtc.LARGE),
+        nvrtc.Kernel(1, 0, True, 256, 1, True, nvrtc.SMALL),
+        nvrtc.Kernel(1, 1, True, 128, 2, False, nvrtc.LARGE),
+        nvrtc.Kernel(1, 1, True, 128, 1, True, nvrtc.LARGE, on_device=True),
+        nvrtc.Kernel(2, 2, False, 128, 1, False, nvrtc.SMALL),
     ):
-        assert cuda.compile_kernel(kernel, arch)[:4] == (b"\x7fELF" if arch.startswith("sm") else b"//\n/")
+        assert nvrtc.compile_kernel(kernel, arch)[:4] == (b"\x7fELF" if arch.startswith("sm") else b"//\n/")
 
 
 WITH_NVRTC = """
 import ctypes, sys, pytest
 ctypes.CDLL(sys.argv[1])  # cuda-bindings takes what is loaded
 from lion8bit.backends import cuda
-assert cuda.toolchain()[0] == (12, 4), cuda.toolchain()
+assert nvrtc.toolchain()[0] == (12, 4), nvrtc.toolchain()
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[2], "-k", "every_architecture"]))
 """
 
@@ -267,35 +267,35 @@ def test_oldest_nvrtc_compiles_it() -> None:
 
 @needs_nvrtc
 def test_architecture_is_the_gpu_or_the_newest_older_one() -> None:
-    newest = cuda.toolchain()[1][-1]
-    assert cuda.architecture(90) == "sm_90"
-    assert cuda.architecture(newest) == f"sm_{newest}"
-    assert cuda.architecture(newest + 1) == f"compute_{newest}"
+    newest = nvrtc.toolchain()[1][-1]
+    assert nvrtc.architecture(90) == "sm_90"
+    assert nvrtc.architecture(newest) == f"sm_{newest}"
+    assert nvrtc.architecture(newest + 1) == f"compute_{newest}"
     with pytest.raises(RuntimeError, match=r"compute capability must be .* got 3\.5"):
-        cuda.architecture(35)
+        nvrtc.architecture(35)
 
 
 @needs_nvrtc
 def test_compile_error_shows_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = {"cuda_kernel.cu": b'#include "block_math.h"\nnonsense;', "block_math.h": b""}
-    monkeypatch.setattr(cuda, "sources", lambda: broken)
+    monkeypatch.setattr(nvrtc, "sources", lambda: broken)
     with pytest.raises(RuntimeError, match=r"(?s)compiling cuda_kernel.cu .*nonsense"):
-        cuda.compile_kernel(cuda.Kernel(0, 0, True, 128, 0, False, cuda.SMALL), "sm_90")
+        nvrtc.compile_kernel(nvrtc.Kernel(0, 0, True, 128, 0, False, nvrtc.SMALL), "sm_90")
 
 
 @needs_nvrtc
 def test_images_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cuda.CACHE_VARIABLE, str(tmp_path / "deep" / "cache"))
-    kernel = cuda.Kernel(0, 0, False, 128, 0, False, cuda.SMALL)
-    compiled = cuda.image(kernel, "sm_90")
+    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "deep" / "cache"))
+    kernel = nvrtc.Kernel(0, 0, False, 128, 0, False, nvrtc.SMALL)
+    compiled = nvrtc.image(kernel, "sm_90")
     (stored,) = (tmp_path / "deep" / "cache").iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(cuda, "compile_kernel", lambda *_: pytest.fail("compiled again"))
-        assert cuda.image(kernel, "sm_90") == compiled
+        assert nvrtc.image(kernel, "sm_90") == compiled
     stored.write_bytes(stored.read_bytes()[:-1])  # cut short by a full disk, say
-    monkeypatch.setattr(cuda, "compile_kernel", lambda *_: b"anew")
-    assert cuda.image(kernel, "sm_90") == b"anew"
-    assert cuda.image(kernel._replace(general=True), "sm_90") == b"anew"
+    monkeypatch.setattr(nvrtc, "compile_kernel", lambda *_: b"anew")
+    assert nvrtc.image(kernel, "sm_90") == b"anew"
+    assert nvrtc.image(kernel._replace(general=True), "sm_90") == b"anew"
     assert len(list((tmp_path / "deep" / "cache").iterdir())) == 2
 
 
@@ -303,21 +303,21 @@ def test_images_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_unusable_cache_is_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = tmp_path / "file"
     blocked.write_bytes(b"")
-    monkeypatch.setenv(cuda.CACHE_VARIABLE, str(blocked))
-    monkeypatch.setattr(cuda, "compile_kernel", lambda *_: b"image")
-    assert cuda.image(cuda.Kernel(0, 0, True, 128, 0, False, cuda.SMALL), "sm_90") == b"image"
+    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(blocked))
+    monkeypatch.setattr(nvrtc, "compile_kernel", lambda *_: b"image")
+    assert nvrtc.image(nvrtc.Kernel(0, 0, True, 128, 0, False, nvrtc.SMALL), "sm_90") == b"image"
 
 
-CACHE_KERNEL = cuda.Kernel(0, 0, True, 128, 0, False, cuda.SMALL)
+CACHE_KERNEL = nvrtc.Kernel(0, 0, True, 128, 0, False, nvrtc.SMALL)
 
 
 @pytest.fixture
 def cache_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the image of `CACHE_KERNEL` is kept; it is not there yet, and `cuda.image` compiles no other than "new"."""
-    monkeypatch.setattr(cuda, "toolchain", lambda: ((12, 8), (90,)))
-    monkeypatch.setattr(cuda, "compile_kernel", lambda *_: b"new")
-    monkeypatch.setenv(cuda.CACHE_VARIABLE, str(tmp_path / "above" / "cache"))
-    path = cuda._cache_file(CACHE_KERNEL, "sm_90")
+    """Where the image of `CACHE_KERNEL` is kept; it is not there yet, and `nvrtc.image` compiles no other than "new"."""
+    monkeypatch.setattr(nvrtc, "toolchain", lambda: ((12, 8), (90,)))
+    monkeypatch.setattr(nvrtc, "compile_kernel", lambda *_: b"new")
+    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "above" / "cache"))
+    path = nvrtc._cache_file(CACHE_KERNEL, "sm_90")
     assert path is not None
     return path
 
@@ -353,11 +353,11 @@ def test_a_cache_that_others_may_write_to_is_none(cache_path: Path, which: str, 
     for each, usual in ((cache_path, 0o644), (cache_path.parent, 0o755), (cache_path.parent.parent, 0o755)):
         each.chmod(usual)
     {"file": cache_path, "folder": cache_path.parent, "above": cache_path.parent.parent}[which].chmod(mode)
-    assert cuda.image(CACHE_KERNEL, "sm_90") == (b"planted" if used else b"new")
+    assert nvrtc.image(CACHE_KERNEL, "sm_90") == (b"planted" if used else b"new")
     if which != "file":
         assert cache_path.read_bytes().endswith(b"planted")  # nothing is written there either
     else:
-        assert cuda.image(CACHE_KERNEL, "sm_90") == (b"planted" if used else b"new")
+        assert nvrtc.image(CACHE_KERNEL, "sm_90") == (b"planted" if used else b"new")
 
 
 @on_posix
@@ -377,10 +377,10 @@ def test_a_cache_of_another_user_is_none(
         fields[stat.ST_UID] = other if stat.S_ISDIR(status.st_mode) == (which == "folder") else 1000
         return os.stat_result(fields)
 
-    real_check = cuda._check_owner
+    real_check = nvrtc._check_owner
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(cuda, "_check_owner", lambda path, status: real_check(path, owned(path, real(path))))
-    assert cuda.image(CACHE_KERNEL, "sm_90") == (b"new" if theirs else b"planted")
+    monkeypatch.setattr(nvrtc, "_check_owner", lambda path, status: real_check(path, owned(path, real(path))))
+    assert nvrtc.image(CACHE_KERNEL, "sm_90") == (b"new" if theirs else b"planted")
 
 
 @on_posix
@@ -391,17 +391,17 @@ def test_the_cache_takes_what_it_wrote_under_any_umask(
     cache_path.parent.parent.mkdir()
     before = os.umask(umask)
     try:
-        assert cuda.image(CACHE_KERNEL, "sm_90") == b"new"
+        assert nvrtc.image(CACHE_KERNEL, "sm_90") == b"new"
     finally:
         os.umask(before)
     assert stat.S_IMODE(cache_path.stat().st_mode) == expected and [*cache_path.parent.iterdir()] == [cache_path]
-    monkeypatch.setattr(cuda, "compile_kernel", lambda *_: pytest.fail("compiled again"))
-    assert cuda.image(CACHE_KERNEL, "sm_90") == b"new"
+    monkeypatch.setattr(nvrtc, "compile_kernel", lambda *_: pytest.fail("compiled again"))
+    assert nvrtc.image(CACHE_KERNEL, "sm_90") == b"new"
 
 
 def test_launches_fit_the_parameter_limits() -> None:
-    assert ctypes.sizeof(cuda.launch_type(cuda.SMALL)) <= 4096
-    assert ctypes.sizeof(cuda.launch_type(cuda.LARGE)) <= 32764
+    assert ctypes.sizeof(cuda.launch_type(nvrtc.SMALL)) <= 4096
+    assert ctypes.sizeof(cuda.launch_type(nvrtc.LARGE)) <= 32764
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -523,7 +523,7 @@ def test_order_of_threads_changes_nothing(library: ctypes.CDLL, order: int) -> N
 def test_long_tiles_equal_reference(library: ctypes.CDLL, grid: int) -> None:
     shapes = ((1, 2048 * 8 + 5), (1, 2048 * 17), (700, 130), (1, 1), (64, 256), (9, 4099))
     pairs = [Pair(shape, torch.bfloat16, torch.bfloat16, 128, seed=i) for i, shape in enumerate(shapes)]
-    emulated = Emulated(library, tuning=cuda.Tuning(grid=grid))
+    emulated = Emulated(library, tuning=nvrtc.Tuning(grid=grid))
     run_steps(pairs, [hyper_for("decay", 128, "stochastic")], on(emulated), steps=2)
     assert len(emulated.log) == 2
 
@@ -560,13 +560,13 @@ def assert_same_training(one: Lion8bit, other: Lion8bit) -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", PARAM_DTYPES, ids=str)
 def test_optimizer_through_the_kernel_equals_cpu(
-    library: ctypes.CDLL, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    library: ctypes.CDLL, dtype: torch.dtype, use_backend: Callable[..., None]
 ) -> None:
     models = [small_model(dtype) for _ in range(2)]
     optimizers = [Lion8bit(model.parameters(), lr=1e-3, weight_decay=0.1) for model in models]
     train_alike(models[0], optimizers[0], 3, seed=1)
     emulated = Emulated(library)
-    monkeypatch.setattr("lion8bit.optimizer.update_", lambda *arguments: cuda.step_(*arguments, emulated))
+    use_backend(lambda *arguments: cuda.step_(*arguments, emulated))
     train_alike(models[1], optimizers[1], 3, seed=1)
     assert len(emulated.log) == 3 * 3  # each step: the quantized parameters, the small, and those that are copied
     assert_same_training(*optimizers)
@@ -593,12 +593,12 @@ def test_more_tensors_than_one_launch_holds(library: ctypes.CDLL) -> None:
     pairs = [Pair((1, 1 + i % 300), torch.bfloat16, torch.bfloat16, 128, seed=i) for i in range(101)]
     pairs.insert(50, Pair((0, 0), torch.bfloat16, torch.bfloat16, 128))
     run_steps(pairs, [hyper_for("plain", 128)], on(emulated), steps=1)
-    held = cuda.SMALL.tensors
+    held = nvrtc.SMALL.tensors
     assert [count for _, count, _ in emulated.log] == [held, held, 101 - 2 * held]
     large = Emulated(library, large=True)
     pairs = [Pair((1, 1 + i % 300), torch.bfloat16, torch.bfloat16, 128, seed=i) for i in range(400)]
     run_steps(pairs, [hyper_for("decay", 128)], on(large), steps=1)
-    assert [count for _, count, _ in large.log] == [cuda.LARGE.tensors, 400 - cuda.LARGE.tensors]
+    assert [count for _, count, _ in large.log] == [nvrtc.LARGE.tensors, 400 - nvrtc.LARGE.tensors]
 
 
 @needs_compiler
@@ -607,7 +607,7 @@ def test_more_groups_than_one_launch_holds(library: ctypes.CDLL) -> None:
     hypers = [hyper_for("decay", 128, lr=1e-3 * (1 + i)) for i in range(37)]
     pairs = [Pair((1, 150), torch.float32, torch.float32, 128, hyper=i, seed=i) for i in range(37)]
     run_steps(pairs, hypers, on(emulated), steps=2)
-    held = cuda.SMALL.hypers
+    held = nvrtc.SMALL.hypers
     assert [count for _, count, _ in emulated.log] == [held, held, 37 - 2 * held] * 2
 
 
@@ -677,7 +677,7 @@ def test_tensors_beyond_32_bits(library: ctypes.CDLL, cols: int) -> None:
     reference.lion_step_(
         expected, grad[tail].view(shape), codes_, scales_, hyper, seed=3, step=5, first=2**31 + 9 + start
     )
-    emulated = Emulated(library, first=grid - 2, tuning=cuda.Tuning(passes=1))
+    emulated = Emulated(library, first=grid - 2, tuning=nvrtc.Tuning(passes=1))
     cuda.step_(batch, hyper_array([hyper]), torch.zeros(1, dtype=torch.int64), emulated)
     assert_same(param[tail].view(shape), expected, "param")
     assert_same(codes[tail].view(shape), codes_.contiguous(), "codes")
@@ -692,7 +692,7 @@ def test_calls_arrive_at_the_driver(
 ) -> None:
     flags = ["-std=c++17", *SHARED, "-ldl", "-Wl,-soname,libcuda.so.1"]
     driver = build(request.config.cache.mkdir("emulator"), "fake_driver.cpp", flags, ".so")
-    monkeypatch.setenv(cuda.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path))
     program = [sys.executable, str(Path(__file__).parent / "through_driver.py"), str(driver), library._name]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "sound\n"), done.stderr[-3000:]

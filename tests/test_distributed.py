@@ -405,9 +405,9 @@ def placed_case(case: Case) -> None:
             assert_same(
                 full(optimizer.momentum(param)), follower.momentum(follower.param_groups[0]["params"][0]), "momentum()"
             )
-            plan = optimizer._plan
+            plan = optimizer._stepper.plan
             train(optimizer, [3])
-            assert plan is not None and optimizer._plan is plan, "the table was built anew"
+            assert plan is not None and optimizer._stepper.plan is plan, "the table was built anew"
 
 
 for _name, _case in CASES.items():

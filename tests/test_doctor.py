@@ -139,7 +139,7 @@ def test_no_bindings_and_no_nvrtc(error: Exception, remedy: str, monkeypatch: py
     def toolchain() -> None:
         raise error
 
-    monkeypatch.setattr(cuda, "toolchain", toolchain)
+    monkeypatch.setattr(nvrtc, "toolchain", toolchain)
     assert remedies(list(doctor._cuda())) == {}  # nothing needs it here
     monkeypatch.setattr(doctor, "_driver", lambda: ((13, 0), 1))
     monkeypatch.setattr(doctor, "_unusable", lambda _: None)
@@ -151,7 +151,7 @@ def test_a_gpu_is_named_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a GPU that only seems to be there, the launch fails and is reported; one too old for NVRTC is refused."""
     monkeypatch.setattr(doctor, "_driver", lambda: ((13, 0), 1))
     monkeypatch.setattr(doctor, "_unusable", lambda _: None)
-    monkeypatch.setattr(cuda, "toolchain", lambda: ((13, 0), (75, 120)))
+    monkeypatch.setattr(nvrtc, "toolchain", lambda: ((13, 0), (75, 120)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (13, 0))

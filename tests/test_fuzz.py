@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same
+from cases import assert_same, override_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -105,9 +105,7 @@ def test_any_layout(
     finals = []
     for backend in (None, portable.update_):
         param, grad = View(shape, param_dtype, param_layout, 1), View(shape, grad_dtype, grad_layout, 2)
-        with pytest.MonkeyPatch.context() as patch:
-            if backend is not None:
-                patch.setattr("lion8bit.optimizer.update_", backend)
+        with override_backend(backend):
             leaf = torch.nn.Parameter(param.tensor)
             leaf.grad_dtype = grad_dtype
             leaf.grad = grad.tensor

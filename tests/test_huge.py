@@ -11,7 +11,7 @@ from cases import assert_same
 
 from lion8bit import Lion8bit, reference
 from lion8bit.backends import cpu
-from lion8bit.layout import make_hyper
+from lion8bit.options import make_hyper
 
 COLS = 1 << 16
 PERIOD = 11  # rows; no divisor of a power of two, so that a wrapped offset meets other values

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same
+from cases import assert_same, override_backend
 from test_cuda import Emulated, library, needs_compiler  # noqa: F401
 
 import lion8bit
-from lion8bit import Lion8bit, paging
+from lion8bit import Lion8bit
+from lion8bit import state as state_module
 from lion8bit.backends import cuda, portable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,17 +58,17 @@ class Interrupter:
 
 
 @pytest.fixture(params=["cpu", "portable", pytest.param("emulated", marks=needs_compiler), "paged"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, use_backend: Callable[..., None]) -> str:
     """A way for steps to be computed on the CPU."""
     if request.param == "portable":
-        monkeypatch.setattr("lion8bit.optimizer.update_", portable.update_)
+        use_backend(portable.update_)
         monkeypatch.setattr(portable, "PIECE", 1 << 12)
     if request.param == "emulated":
         emulated = Emulated(request.getfixturevalue("library"))
-        monkeypatch.setattr("lion8bit.optimizer.update_", lambda *arguments: cuda.step_(*arguments, emulated))
+        use_backend(lambda *arguments: cuda.step_(*arguments, emulated))
     if request.param == "paged":
-        monkeypatch.setattr(paging, "DEVICES", {"cpu"})
-        monkeypatch.setattr(paging, "LEAST", 1000)
+        monkeypatch.setattr(state_module, "PAGED_DEVICES", {"cpu"})
+        monkeypatch.setattr(state_module, "MIN_PAGED_SIZE", 1000)
     return str(request.param)
 
 
@@ -160,7 +161,7 @@ def test_a_step_is_applied_whole_or_not_at_all(backend: str, warmed: int, alone:
     assert (True, True) in outcomes and (alone or (True, False) in outcomes)
 
 
-def test_a_failed_step_lets_go_of_gradients_and_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_step_lets_go_of_gradients_and_counts_nothing() -> None:
     params, optimizer = make("cpu")
     for step in range(2):
         give_gradients(params, step)
@@ -171,13 +172,11 @@ def test_a_failed_step_lets_go_of_gradients_and_counts_nothing(monkeypatch: pyte
         raise RuntimeError("no memory")
 
     give_gradients(params, 2)
-    with monkeypatch.context() as patch:
-        patch.setattr("lion8bit.optimizer.update_", fail)
-        with pytest.raises(RuntimeError, match="no memory"):
-            optimizer.step()
+    with override_backend(fail), pytest.raises(RuntimeError, match="no memory"):
+        optimizer.step()
     assert same(contents(params, optimizer), before)
-    assert optimizer._plan is not None
-    assert [batch.grads for batch in optimizer._plan.batches] == [[]] * len(optimizer._plan.batches)
+    assert optimizer._stepper.plan is not None
+    assert [batch.grads for batch in optimizer._stepper.plan.tables] == [[]] * len(optimizer._stepper.plan.tables)
 
 
 @pytest.mark.parametrize("count", [3.5, None, "2", -1, 2**63, torch.tensor(1.5), torch.tensor(torch.nan)], ids=str)
@@ -214,9 +213,7 @@ def test_a_first_step_under_inference_mode() -> None:
     """What it makes must be writable outside of it, the counter of bad gradients too."""
     for update_ in (None, portable.update_):
         params, optimizer = make("cpu")
-        with pytest.MonkeyPatch.context() as patch:
-            if update_ is not None:
-                patch.setattr("lion8bit.optimizer.update_", update_)
+        with override_backend(update_):
             give_gradients(params, 1)
             with torch.inference_mode():
                 optimizer.step()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lion8bit import Lion8bit
-from lion8bit.layout import make_hyper
+from lion8bit.options import make_hyper
 from lion8bit.reference import listing_definition
 
 LR, BETA1, BETA2, WEIGHT_DECAY = 1e-3, 0.9, 0.97, 0.05

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import assert_same
+from cases import assert_same, override_backend
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -24,7 +24,8 @@ import lion8bit
 from lion8bit import Lion, Lion8, Lion8bit, convert_state_dict, quantize, reference
 from lion8bit.backends import cpu, portable
 from lion8bit.backends import select as backend
-from lion8bit.layout import DTYPES, in_memory_order, make_hyper, memory_order, rows_and_cols
+from lion8bit.layout import DTYPES, in_memory_order, memory_order, rows_and_cols
+from lion8bit.options import make_hyper
 from lion8bit.table import make_entry
 
 LAYOUTS = {
@@ -138,19 +139,18 @@ def test_portable_backend_equals_native(monkeypatch: pytest.MonkeyPatch) -> None
                 a.grad.view(-1)[:1] = float("nan")
                 b.grad = a.grad.clone()
             optimizers[0].step()
-            with monkeypatch.context() as patch:
-                patch.setattr("lion8bit.optimizer.update_", portable.update_)
+            with override_backend(portable.update_):
                 optimizers[1].step()
         assert_same_all(*(snapshot(optimizer) for optimizer in optimizers))
         assert optimizers[0].nonfinite_count() == optimizers[1].nonfinite_count() == 3 * 5
 
 
 @pytest.mark.parametrize("lr, bad", [(3.4e38, 0.0), (1e-3, float("nan")), (1e-3, float("-inf"))])
-def test_portable_backend_equals_native_beyond_numbers(lr: float, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_portable_backend_equals_native_beyond_numbers(lr: float, bad: float, use_backend: Callable[..., None]) -> None:
     """The largest rates, or momentum that is no number, move the parameter as the kernel does."""
     finals = []
-    for update in (backend.update_, portable.update_):
-        monkeypatch.setattr("lion8bit.optimizer.update_", update)
+    for update_ in (None, portable.update_):
+        use_backend(update_)
         param = leaf(torch.ones(1, 8))
         param.grad = torch.tensor([[0.0, 1.0, -1.0, 0.0, 1.0, -1.0, 0.0, 1.0]])
         optimizer = Lion8bit([param], lr=0.0, optim_bits=32)
@@ -162,10 +162,10 @@ def test_portable_backend_equals_native_beyond_numbers(lr: float, bad: float, mo
     assert_same(*finals, "parameter")
 
 
-def test_portable_temporaries_do_not_grow_with_the_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_portable_temporaries_do_not_grow_with_the_parameter(use_backend: Callable[..., None]) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    monkeypatch.setattr("lion8bit.optimizer.update_", portable.update_)
+    use_backend(portable.update_)
     param = leaf(torch.zeros(8 * portable.PIECE, dtype=torch.bfloat16))
     param.grad = torch.ones_like(param)
     optimizer = Lion8bit([param])
@@ -192,9 +192,9 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str | None]]:
     reason: list[str | None] = ["the wheel was built without a C++ compiler"]
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: reason[0])
     monkeypatch.setattr(backend, "_missing", {})
-    backend.select.cache_clear()
+    backend._fastest.cache_clear()
     yield reason
-    backend.select.cache_clear()
+    backend._fastest.cache_clear()
 
 
 def step_here(optimizer: Lion8bit, param: torch.Tensor) -> None:
@@ -1386,7 +1386,7 @@ def test_random_bits_follow_a_parameter_that_leaves_its_group() -> None:
                 param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
             if step == 2:
                 del optimizer.param_groups[0]["params"][0]
-                optimizer._plan = optimizer._plan if keep else None
+                optimizer._stepper.plan = optimizer._stepper.plan if keep else None
             optimizer.step()
         results.append(params)
     assert all(map(torch.equal, *results))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same
+from cases import assert_same, override_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_amp import ON_GPU, Place, assert_same_contents, contents, place, scaler_for, set_grads  # noqa: F401
@@ -19,8 +19,9 @@ from test_cuda import library, needs_gpu  # noqa: F401
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lion8bit.optimizer
 from lion8bit import Lion8bit, convert_state_dict, export_state_dict, fuse_into_backward, paging
+from lion8bit import state as state_module
+from lion8bit.backends import cpu
 from lion8bit.layout import BLOCK_SIZES, blocks_per_row
 from lion8bit.paging import Load, Pager
 
@@ -34,8 +35,8 @@ SHAPES = [(90, 96), (33, 129), (2, 9000), (3, 6401), (5000,), (64, 128), (1300,)
 @pytest.fixture(autouse=True)
 def small_slots(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every device counts as one with a memory of its own; small tensors need one thread."""
-    monkeypatch.setattr(paging, "DEVICES", {"cpu", "cuda"})
-    monkeypatch.setattr(paging, "LEAST", 1000)
+    monkeypatch.setattr(state_module, "PAGED_DEVICES", {"cpu", "cuda"})
+    monkeypatch.setattr(state_module, "MIN_PAGED_SIZE", 1000)
     monkeypatch.setattr(paging, "SLOT_BYTES", SLOT)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -76,8 +77,8 @@ def train(twins: Twins, steps: int, seed: int = 0, how: str = "together") -> Non
 
 def loads_of(optimizer: Lion8bit) -> list[Load]:
     """Those of the last step of all parameters."""
-    assert optimizer._plan is not None
-    return [load for batch in optimizer._plan.batches for load in batch.loads or ()]
+    assert optimizer._stepper.plan is not None
+    return [load for batch in optimizer._stepper.plan.tables for load in batch.loads or ()]
 
 
 # ---- Bits -----------------------------------------------------------------------------------------------------------
@@ -321,10 +322,10 @@ def test_readers_wait_for_the_copies(read: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Load]:
+def fetched(monkeypatch: pytest.MonkeyPatch, use_backend: Callable[..., None]) -> list[Load]:
     """Loads in the order in which they were fetched and updated; an updated one appears as None."""
     log: list[Any] = []
-    fetch, update = Load.fetch, lion8bit.optimizer.update_
+    fetch = Load.fetch
 
     def logged_fetch(self: Load) -> None:
         log.append(self)
@@ -333,10 +334,10 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Load]:
     def logged_update(batch: Any, *arguments: Any) -> None:
         if isinstance(batch, Load):
             log.append(None)
-        update(batch, *arguments)
+        cpu.update_(batch, *arguments)
 
     monkeypatch.setattr(Load, "fetch", logged_fetch)
-    monkeypatch.setattr(lion8bit.optimizer, "update_", logged_update)
+    use_backend(logged_update)
     return log
 
 
@@ -357,11 +358,11 @@ def test_the_next_parameters_of_a_backward_pass_are_fetched_ahead(fetched: list[
     loads = [load for load in fetched if load]
     assert len(set(loads)) == len(loads) == fetched.count(None)  # none was fetched for nothing
     updates, known = 0, False
-    for batch in dict.fromkeys(load._batch for load in loads):
+    for batch in dict.fromkeys(load._owner for load in loads):
         assert batch.loads is not None
         begun = fetched[: fetched.index(batch.loads[0])].count(None)
         assert begun < updates or not known, "it is fetched before the last update of the parameter before it"
-        updates, known = updates + len(batch.loads), batch.in_place
+        updates, known = updates + len(batch.loads), not batch.copied
 
 
 def test_another_order_than_expected(fetched: list[Load]) -> None:
@@ -387,8 +388,8 @@ def test_state_that_changes_after_it_was_fetched() -> None:
     set_grads(params, 2)
     groups = {param: group for group in optimizer.param_groups for param in group["params"]}
     optimizer.step_param(params[1], groups[params[1]])
-    (pager,) = optimizer._pagers.values()
-    ahead = pager._ahead[0][0]._batch.entries[0].source
+    (pager,) = optimizer._stepper.pagers.values()
+    ahead = pager._ahead[0][0]._owner.entries[0].source
     assert ahead is params[0]
     with torch.no_grad():
         optimizer.state[ahead]["codes"].zero_()
@@ -398,7 +399,7 @@ def test_state_that_changes_after_it_was_fetched() -> None:
     assert_same(optimizer.momentum(ahead), torch.zeros_like(before, dtype=torch.float32), "momentum")
 
 
-def test_a_failed_update_leaves_nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_update_leaves_nothing_ahead() -> None:
     params, optimizer = twins = twin(is_paged=True)
     train(twins, 1)
     saved = copy.deepcopy((params, optimizer.state_dict()))
@@ -407,10 +408,8 @@ def test_a_failed_update_leaves_nothing_ahead(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("no kernel")
 
     set_grads(params, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(lion8bit.optimizer, "update_", fail)
-        with pytest.raises(RuntimeError, match="no kernel"):
-            optimizer.step()
+    with override_backend(fail), pytest.raises(RuntimeError, match="no kernel"):
+        optimizer.step()
     optimizer.load_state_dict(saved[1])
     other = twin()
     train(other, 1)
@@ -528,7 +527,7 @@ def test_full_precision_weights() -> None:
 
 
 def test_parameters_on_the_host_are_stepped_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paging, "DEVICES", {"cuda"})
+    monkeypatch.setattr(state_module, "PAGED_DEVICES", {"cuda"})
     twins = twin(is_paged=True)
     train(twins, 2)
     report = twins[1].memory_report()
@@ -571,15 +570,15 @@ def large(device: str, **options: Any) -> Twins:
 @pytest.fixture
 def usual_slots(monkeypatch: pytest.MonkeyPatch, small_slots: None) -> None:
     """As users have them."""
-    monkeypatch.setattr(paging, "DEVICES", {"cuda"})
-    monkeypatch.setattr(paging, "LEAST", 1 << 16)
+    monkeypatch.setattr(state_module, "PAGED_DEVICES", {"cuda"})
+    monkeypatch.setattr(state_module, "MIN_PAGED_SIZE", 1 << 16)
     monkeypatch.setattr(paging, "SLOT_BYTES", 16 << 20)
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
 @pytest.mark.parametrize("how", ["together", "alone"])
 def test_slots_of_full_size(usual_slots: None, how: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paging, "DEVICES", {device})
+    monkeypatch.setattr(state_module, "PAGED_DEVICES", {device})
     twins = [large(device, is_paged=paged, weight_rounding="compensated") for paged in (False, True)]
     for each in twins:
         train(each, 2, how=how)

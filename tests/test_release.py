@@ -18,8 +18,9 @@ from cases import assert_same
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import lion8bit.optimizer
 from lion8bit import Lion, Lion8bit, fuse_into_backward
+from lion8bit.backends import cpu
+from lion8bit.stepper import Stepper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -401,12 +402,11 @@ class Meter:
 @pytest.mark.parametrize("counted_on", ["host", "device"])
 @pytest.mark.parametrize("gaps", [False, True])
 def test_work_is_linear_in_the_number_of_parameters(
-    counted_on: str, gaps: bool, monkeypatch: pytest.MonkeyPatch
+    counted_on: str, gaps: bool, use_backend: Callable[..., None]
 ) -> None:
     """In the first backward pass, the second one, and the first one after loading; parameters with gaps are copied."""
     if counted_on == "device":
-        monkeypatch.setattr("lion8bit.optimizer.decides", lambda device_type: True)
-        monkeypatch.setattr("lion8bit.optimizer.update_", lambda *arguments: None)
+        use_backend(lambda *arguments: None, decides=True)
     work: dict[int, list[int]] = {}
     for count in (25, 100):
         model = nn.ParameterList(nn.Parameter(torch.zeros(4, 5)[:, : 4 if gaps else 5]) for _ in range(count))
@@ -421,7 +421,7 @@ def test_work_is_linear_in_the_number_of_parameters(
             loss = torch.stack([param.sum() for param in model]).sum()
             work[count].append(meter.run(loss.backward))
             optimizer.step()
-            assert {state["step"] for state in optimizer.state.values()} <= {0, iteration, iteration + 1}
+            assert {int(state["step"]) for state in optimizer.state.values()} <= {0, iteration, iteration + 1}
     ratios = [more / less for less, more in zip(work[25], work[100], strict=True)]
     assert max(ratios) < 4.2, f"four times the parameters take {ratios} times the work"
 
@@ -433,7 +433,7 @@ def test_parameters_are_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = build(torch.bfloat16)
     fuse_into_backward(model, optimizer)
     train(model, optimizer, steps=1)
-    monkeypatch.setattr(Lion8bit, "_build", None)  # a call would fail
+    monkeypatch.setattr(Stepper, "build", None)  # a call would fail
     train(model, optimizer, steps=2)
 
 
@@ -530,7 +530,7 @@ def test_a_parameter_takes_the_options_and_the_seed_of_its_own_place(change: str
 
 
 def fresh_plan(optimizer: Lion8bit) -> Lion8bit:
-    optimizer._plan = None
+    optimizer._stepper.plan = None
     return optimizer
 
 
@@ -546,19 +546,18 @@ def test_a_stranger_is_refused_before_anything_is_written() -> None:
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-def test_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads(use_backend: Callable[..., None]) -> None:
     """Autograd has one for each device. They share dictionaries and the counter of skipped elements."""
-    update_ = lion8bit.optimizer.update_
     inside = []
 
     def one_at_a_time(*arguments: Any) -> None:
         inside.append(threading.get_ident())
         time.sleep(1e-4)  # another thread has its turn
         assert len(set(inside)) == 1
-        update_(*arguments)
+        cpu.update_(*arguments)
         inside.clear()
 
-    monkeypatch.setattr("lion8bit.optimizer.update_", one_at_a_time)
+    use_backend(one_at_a_time)
     results = []
     for how in ("step", "two threads"):
         generator = torch.Generator().manual_seed(0)

@@ -33,7 +33,7 @@ from test_cuda import (
     run_steps,
 )
 
-from lion8bit.backends import cuda
+from lion8bit.backends import cuda, nvrtc
 from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, TensorRow
 from lion8bit.table import hyper_array
 
@@ -49,56 +49,56 @@ needs_disassembler = pytest.mark.skipif(
 SPILLED = {80: 0, 89: 0, 90: 16, 120: 0}  # bytes at most; on an H200 three CUDA blocks that spill were measured faster
 VARIANTS = {  # that an emulator can tell apart: by threads, elements and what is loaded ahead
     (tuning.threads, tuning.per_thread, tuning.ahead): tuning
-    for tuning in [gpu_tune.changed(cuda.Tuning(), name) for name in ("base", *gpu_tune.NAMES)]
+    for tuning in [gpu_tune.changed(nvrtc.Tuning(), name) for name in ("base", *gpu_tune.NAMES)]
 }
 
 
 def test_variants_differ_in_what_their_names_say() -> None:
     """Each GPU is compared with choices that differ from its own, and all kinds of choice occur."""
-    for base in {tuning for tunings in cuda.TUNINGS.values() for tuning in tunings}:
+    for base in {tuning for tunings in nvrtc.TUNINGS.values() for tuning in tunings}:
         tunings = {name: gpu_tune.changed(base, name, 100) for name in gpu_tune.NAMES}
         assert set(tunings.values()) - {base}
         assert {
             name for tuning in tunings.values() for name in base._fields if getattr(tuning, name) != getattr(base, name)
-        } == set(cuda.Tuning._fields)
+        } == set(nvrtc.Tuning._fields)
         wave = tunings["one wave"]
         assert 0.98 * 100 * base.resident < wave.grid < 100 * base.resident
         passes = [(1 << 29) // (wave.threads * wave.per_thread)]
         packed = cuda._Packed(gpu_tune.CASES["fp32"].kernel(wave), [0], passes, [0])
         assert 0.98 * 100 * base.resident < packed.grid <= 100 * base.resident, "one more would be a second wave"
-    changed = gpu_tune.changed(cuda.Tuning(), "16 elements, resident 3, load no_allocate 256B, store cs, cache ahead")
-    assert changed == cuda.Tuning(
+    changed = gpu_tune.changed(nvrtc.Tuning(), "16 elements, resident 3, load no_allocate 256B, store cs, cache ahead")
+    assert changed == nvrtc.Tuning(
         per_thread=16, resident=3, load=".L1::no_allocate.L2::256B", store=".cs", ahead="cache"
     )
-    assert gpu_tune.changed(cuda.Tuning(), "128 threads, passes 3") == cuda.Tuning(threads=128, passes=3)
+    assert gpu_tune.changed(nvrtc.Tuning(), "128 threads, passes 3") == nvrtc.Tuning(threads=128, passes=3)
     for wrong in ("resident", "passes x", "load", "load fast", "16 bytes", "far ahead", ""):
         with pytest.raises(ValueError, match="a change must be as in"):
-            gpu_tune.changed(cuda.Tuning(), wrong)
+            gpu_tune.changed(nvrtc.Tuning(), wrong)
 
 
 def test_every_gpu_has_tunings_that_the_emulator_runs() -> None:
-    assert min(cuda.TUNINGS) == 75
-    assert cuda.tunings_for(75) == cuda.tunings_for(70) == cuda.TUNINGS[75]
-    assert cuda.tunings_for(100) == cuda.TUNINGS[90]
-    assert cuda.tunings_for(max(cuda.TUNINGS) + 1) == cuda.TUNINGS[max(cuda.TUNINGS)]
-    for tuning in itertools.chain(*cuda.TUNINGS.values()):
+    assert min(nvrtc.TUNINGS) == 75
+    assert nvrtc.tunings_for(75) == nvrtc.tunings_for(70) == nvrtc.TUNINGS[75]
+    assert nvrtc.tunings_for(100) == nvrtc.TUNINGS[90]
+    assert nvrtc.tunings_for(max(nvrtc.TUNINGS) + 1) == nvrtc.TUNINGS[max(nvrtc.TUNINGS)]
+    for tuning in itertools.chain(*nvrtc.TUNINGS.values()):
         assert (tuning.threads, tuning.per_thread, tuning.ahead) in VARIANTS
 
 
-@pytest.mark.parametrize("capability", cuda.TUNINGS)
+@pytest.mark.parametrize("capability", nvrtc.TUNINGS)
 def test_kernels_take_the_tuning_of_their_dtype(capability: int) -> None:
     """Also where both are in one batch: passes are counted by each tensor's own."""
-    tunings = cuda.tunings_for(capability)
+    tunings = nvrtc.tunings_for(capability)
 
     class Recorder:
         def __init__(self) -> None:
             self.tunings = tunings
-            self.launches: list[tuple[int, cuda.Tuning, int]] = []
+            self.launches: list[tuple[int, nvrtc.Tuning, int]] = []
 
-        def capacity(self, tensors: int) -> cuda.Capacity:
-            return cuda.SMALL
+        def capacity(self, tensors: int) -> nvrtc.Capacity:
+            return nvrtc.SMALL
 
-        def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
+        def run(self, kernel: nvrtc.Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
             self.launches.append((kernel.param_dtype, kernel.tuning, grid))
 
     pairs = [Pair((1, 9 * 4096), dtype, dtype, 128) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
@@ -111,9 +111,9 @@ def test_kernels_take_the_tuning_of_their_dtype(capability: int) -> None:
     ]
 
 
-def variant_library(cache: Path, tuning: cuda.Tuning) -> ctypes.CDLL:
+def variant_library(cache: Path, tuning: nvrtc.Tuning) -> ctypes.CDLL:
     """The emulator built for a tuning."""
-    seen = cuda.Tuning(threads=tuning.threads, per_thread=tuning.per_thread, ahead=tuning.ahead)  # by an emulator
+    seen = nvrtc.Tuning(threads=tuning.threads, per_thread=tuning.per_thread, ahead=tuning.ahead)  # by an emulator
     flags = [*FLAGS, *SHARED, "-DEMULATE_VARIANT", *defined(seen)]
     return ctypes.CDLL(str(build(cache, "emulated_kernel.cpp", flags, ".so")))
 
@@ -153,7 +153,7 @@ def test_dry_run_compiles_variants(tmp_path: Path) -> None:
     target = tmp_path / "tune.json"
     names = ["16 elements, resident 3", "registers ahead, load no_allocate, store cs", "cache ahead"]
     command = [sys.executable, BENCHMARKS / "gpu_tune.py", "--dry", "--json", target, "--case", "fp32", "stochastic"]
-    environment = {**os.environ, "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8", cuda.CACHE_VARIABLE: str(tmp_path)}
+    environment = {**os.environ, "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8", nvrtc.CACHE_VARIABLE: str(tmp_path)}
     done = subprocess.run(
         [*command, "--variant", *names], env=environment, capture_output=True, encoding="utf-8", check=False
     )
@@ -169,15 +169,15 @@ def test_dry_run_compiles_variants(tmp_path: Path) -> None:
 @pytest.mark.parametrize("capability", gpu_tune.DRY_CAPABILITIES)
 def test_kernels_that_need_the_most_registers_spill_little(capability: int) -> None:
     """Flags, device memory, mixed dtypes, residuals beside fp32 momentum: what `Kernel.resident` is about."""
-    tuning, every = cuda.tunings_for(capability).half, set(gpu_tune.sass.every_kernel(capability))
+    tuning, every = nvrtc.tunings_for(capability).half, set(gpu_tune.sass.every_kernel(capability))
     assert len(every) == 288
     for kernel in (
-        cuda.Kernel(1, 0, True, 128, 1, True, cuda.LARGE, True, tuning),
-        cuda.Kernel(1, 1, True, 128, 2, True, cuda.LARGE, True, tuning),
-        cuda.Kernel(1, 0, True, 256, 1, True, cuda.LARGE, False, tuning),
-        cuda.Kernel(1, 2, True, 256, 2, False, cuda.LARGE, True, tuning),
-        cuda.Kernel(1, 1, False, 128, 1, False, cuda.LARGE, False, tuning),
-        cuda.Kernel(1, 2, False, 128, 2, True, cuda.LARGE, True, tuning),
+        nvrtc.Kernel(1, 0, True, 128, 1, True, nvrtc.LARGE, True, tuning),
+        nvrtc.Kernel(1, 1, True, 128, 2, True, nvrtc.LARGE, True, tuning),
+        nvrtc.Kernel(1, 0, True, 256, 1, True, nvrtc.LARGE, False, tuning),
+        nvrtc.Kernel(1, 2, True, 256, 2, False, nvrtc.LARGE, True, tuning),
+        nvrtc.Kernel(1, 1, False, 128, 1, False, nvrtc.LARGE, False, tuning),
+        nvrtc.Kernel(1, 2, False, 128, 2, True, nvrtc.LARGE, True, tuning),
     ):
         assert kernel in every
         assert gpu_tune.sass.spills(kernel, capability) <= SPILLED[capability], kernel
@@ -188,9 +188,9 @@ def test_kernels_that_need_the_most_registers_spill_little(capability: int) -> N
 def test_all_of_a_pass_is_asked_for_before_the_first_wait(case: str) -> None:
     """In the machine code all loads come before the first use of any, the scale's first of all."""
     sass, kind = gpu_tune.sass, gpu_tune.CASES[case]
-    tuning = cuda.tunings_for(90).of(kind.dtype)
+    tuning = nvrtc.tunings_for(90).of(kind.dtype)
     loads = kind.accesses(tuning.per_thread)
-    image = cuda.compile_kernel(kind.kernel(tuning), "sm_90")
+    image = nvrtc.compile_kernel(kind.kernel(tuning), "sm_90")
     path, _ = sass.hot_path(sass.parse(sass.inspect(image, "nvdisasm", "-c")), loads)
     accesses = [each.access for each in path if each.name in ("LDG", "I2F", "SHFL", "STG")]
     count = sum(amount for (name, _), amount in loads.items() if name == "LDG")
@@ -201,15 +201,15 @@ def test_all_of_a_pass_is_asked_for_before_the_first_wait(case: str) -> None:
 class StandIn:
     """What `cuda.Device` is to `gpu_tune.py`, on the emulator; one tuning may have other bits."""
 
-    def __init__(self, cache: Path, wrong: cuda.Tuning | None = None) -> None:
+    def __init__(self, cache: Path, wrong: nvrtc.Tuning | None = None) -> None:
         self.cache, self.wrong = cache, wrong
-        self.seen: set[cuda.Tuning] = set()
-        self.tunings = cuda.Tunings(cuda.Tuning(), cuda.Tuning())
+        self.seen: set[nvrtc.Tuning] = set()
+        self.tunings = nvrtc.Tunings(nvrtc.Tuning(), nvrtc.Tuning())
 
-    def capacity(self, tensors: int) -> cuda.Capacity:
-        return cuda.SMALL
+    def capacity(self, tensors: int) -> nvrtc.Capacity:
+        return nvrtc.SMALL
 
-    def run(self, kernel: cuda.Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
+    def run(self, kernel: nvrtc.Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
         assert kernel.tuning == self.tunings.half == self.tunings.fp32
         self.seen.add(kernel.tuning)
         library = variant_library(self.cache, kernel.tuning)
@@ -220,14 +220,14 @@ class StandIn:
 
 @needs_compiler
 def test_other_bits_are_found_and_times_compared(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, use_backend: Callable[..., None]
 ) -> None:
     """All that runs on a GPU but its clock."""
     names = ["base", "passes 4", "128 threads", "registers ahead", "load no_allocate, store cs"]
-    tunings = {name: gpu_tune.changed(cuda.Tuning(grid=1), name) for name in names}
+    tunings = {name: gpu_tune.changed(nvrtc.Tuning(grid=1), name) for name in names}
     cpu = torch.device("cpu")
     gpu = StandIn(request.config.cache.mkdir("emulator"), wrong=tunings["128 threads"])
-    monkeypatch.setattr("lion8bit.optimizer.update_", lambda *arguments: cuda.step_(*arguments, gpu))
+    use_backend(lambda *arguments: cuda.step_(*arguments, gpu))
     monkeypatch.setattr(gpu_tune, "SHAPES", ((64, 512), (5, 1000), (1, 5003)))
     monkeypatch.setattr(gpu_tune, "FLUSH_BYTES", {"cuda": 1 << 20})
     for case in ("fp32", "compensated"):

@@ -153,9 +153,9 @@ MODES: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", ["native", "portable"])
-def test_global_modes_do_not_enter_a_step(mode: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_global_modes_do_not_enter_a_step(mode: str, backend: str, use_backend: Callable[..., None]) -> None:
     if backend == "portable":
-        monkeypatch.setattr("lion8bit.optimizer.update_", portable.update_)
+        use_backend(portable.update_)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         results = []
         for context in (contextlib.nullcontext, MODES[mode]):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same, hyper_for
+from cases import assert_same, hyper_for, override_backend
 from torch import nn
 
 import lion8bit
@@ -264,8 +264,7 @@ def test_portable_backend_compensates_as_native(monkeypatch: pytest.MonkeyPatch)
             a.grad = torch.randn(a.shape).bfloat16()
             b.grad = a.grad.clone()
         optimizers[0].step()
-        with monkeypatch.context() as patch:
-            patch.setattr("lion8bit.optimizer.update_", portable.update_)
+        with override_backend(portable.update_):
             optimizers[1].step()
     for a, b in zip(params, copies, strict=True):
         assert_same(a.detach(), b.detach(), "param")

@@ -16,7 +16,7 @@ import torch
 from cases import hyper_for
 from test_cuda import Batch, Emulated, Pair, run_steps
 
-from lion8bit.backends import cuda
+from lion8bit.backends import cuda, nvrtc
 from lion8bit.layout import TensorRow
 from lion8bit.table import hyper_array
 
@@ -30,7 +30,7 @@ def main() -> None:
     """Raises where a call does not arrive as it must, or the steps differ from the reference's."""
     # NVRTC breaks off where it meets a driver that has nothing else, so the images are made before.
     for kind in [(1, 1, True), (1, 1, False), (0, 0, True)]:
-        cuda.image(cuda.Kernel(*kind, 128, 0, False, cuda.SMALL), "sm_90")
+        nvrtc.image(nvrtc.Kernel(*kind, 128, 0, False, nvrtc.SMALL), "sm_90")
     driver = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
     emulated = Emulated(ctypes.CDLL(sys.argv[2]), large=False)
     capturing = [False]

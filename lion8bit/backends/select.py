@@ -1,86 +1,111 @@
-"""Owns the choice of a backend: one `update_` that sends a batch to the kernel of its device."""
+"""The choice of a backend by type of device, and the one `update_` that every step calls."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
-from lion8bit.backends import cpu, portable
+from lion8bit.backends import cpu, native_library, portable
 from lion8bit.device_scalars import DeviceScalars
 from lion8bit.layout import Hyper
 from lion8bit.table import Work
 
-Update = Callable[..., None]
+
+class Backend(NamedTuple):
+    """A way to compute steps."""
+
+    name: str  # "cpu", "cuda" or "portable"
+    update_: Callable[..., None]
+    reads_device_memory: bool = False  # the kernel takes rates, loss scale and update counts from `DeviceScalars`
 
 
 class SlowBackendWarning(UserWarning):
-    """Says once per kind of device that a fallback costs speed; results stay the same."""
+    """Warns once per type of device that a fallback costs speed; results stay the same."""
 
 
 def update_(
-    batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, control: DeviceScalars | None = None
+    batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, scalars: DeviceScalars | None = None
 ) -> None:
-    """One Lion step in place for every parameter of the batch, by the backend of its device.
+    """One Lion step in place for every parameter of the table, by the backend of its device.
 
     ``batch.done`` has an item for each part of the step that has been applied, so a call that was interrupted can be
-    made again and goes on with the next part. Python runs signal handlers, Ctrl-C's too, between two instructions of
-    its own. There are none between a part and its item, because both happen inside of one `list.extend`.
+    repeated and continues with the next part. Python runs signal handlers, including Ctrl-C's, between two of its own
+    instructions. There are none between a part and its item, because both happen inside one `list.extend`.
 
     Args:
         batch: parameters of one device.
         hypers: constants of the groups.
         counter: [1] int64 on that device; the number of skipped elements is added to it.
-        control: what the device decides by itself, where it `decides`; None where the host has decided it all.
+        scalars: what the kernel reads from device memory; None where the host has read all of it.
     """
-    update = select(batch.device.type)[1]
-    if control is None:
+    update = select(batch.device.type).update_
+    if scalars is None:
         update(batch, hypers, counter)
     else:
-        update(batch, hypers, counter, control)
+        update(batch, hypers, counter, scalars)
 
 
-def decides(device_type: str) -> bool:
-    """Whether the kernel for such devices can read what it needs from their memory, so that the host need not wait."""
-    return select(device_type)[0] == "cuda"
+def reads_device_memory(device: torch.device) -> bool:
+    """Whether the kernel for this device can read rates and counts there, so that the host need not wait."""
+    return select(device.type).reads_device_memory
 
 
-_missing: dict[str, str] = {}  # why, by type of device, as last warned of
+_overrides: dict[str, Backend] = {}
+_missing: dict[str, str] = {}  # the last reason that was warned of, by type of device
 
 
-def forget_missing() -> None:
-    """Makes the next step search for backends that were missing; called by each new optimizer."""
-    if _missing:
-        cpu.forget_missing()
-        select.cache_clear()
+@contextmanager
+def override(device_type: str, backend: Backend) -> Iterator[None]:
+    """Within this context, devices of a type have the given backend: for tests and comparisons."""
+    before = dict(_overrides)
+    _overrides[device_type] = backend
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
 
 
-@cache
-def select(device_type: str) -> tuple[str, Update]:
-    """The backend for a type of device: its name ("cpu", "cuda" or "portable") and its `update_`.
+def select(device_type: str) -> Backend:
+    """The backend for a type of device.
 
     Warns `SlowBackendWarning` where the fast one is missing, once for each reason.
     """
+    return _overrides.get(device_type) or _fastest(device_type)
+
+
+@cache
+def _fastest(device_type: str) -> Backend:
     reason: str | None = None
     if device_type == "cpu":
         reason = cpu.unavailable_reason()
         if reason is None:
-            return "cpu", cpu.update_
+            return Backend("cpu", cpu.update_)
     elif device_type == "cuda":
         from lion8bit.backends import cuda
 
         reason = cuda.unavailable_reason()
         if reason is None:
-            return "cuda", cuda.update_
+            return Backend("cuda", cuda.update_, reads_device_memory=True)
     if reason is not None and _missing.get(device_type) != reason:
         _missing[device_type] = reason
         what = f"lion8bit steps on {device_type} in plain torch, which is slow: {reason}"
-        warnings.warn(f"{what}; `lion8bit doctor` tells what to do", SlowBackendWarning, stacklevel=_outside())
-    return "portable", portable.update_
+        warnings.warn(f"{what}; run `lion8bit doctor`", SlowBackendWarning, stacklevel=_outside())
+    return Backend("portable", portable.update_)
+
+
+def forget_missing() -> None:
+    """Makes the next step search for backends that were missing; called by each new optimizer."""
+    if _missing:
+        native_library.forget_missing()
+        _fastest.cache_clear()
 
 
 def _outside() -> int:

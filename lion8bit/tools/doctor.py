@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 import lion8bit
-from lion8bit.backends import cpu, cuda, portable
-from lion8bit.layout import Hyper, make_hyper
+from lion8bit.backends import cpu, cuda, nvrtc, portable
+from lion8bit.layout import Hyper
+from lion8bit.options import make_hyper
 from lion8bit.reference import encode, lion_step_
 from lion8bit.table import STATE_TENSORS, DeviceTable, hyper_array, make_entry
 
@@ -139,7 +140,7 @@ def _cuda() -> Iterator[Finding]:
         yield wrong
     needed = gpus > 0 and wrong is None and torch.version.hip is None
     try:
-        (major, minor), architectures = cuda.toolchain()
+        (major, minor), architectures = nvrtc.toolchain()
         known = ", ".join(f"sm_{each}" for each in architectures)
         with_bindings = f"by cuda-bindings {metadata.version('cuda-bindings')}"
         yield Finding("NVRTC", "ok", f"{major}.{minor} {with_bindings}, compiles for {known}")
@@ -165,7 +166,7 @@ def _gpu(index: int) -> Iterator[Finding]:
     major, minor = torch.cuda.get_device_capability(index)
     name = f"cuda:{index}"
     try:
-        arch = cuda.architecture(10 * major + minor)
+        arch = nvrtc.architecture(10 * major + minor)
     except RuntimeError as error:
         message, _, remedy = str(error).rpartition("; ")
         yield Finding(name, "problem", message, remedy)
@@ -304,7 +305,7 @@ def _difference(update: Update, device: torch.device) -> str | None:
 
 
 def _compiles(arch: str) -> None:
-    cuda.compile_kernel(cuda.Kernel(0, 0, True, BLOCK_SIZE, 0, False, cuda.SMALL), arch)
+    nvrtc.compile_kernel(nvrtc.Kernel(0, 0, True, BLOCK_SIZE, 0, False, nvrtc.SMALL), arch)
 
 
 def _checked(name: str, check: Callable[[], str | None], fine: str = "steps with the reference's bits") -> Finding:

@@ -1,172 +1,30 @@
-"""The table that kernels take is kept while memory stays as it is, and made anew as soon as more has changed."""
+"""The table that kernels take is kept while memory stays as it is, and made again as soon as more has changed."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import gc
-import sys
+import ctypes
 import warnings
 from collections import UserDict
 from collections.abc import Callable
-from operator import is_
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import assert_same
+from cases import assert_same, override_backend
 
-import lion8bit.describe
-import lion8bit.optimizer as optimizer_module
 from lion8bit import Lion8bit, fuse_into_backward
-from lion8bit.backends import cpu
-from lion8bit.describe import describe, gradients_of, look_again, replace
+from lion8bit.backends import native_library, select
+from lion8bit.layout import Hyper, TensorRow
 
-LOOKS = {"native": lion8bit.describe._native(), "portable": None}
 SHAPES = [(70, 70), (64, 96), (5000,), (30,), (), (1,), (0, 3)]
 
 
-@pytest.fixture(params=LOOKS)
-def look(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Looks at tensors natively or in plain torch."""
-    if request.param == "native" and LOOKS["native"] is None:
-        pytest.skip("needs the native library")
-    monkeypatch.setattr(lion8bit.describe, "_native", lambda: LOOKS[request.param])
-    return request.param
-
-
-# ---- The look at tensors --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there, not every torch exports its C functions")
-@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native library")
-def test_this_torch_is_read_natively() -> None:
-    assert LOOKS["native"] is not None
-
-
-def test_a_torch_that_keeps_tensors_otherwise_is_not_read_natively(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "_cdata", property(lambda tensor: 1))
-        assert lion8bit.describe._handle() is None
-    with monkeypatch.context() as patch:
-        patch.delattr(torch._C._aoti, "unsafe_alloc_void_ptr_from_tensor")
-        assert lion8bit.describe._handle() is None
-
-
-def test_tensors_are_known_by_object_and_address(look: str) -> None:
-    """Those of the first column may be other objects elsewhere; their addresses are told."""
-    base = torch.zeros(100, dtype=torch.bfloat16)
-    tensors = [base, base[7:], torch.nn.Parameter(torch.zeros(3, 4)), torch.zeros(()), torch.zeros(5, dtype=torch.int8)]
-    copies = [tensor.clone() for tensor in tensors]
-    dicts = [{"other": None, "tensor": tensor} for tensor in tensors]
-    for columns in ([None], [tensors, None], [dicts, "tensor"]):
-        fixed = columns if len(columns) == 2 else []
-        seen = describe([tensors, None, *fixed])
-        for moving in (tensors, copies):
-            addresses = look_again([moving, None, *fixed], seen)
-            assert addresses is not None and addresses.tolist() == [tensor.data_ptr() for tensor in moving]
-    seen = describe([tensors, None, dicts, "tensor"])
-    assert look_again([tensors, None, copies, None], seen) is None
-    assert look_again([tensors, None, tensors[::-1], None], seen) is None
-    base.data = base.data.clone()
-    assert look_again([tensors, None, dicts, "tensor"], seen) is None
-    assert look_again([[], None], describe([[], None])).shape == (0,)
-
-
-def test_layouts_differ_in_every_property(look: str) -> None:
-    variants = [
-        torch.zeros(4, 6),
-        torch.zeros(6, 4),
-        torch.zeros(6, 4).t(),
-        torch.zeros(4, 6, dtype=torch.bfloat16),
-        torch.zeros(4, 6, dtype=torch.float16),
-        torch.zeros(24),
-        torch.zeros(4, 6, 1),
-        torch.zeros(0),
-        torch.zeros(()),
-        torch.zeros(4, 6, device="meta"),
-    ]
-    first = torch.zeros(2, 2)
-    lists = [[first, variant] for variant in variants] + [[first], [first, first, first]]
-    for i, one in enumerate(lists):
-        seen = describe([one, None])
-        for j, other in enumerate(lists):
-            assert (look_again([other, None], seen) is not None) == (i == j)
-
-
-def test_what_has_no_memory_raises(look: str) -> None:
-    tensors = [torch.zeros(3), torch.eye(3).to_sparse()]
-    with pytest.raises(RuntimeError):
-        describe([tensors, None])
-
-
-def test_what_is_no_tensor_is_not_read(look: str) -> None:
-    tensors, others = [torch.zeros(3)], [object()]
-    with pytest.raises((RuntimeError, TypeError)):
-        describe([tensors, None, others, None])
-    for columns in ([others, None], [[*tensors, *others], None]):
-        with contextlib.suppress(TypeError):
-            assert look_again(columns, describe([tensors, None])) is None
-
-
-def test_gradients_are_fetched(look: str) -> None:
-    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(4)]
-    assert gradients_of(params) == gradients_of([]) == []
-    for param in params[1:]:
-        param.grad = torch.ones(3)
-    assert all(map(is_, gradients_of(params), [param.grad for param in params[1:]]))
-    assert len(gradients_of(params)) == 3
-    with pytest.raises(AttributeError, match="grad"):
-        gradients_of([params[1], object()])
-
-
-def test_items_are_replaced_together_or_not_at_all(look: str) -> None:
-    former, dicts = object(), [{"step": None} for _ in range(3)]
-    for each in dicts[:2]:
-        each["step"] = former
-    assert not replace(dicts, "step", former, 1)
-    assert [each["step"] for each in dicts] == [former, former, None]
-    dicts[2]["step"] = former
-    assert replace(dicts, "step", former, 1)
-    assert [each["step"] for each in dicts] == [1, 1, 1]
-
-
-def test_no_reference_is_kept_or_lost(look: str) -> None:
-    """Parameters, gradients, state and step counts are referred to as often after many steps, and failed ones."""
-    params, optimizer = make()
-    give_gradients(params, 0)
-    for _ in range(3):
-        optimizer.step()
-    states = [optimizer.state[param] for param in params]
-    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
-    own = [*params, *(param.grad for param in params), *tensors, *states]
-    shared = [None, torch.Tensor, "grad", "step", "codes"]  # other code refers to them too
-
-    def counts() -> list[int]:
-        gc.collect()
-        return [sys.getrefcount(each) for each in own + shared]
-
-    before = counts()
-    for _ in range(50):
-        optimizer.step()
-    held, params[2].grad = params[2].grad, params[2].grad.to_sparse()
-    for _ in range(50):
-        with pytest.raises(RuntimeError, match="sparse"):
-            optimizer.step()
-    params[2].grad = held
-    for _ in range(3):
-        optimizer.step()
-    assert [state["step"] for state in states] == [56] * len(states)
-    del held
-    changes = [after - count for after, count in zip(counts(), before, strict=True)]
-    assert changes[: len(own)] == [0] * len(own)
-    assert all(abs(change) < 50 for change in changes[len(own) :])  # fewer than there were steps
-
-
-# ---- Batches --------------------------------------------------------------------------------------------------------
-
 Params = list[torch.nn.Parameter]
+
+
+# ---- Tables --------------------------------------------------------------------------------------------------------
 
 
 def make(dtype: torch.dtype = torch.float32, weight_rounding: str = "auto") -> tuple[Params, Lion8bit]:
@@ -182,17 +40,17 @@ def give_gradients(params: Params, seed: int) -> None:
         param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
 
 
-def test_a_batch_is_taken_again(look: str) -> None:
+def test_a_table_is_kept() -> None:
     params, optimizer = make()
     give_gradients(params, 0)
     optimizer.step()
-    plan = optimizer._plan
+    plan = optimizer._stepper.plan
     assert plan is not None
     for seed in range(3):
         give_gradients(params, seed)
         optimizer.param_groups[0]["lr"] *= 0.5
         optimizer.step()
-        assert optimizer._plan is plan
+        assert optimizer._stepper.plan is plan
 
 
 def replaced_data(params: Params, optimizer: Lion8bit) -> None:
@@ -345,10 +203,8 @@ CHANGES: list[Callable[[Params, Lion8bit], None]] = [
 @pytest.mark.parametrize(
     "storage", [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "compensated")], ids=str
 )
-def test_every_change_is_noticed(
-    change: Callable[[Params, Lion8bit], None], storage: tuple[torch.dtype, str], look: str
-) -> None:
-    """A warmed optimizer does what one does that describes everything anew at every step, down to the error."""
+def test_every_change_is_noticed(change: Callable[[Params, Lion8bit], None], storage: tuple[torch.dtype, str]) -> None:
+    """An optimizer with a kept table does what one does that makes it again at every step, down to the error."""
     results: list[list[Any]] = []
     for forgetful in (False, True):
         params, optimizer = make(*storage)
@@ -361,7 +217,7 @@ def test_every_change_is_noticed(
                 except (RuntimeError, TypeError) as error:  # this torch forbids it
                     pytest.skip(f"torch {torch.__version__} refuses to: {error}")
             if forgetful:
-                optimizer._plan = None
+                optimizer._stepper.plan = None
             try:
                 optimizer.step()
             except (RuntimeError, TypeError, ValueError) as error:
@@ -378,25 +234,39 @@ def test_every_change_is_noticed(
             assert one == other
 
 
-def test_a_gradient_off_its_alignment_is_copied(look: str) -> None:
-    """Processors may read it, but CUDA may not."""
+@pytest.mark.parametrize("change", [gradient_off_its_alignment, gradient_of_another_order], ids=lambda it: it.__name__)
+def test_a_gradient_that_must_be_copied_does_not_cost_the_table(change: Callable[[Params, Lion8bit], None]) -> None:
+    """Processors may read a misaligned one, but CUDA may not."""
     params, optimizer = make()
     give_gradients(params, 0)
     optimizer.step()
-    gradient_off_its_alignment(params, optimizer)
-    assert params[2].grad.data_ptr() % 4
-    optimizer.step()
-    assert [len(batch.places or ()) for batch in optimizer._plan.batches if not batch.in_place] == [1], "it alone"
-    give_gradients(params, 1)
-    optimizer.step()
-    assert all(batch.in_place for batch in optimizer._plan.batches)
+    plan = optimizer._stepper.plan
+    (table,) = plan.tables
+    seen: list[list[bool]] = []
+
+    usual = select.select("cpu").update_
+
+    def update(table: Any, *arguments: Any) -> None:
+        assert all(grad.data_ptr() % 4 == 0 for grad in table.grads)
+        seen.append([grad is param.grad for grad, param in zip(table.grads, params, strict=True)])
+        usual(table, *arguments)
+
+    for copied in (True, False, True):
+        give_gradients(params, 1)
+        if copied:
+            change(params, optimizer)
+        with override_backend(update):
+            optimizer.step()
+        assert optimizer._stepper.plan is plan and plan.tables == [table]
+        assert seen[-1].count(False) == copied
+        assert table.grads == []
 
 
-# ---- What memory does not tell ---------------------------------------------------------------------------------------
+# ---- What addresses do not show ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ["step", "step_param", "release"])
-def test_negated_views_are_read_as_what_they_are(look: str, way: str) -> None:
+def test_negated_views_are_read_as_what_they_are(way: str) -> None:
     """torch negates lazily (imaginary parts of conjugates): gradients, also in the kept plan, and parameters."""
     results = []
     for view in (torch._neg_view, torch.neg):
@@ -435,9 +305,9 @@ def test_negated_state_is_refused() -> None:
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("how", ["listed twice", "tied by .data", "a part of another"])
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
-def test_parameters_on_one_memory_are_stepped_in_turn(how: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters_on_one_memory_are_stepped_in_turn(how: str, bits: int) -> None:
     """Never at the same time by several threads, which would lose updates."""
-    batches = []
+    tables = []
     whole = torch.nn.Parameter(torch.zeros(256, 128))
     other = whole if how == "listed twice" else torch.nn.Parameter(torch.zeros(256, 128))
     if how == "tied by .data":
@@ -448,14 +318,14 @@ def test_parameters_on_one_memory_are_stepped_in_turn(how: str, bits: int, monke
     for param in (whole, other, apart):
         param.grad = torch.ones_like(param)
     optimizer = Lion8bit([whole, other, apart], lr=0.25, optim_bits=bits)
-    update_ = optimizer_module.update_
-    monkeypatch.setattr(optimizer_module, "update_", lambda batch, *a: (batches.append(batch), update_(batch, *a)))
-    for _ in range(2):
-        optimizer.step()
+    update_ = select.select("cpu").update_
+    with override_backend(lambda table, *more: (tables.append(table), update_(table, *more))):
+        for _ in range(2):
+            optimizer.step()
     expected = torch.full((256, 128), -1.0)
     expected[: 128 if how == "a part of another" else 0] = -0.5
     assert torch.equal(whole, expected) and torch.equal(apart, torch.full((64, 128), -0.5))
-    assert [len(batch.places) for batch in batches] == [2, 1, 2, 1] and batches[:2] == batches[2:]
+    assert [len(table.places) for table in tables] == [2, 1, 2, 1] and tables[:2] == tables[2:]
 
 
 def test_parameters_that_share_memory_and_must_be_copied_are_refused() -> None:
@@ -474,7 +344,7 @@ def test_parameters_that_share_memory_and_must_be_copied_are_refused() -> None:
     assert bool((columns == -0.5).all())
 
 
-def test_groups_and_state_may_be_of_other_classes(look: str) -> None:
+def test_groups_and_state_may_be_of_other_classes() -> None:
     """torch's own optimizers take a tuple of parameters and any mapping as their state."""
     params, optimizer = make()
     for step in range(4):
@@ -488,8 +358,8 @@ def test_groups_and_state_may_be_of_other_classes(look: str) -> None:
     assert optimizer.state[params[0]]["step"] == 4
 
 
-def test_a_parameter_that_is_copied_does_not_cost_the_others_their_plan(look: str) -> None:
-    """Only its own table is made anew in each step, and its copies do not outlive the step."""
+def test_a_parameter_that_is_copied_does_not_cost_the_others_their_plan() -> None:
+    """Its copies do not outlive the step."""
     gaps = torch.nn.Parameter(torch.zeros(64, 80, 2)[..., 0])
     params = [gaps, *(torch.nn.Parameter(torch.zeros(64, 80)) for _ in range(3))]
     optimizer = Lion8bit(params, lr=1e-3)
@@ -498,10 +368,28 @@ def test_a_parameter_that_is_copied_does_not_cost_the_others_their_plan(look: st
         for param in params:
             param.grad = torch.ones_like(param)
         optimizer.step()
-        plans.append(optimizer._plan)
+        plans.append(optimizer._stepper.plan)
     assert plans[0] is plans[1] is plans[2]
-    assert [(len(batch.places), batch.in_place, len(batch.entries)) for batch in plans[0].batches] == [
-        (1, False, 0),
-        (3, True, 3),
-    ]
+    (table,) = plans[0].tables
+    assert table.copied == [0]
+    assert all(entry.param is param for entry, param in zip(table.entries, params, strict=True))
     assert all(torch.equal(param, params[1]) for param in params)
+
+
+# ---- Structs of the library ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(isinstance(native_library.load_library(), str), reason="needs the native library")
+@pytest.mark.parametrize("struct", [Hyper, TensorRow])
+def test_a_library_with_other_structs_is_not_used(
+    struct: type[ctypes.Structure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = native_library.load_library()
+    assert native_library._has_these_structs(library)
+    wider = type(struct.__name__, (ctypes.Structure,), {"_fields_": [("lr", ctypes.c_double), *struct._fields_[1:]]})
+    shorter = type(struct.__name__, (ctypes.Structure,), {"_fields_": struct._fields_[1:]})
+    longer = type(struct.__name__, (ctypes.Structure,), {"_fields_": [*struct._fields_, ("more", ctypes.c_int64)]})
+    for other in (shorter, longer, *([wider] if struct is Hyper else [])):
+        monkeypatch.setattr(native_library, struct.__name__, other)
+        assert not native_library._has_these_structs(library)
+    assert not native_library._has_these_structs(ctypes.CDLL(None))
