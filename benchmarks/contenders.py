@@ -10,8 +10,7 @@ from unittest import mock
 
 import torch
 
-from lion8bit import Lion8bit
-from lion8bit import optimizer as lion8bit_optimizer
+from lion8bit import Lion8bit, stepper
 from lion8bit.backends import portable
 
 LR = 1e-6  # small enough that hundreds of steps leave the weights as they are
@@ -88,7 +87,7 @@ class PortableLion8bit(Lion8bit):
     """Lion8bit as it steps where it has no kernel, in plain torch."""
 
     def step(self, closure: None = None) -> None:
-        with mock.patch.object(lion8bit_optimizer, "update_", portable.update_):
+        with mock.patch.object(stepper, "update_", portable.update_):
             super().step()
 
 

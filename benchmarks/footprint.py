@@ -35,7 +35,7 @@ from models import MODELS, QUICK_MODELS
 
 from lion8bit import Lion8bit
 from lion8bit.layout import rows_and_cols
-from lion8bit.tools.demo import state_bytes
+from lion8bit.tools.memory import state_bytes
 
 DESCRIPTION = """\
 What does the library take?

@@ -6,7 +6,6 @@ import argparse
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lion8bit import estimate, fuse_into_backward
-from lion8bit.tools.demo import state_bytes
+from lion8bit.tools.memory import GIB, is_out_of_memory, limit_memory, state_bytes
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 import llama
@@ -59,7 +58,6 @@ examples:
   python benchmarks/memory.py --json memory.json --plot memory.png
 """
 
-GIB = 2**30
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 PART_COLOURS = {"weights": "#0072B2", "optimizer state": "#009E73", "gradients, activations and temporaries": "#E69F00"}
 PHASES = ("forward", "backward", "step")
@@ -214,7 +212,8 @@ class Trainer:
 def measure(case: Case, key: str) -> Row:
     """The figures of one row; if memory runs out, in which phase."""
     resident, phase = process_bytes("VmRSS"), "building"
-    hold(case.limit)
+    if case.limit is not None:
+        limit_memory(torch.device("cpu"), case.limit)
     try:
         trainer = Trainer(case, key)
         for name, run in trainer.phases():  # this iteration makes the state
@@ -229,9 +228,8 @@ def measure(case: Case, key: str) -> Row:
             row["gradients"] = max(row.get("gradients", 0), trainer.gradient_bytes())
         row["process"] = process_bytes("VmHWM") - resident
     except Exception as error:  # peers refuse dtypes with different exceptions
-        out_of_memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
-        return {"status": "out of memory" if out_of_memory else "failed", "phase": phase, "reason": reason}
+        return {"status": "out of memory" if is_out_of_memory(error) else "failed", "phase": phase, "reason": reason}
     return {
         "status": "measured",
         "weights": sum(param.nbytes for param in trainer.model.parameters()),
@@ -240,13 +238,6 @@ def measure(case: Case, key: str) -> Row:
         "peak_in": max(PHASES, key=lambda name: row[name]),
         "planned": planned(case, SAME_PLAN.get(key, key)),
     }
-
-
-def hold(limit: float | None) -> None:
-    """Limits this process's memory to ``limit`` GiB beyond what it has now."""
-    if limit is not None:
-        data = process_bytes("VmData") + int(limit * GIB)
-        resource.setrlimit(resource.RLIMIT_DATA, (data, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def planned(case: Case, row: str) -> int | None:

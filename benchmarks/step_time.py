@@ -30,7 +30,7 @@ from contenders import CONTENDERS, DTYPES, LR, OURS, Contender, Params  # noqa: 
 from machine import process_bytes, reset_process_peak
 from models import MODELS, QUICK_MODELS
 
-from lion8bit.tools.demo import state_bytes
+from lion8bit.tools.memory import state_bytes
 
 DESCRIPTION = """\
 How long does a step take, and how near is that to what the memory allows? Every contender steps the same parameters and
