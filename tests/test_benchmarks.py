@@ -189,7 +189,7 @@ def test_bf16_weights_rounded_to_nearest_stall(convergence: Record) -> None:
 
 def test_step_time_reports_every_contender(tmp_path: Path) -> None:
     options = ["--model", "64M", "--dtype", "fp32", "bf16", "--skip", "torchao", "compiled-lion", "bitsandbytes"]
-    record = run_quick("step_time", tmp_path, *options, "--plot", str(tmp_path / "step_time.png"))
+    record = run_quick("step_time", tmp_path, *options)
     rows = by(record, "table", "dtype", "optimizer")
     for dtype, size in (("fp32", 14.0625), ("bf16", 8.0625)):
         ours = rows["step", dtype, "lion8bit"]
