@@ -1,4 +1,4 @@
-"""Owns what the benchmarks share: options, the record of the machine, model shapes, timing, files; no measurement."""
+"""What the benchmarks share: options, the record of the machine, parameters, timing, tables and files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import json
 import math
 import os
 import platform
+import re
+import shlex
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,55 +29,16 @@ from torch import Tensor
 from lion8bit.backends import cpu
 from lion8bit.tools.cli import try_to_write
 
-SCHEMA = 1
 PACKAGES = ("torch", "lion8bit", "numpy", "bitsandbytes", "lion-pytorch", "torch-optimi", "torchao")
 PLAIN_WIDTH = 150  # columns of a table that is not read on a terminal
 FLUSH_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # beyond the last-level caches of current machines
 
 Shape = tuple[int, ...]
+Row = dict[str, Any]
+Cell = str | Callable[[Row], str]
 
 
-# ---- Models, as the shapes of their parameters -----------------------------------------------------------------------
-
-
-def gpt2_shapes(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> list[Shape]:
-    """Parameters of GPT-2, in the orientation of its published checkpoint; the default is the 124M model."""
-    block: list[Shape] = [
-        (width,),
-        (width,),
-        (width, 3 * width),
-        (3 * width,),
-        (width, width),
-        (width,),
-        (width,),
-        (width,),
-        (width, 4 * width),
-        (4 * width,),
-        (4 * width, width),
-        (width,),
-    ]
-    return [(vocabulary, width), (context, width), *(block * layers), (width,), (width,)]
-
-
-def minilm_shapes(layers: int = 6, width: int = 384, vocabulary: int = 30522, context: int = 512) -> list[Shape]:
-    """Parameters of a BERT encoder with a pooler; the default is all-MiniLM-L6, 22.7M."""
-    linear: list[Shape] = [(width, width), (width,)]
-    norm: list[Shape] = [(width,), (width,)]
-    feed_forward: list[Shape] = [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
-    block = linear * 4 + norm + feed_forward + norm
-    return [(vocabulary, width), (context, width), (2, width), *norm, *(block * layers), *linear]
-
-
-MODELS: dict[str, tuple[str, list[Shape]]] = {
-    "64M": ("one tensor of 64M", [(8192, 8192)]),
-    "gpt2": ("GPT-2 124M", gpt2_shapes()),
-    "minilm": ("all-MiniLM-L6", minilm_shapes()),
-}
-QUICK_MODELS: dict[str, tuple[str, list[Shape]]] = {
-    "64M": ("one tensor of 1M", [(1024, 1024)]),
-    "gpt2": ("GPT-2, 1 layer, small vocabulary", gpt2_shapes(layers=1, width=256, vocabulary=512, context=64)),
-    "minilm": ("MiniLM, 1 layer, small vocabulary", minilm_shapes(layers=1, width=128, vocabulary=512, context=64)),
-}
+# ---- Parameters ------------------------------------------------------------------------------------------------------
 
 
 def numel(shapes: Iterable[Shape]) -> int:
@@ -102,13 +66,13 @@ def make_params(
     return params
 
 
-# ---- Timing ----------------------------------------------------------------------------------------------------------
+# ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
 def flush_cache(device: torch.device) -> None:
-    """Pushes everything else out of the device's caches, as the forward and backward pass do between two steps.
+    """Evicts everything else from the device's caches, as the forward and backward pass do between two steps.
 
-    By reading: what was written would have to go back to memory in the time that is measured.
+    It reads: dirty lines of a written buffer would be written back during the time that is measured.
     """
     key = device.type
     if key not in _FLUSH_BUFFERS:
@@ -117,6 +81,39 @@ def flush_cache(device: torch.device) -> None:
 
 
 _FLUSH_BUFFERS: dict[str, Tensor] = {}
+
+
+def time_call(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds of one call with cold caches: the device's own time, and what a caller waits; equal on the CPU."""
+    flush_cache(device)
+    if device.type == "cpu":
+        start = time.perf_counter()
+        call()
+        wall = time.perf_counter() - start
+        return wall, wall
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    wall = time.perf_counter() - start
+    flush_cache(device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # The device waits while the host fills the queue, so that the events enclose work and no gaps.
+    torch.cuda._sleep(int(2e9 * min(wall, 0.05)))
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3, wall
+
+
+def allocations(call: Callable[[], Any]) -> list[int]:
+    """Bytes of each tensor that a call allocates on the CPU (positive) and frees (negative), by torch's profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -128,14 +125,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def cpu_model() -> str:
-    """The processor's name, or its architecture where the system does not tell the name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    """The processor's name, or its architecture where the system has no name for it."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", path.read_text(), re.MULTILINE) if path.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def available(package: str) -> bool:
@@ -176,7 +169,7 @@ def environment() -> dict[str, Any]:
 
 
 def describe(record: dict[str, Any]) -> str:
-    """One line about an `environment` for people."""
+    """One line about an `environment`."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     gpu = f"; {record['gpu']['name']}" if record["gpu"] else ""
     return f"{record['cpu']}, {record['cores']} cores, load {record['load_average']}{gpu}; {versions}"
@@ -186,7 +179,7 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def output_file(text: str) -> Path:
-    """A file to write, which is tried at once: after the measurement it would be too late."""
+    """A file to write. It is tried at once: an error after the measurement would lose the figures."""
     path = Path(text)
     try:
         try_to_write(path)
@@ -195,12 +188,14 @@ def output_file(text: str) -> Path:
     return path
 
 
-def parser(description: str, epilog: str) -> argparse.ArgumentParser:
+def parser(description: str, epilog: str, *, plot: bool = False, threads: bool = False) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark.
 
     Args:
         description: what is measured, for ``--help``.
         epilog: how to read the result, with examples.
+        plot: whether the benchmark draws a figure.
+        threads: whether the number of threads can be chosen.
     """
     result = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -208,22 +203,65 @@ def parser(description: str, epilog: str) -> argparse.ArgumentParser:
     result.add_argument(
         "--json", type=output_file, metavar="FILE", help="write every figure and the machine's record here"
     )
-    result.add_argument(
-        "--quick", action="store_true", help="seconds instead of minutes: proves the script, not the figures"
-    )
+    result.add_argument("--quick", action="store_true", help="dry run in seconds: the numbers are not measurements")
+    if plot:
+        result.add_argument(
+            "--plot", type=output_file, metavar="FILE", help="draw the result (.png, .svg or .pdf; needs matplotlib)"
+        )
+    if threads:
+        result.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     return result
 
 
-def plot_option(result: argparse.ArgumentParser) -> None:
-    """Adds ``--plot`` to the parser of a benchmark that has something to see."""
-    result.add_argument(
-        "--plot", type=output_file, metavar="FILE", help="draw the result (.png, .svg or .pdf; needs matplotlib)"
-    )
+def begin(threads: int | None = None) -> tuple[Console, dict[str, Any]]:
+    """Sets torch's threads and prints the machine. Returns the console and the `environment`."""
+    if threads:
+        torch.set_num_threads(threads)
+    out, record = console(), environment()
+    out.print(describe(record), style="dim")
+    if record["load_average"] and record["load_average"] > 0.5:
+        out.print(f"the machine is busy (load {record['load_average']}): times are disturbed", style="yellow")
+    return out, record
+
+
+def installed(contenders: dict[str, Any], out: Console) -> dict[str, Any]:
+    """The contenders whose ``package`` is installed; prints the ``label`` of the others."""
+    for contender in contenders.values():
+        if not available(contender.package.partition(".")[0]):
+            out.print(f"{contender.label} is not installed and left out", style="yellow")
+    return {key: c for key, c in contenders.items() if available(c.package.partition(".")[0])}
 
 
 def console() -> Console:
     """Standard output, wide enough for the tables where it is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+def rows_table(title: str, rows: Sequence[Row], columns: dict[str, Cell], left: int = 1) -> Table:
+    """A table with a line per row; rows of this library are green.
+
+    Args:
+        title: above the table.
+        rows: with ``optimizer`` or ``format``.
+        columns: by heading, a row's cell: a function of it, or a format string for its fields, which gives an empty
+            cell where the row lacks the field.
+        left: how many of the columns are text; the others are numbers.
+    """
+    headings = list(columns)
+    table = new_table(title, headings[:left], headings[left:])
+    for row in rows:
+        ours = (row.get("optimizer") or row.get("format", "")).startswith("lion8bit")
+        table.add_row(*(_text(cell, row) for cell in columns.values()), style="green" if ours else None)
+    return table
+
+
+def _text(cell: Cell, row: Row) -> str:
+    if callable(cell):
+        return cell(row)
+    try:
+        return cell.format_map(row)
+    except (KeyError, TypeError):  # no such field, or None
+        return ""
 
 
 def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
@@ -233,16 +271,6 @@ def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
         table.add_column(heading)
     for heading in right:
         table.add_column(heading, justify="right")
-    return table
-
-
-def goal_table(goals: Sequence[dict[str, Any]], quick: bool) -> Table:
-    """Goals with ``goal``, ``requirement``, ``measured`` and ``met``, which is None where nothing was measured."""
-    title = "Goals, judged by figures of --quick, which prove nothing" if quick else "Goals"
-    table = new_table(title, ["goal", "requirement", "measured", "verdict"], [])
-    words = {True: "[green]met[/]", False: "[red]NOT MET[/]", None: "-"}
-    for goal in goals:
-        table.add_row(goal["goal"], goal["requirement"], goal["measured"], words[goal["met"]])
     return table
 
 
@@ -260,21 +288,51 @@ def progress(label: str) -> Progress:
     )
 
 
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
 def write_json(path: Path | None, benchmark: str, settings: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Writes a benchmark's result whole or not at all, if a file is asked for. What is not finite becomes null.
+    """Writes a benchmark's result completely or not at all, if a file is named. What is not finite becomes null.
+
+    The file holds ``command``, ``machine``, ``versions``, ``date`` and the results, one row a line.
 
     Args:
         path: the file, or None.
-        benchmark: name of the benchmark.
-        settings: the parsed command line.
-        results: the figures, which bring ``environment`` from before the measurement.
+        benchmark: name of the program in this folder.
+        settings: its parsed command line.
+        results: ``environment`` from before the measurement, ``rows``, and ``goals`` where there are any.
     """
     if path is None:
         return
-    options = {name: value for name, value in vars(settings).items() if name not in ("json", "plot")}
-    record = {"schema": SCHEMA, "benchmark": benchmark, "settings": options, **results}
+    machine, rest = dict(results["environment"]), {k: v for k, v in results.items() if k != "environment"}
+    versions, date = machine.pop("versions"), machine.pop("date")
+    head = {"command": command(benchmark, vars(settings)), "machine": machine, "versions": versions, "date": date}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(_finite(record), indent=1, default=str) + "\n")
+    write_whole(path, rows_as_lines(_finite(head | rest)))
+
+
+def command(benchmark: str, settings: dict[str, Any]) -> str:
+    """The command line with these settings, except where the result is written."""
+    words = ["python", f"benchmarks/{benchmark}.py"]
+    for name, value in settings.items():
+        if name not in ("json", "plot") and value not in (None, False, []):
+            values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return shlex.join(words)
+
+
+def rows_as_lines(record: dict[str, Any]) -> str:
+    """JSON with one line for each scalar, each item of a list and each item of a dict of containers."""
+    parts = []
+    for key, value in record.items():
+        text = json.dumps(value, default=str)
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(json.dumps(item, default=str) for item in value) + "\n ]"
+        elif isinstance(value, dict) and value and all(isinstance(item, (dict, list)) for item in value.values()):
+            lines = (f"{json.dumps(name)}: {json.dumps(item, default=str)}" for name, item in value.items())
+            text = "{\n  " + ",\n  ".join(lines) + "\n }"
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _finite(value: Any) -> Any:
@@ -286,10 +344,10 @@ def _finite(value: Any) -> Any:
 
 
 def save_figure(draw: Callable[[Any], Any], path: Path | None) -> None:
-    """Draws into a file without a display, if one is asked for.
+    """Draws into a file without a display, if one is named.
 
     Args:
-        draw: is given `matplotlib.pyplot` and returns the figure.
+        draw: is called with `matplotlib.pyplot` and returns the figure.
         path: the file, or None.
     """
     if path is None:

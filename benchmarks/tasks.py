@@ -1,16 +1,14 @@
-"""Owns the learning problems of the benchmarks: small models and the data that they learn from; not their training."""
+"""The learning problems of the benchmarks: small models and the data that they learn from."""
 
 from __future__ import annotations
 
 import pydoc_data.topics
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pretrain_bytelm import read_corpus
 from torch import Tensor, nn
 
 from lion8bit.tools.demo.bytelm import ByteLM, ByteLMConfig, encode, load_pretrained
@@ -21,37 +19,18 @@ HELD_OUT_TARGETS = 32768  # at most, evenly spaced, so that an evaluation does n
 EVALUATION_TARGETS = 8192  # at a time
 
 
-class DigitsNet(nn.Module):
+def digits_net() -> nn.Module:
     """A small convolutional net for 8x8 images: [batch, 64] -> [batch, 10] logits.
 
-    Its widths make every quantized row a multiple of 256 elements, so that formats are compared and not paddings.
+    Its widths make every quantized row a multiple of 256 elements, so that no format has padding.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Unflatten(1, (1, 8, 8)),
-            nn.Conv2d(1, 64, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(64, 128, 2, stride=2),
-            nn.GELU(),
-            nn.Conv2d(128, 256, 2, stride=2),
-            nn.GELU(),
-            nn.Flatten(),
-            nn.Linear(1024, 10),
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.layers(images)
-        return logits
+    convolutions = [nn.Conv2d(1, 64, 3, padding=1), nn.Conv2d(64, 128, 2, stride=2), nn.Conv2d(128, 256, 2, stride=2)]
+    layers = [layer for convolution in convolutions for layer in (convolution, nn.GELU())]
+    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *layers, nn.Flatten(), nn.Linear(1024, 10))
 
 
 class NGramLM(nn.Module):
-    """Next-byte prediction from hashed 2-, 3- and 4-grams: most rows of its table are idle in any step.
-
-    Args:
-        width: channels; the default for the reason given in `DigitsNet`.
-    """
+    """Next-byte prediction from hashed 2-, 3- and 4-grams: most rows of its table are idle in any step."""
 
     ORDERS = (2, 3, 4)
 
@@ -74,16 +53,9 @@ class NGramLM(nn.Module):
 
 @dataclass(frozen=True)
 class Task:
-    """A classification problem.
+    """A classification problem. The three splits are disjoint; their first dimension is the examples."""
 
-    Args:
-        name: for people.
-        build: a model with fresh weights from torch's global generator.
-        train, validation, test: disjoint (inputs, targets), first dimension the examples.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
+    build: Callable[[], nn.Module]  # with fresh weights from torch's global generator
     train: Examples
     validation: Examples
     test: Examples
@@ -99,13 +71,13 @@ class Task:
         return inputs if inputs.is_floating_point() else inputs.long(), targets.long()
 
     @torch.no_grad()
-    def evaluate(self, model: Callable[[Tensor], Tensor], split: Examples, device: torch.device) -> float:
+    def evaluate(self, model: Callable[[Tensor], Tensor], split: Examples) -> float:
         """Mean cross entropy over a split, in nats."""
         total = 0.0
         size = max(1, EVALUATION_TARGETS * len(split[1]) // split[1].numel())
         for start in range(0, len(split[1]), size):
             inputs, targets = self.examples(split, slice(start, start + size))
-            total += float(loss(model(inputs.to(device)), targets.to(device), "sum"))
+            total += float(loss(model(inputs), targets, "sum"))
         return total / split[1].numel()
 
 
@@ -124,12 +96,12 @@ def three_parts(inputs: Tensor, targets: Tensor) -> tuple[Examples, Examples, Ex
     return train_, validation, test
 
 
-def text_task(name: str, build: Callable[[], nn.Module], text: bytes, context: int) -> Task:
+def text_task(build: Callable[[], nn.Module], text: bytes, context: int) -> Task:
     """Next-byte prediction; the text is cut into windows that do not overlap, the last ones held out."""
     tokens = encode(text)
     starts = torch.arange(0, len(tokens) - context, context)
     windows = tokens[starts[:, None] + torch.arange(context + 1)]
-    return Task(name, build, *three_parts(windows[:, :-1], windows[:, 1:]))
+    return Task(build, *three_parts(windows[:, :-1], windows[:, 1:]))
 
 
 def help_topics() -> bytes:
@@ -138,14 +110,14 @@ def help_topics() -> bytes:
 
 
 def byte_lm(width: int = 256, context: int = 32) -> Task:
-    """A byte transformer of one layer on Python's help texts; the default's rows suit every block, see `DigitsNet`."""
+    """A byte transformer of one layer on Python's help texts; the default's rows suit every block, see `digits_net`."""
     config = ByteLMConfig(width=width, layers=1, context=context)
-    return text_task("byte transformer", lambda: ByteLM(config), help_topics(), context)
+    return text_task(lambda: ByteLM(config), help_topics(), context)
 
 
 def pretrained_lm(context: int = 64) -> Task:
     """The pretrained transformer that ships with the package, to be trained on with Python's help texts."""
-    return text_task("pretrained byte transformer", load_pretrained, help_topics(), context)
+    return text_task(load_pretrained, help_topics(), context)
 
 
 def digits() -> Task:
@@ -155,18 +127,9 @@ def digits() -> Task:
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     images, labels = torch.from_numpy(data.data)[order], torch.from_numpy(data.target)[order]
-    return Task("convolutional net on digits", DigitsNet, *three_parts(images.float() / 16, labels))
+    return Task(digits_net, *three_parts(images.float() / 16, labels))
 
 
 def n_grams(width: int = 256, context: int = 32) -> Task:
     """The embedding-heavy model on Python's help texts."""
-    return text_task("hashed n-grams", lambda: NGramLM(width), help_topics(), context)
-
-
-def gpt2(
-    layers: int = 12, width: int = 768, context: int = 1024, vocabulary: int = 50257, text: bytes | None = None
-) -> Task:
-    """A byte transformer in the shape of GPT-2 124M, vocabulary included; the standard library's source by default."""
-    config = ByteLMConfig(width=width, layers=layers, heads=width // 64, context=context, vocabulary=vocabulary)
-    corpus = text or b"\0".join(read_corpus(Path(sysconfig.get_path("stdlib"))))
-    return text_task("GPT-2-shaped byte transformer", lambda: ByteLM(config), corpus, context)
+    return text_task(lambda: NGramLM(width), help_topics(), context)
