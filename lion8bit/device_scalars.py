@@ -84,6 +84,11 @@ class UpdateCounts:
         return index
 
 
+def is_device_count(step: Any) -> bool:
+    """Whether ``state["step"]`` is a view of a table of `UpdateCounts`."""
+    return isinstance(step, Tensor) and step.dtype == torch.int64 and step.dim() == 0 and not step.is_meta
+
+
 @dataclass(slots=True)
 class DeviceScalars:
     """What the kernel reads from device memory in one step: tensors of one element on the table's device."""

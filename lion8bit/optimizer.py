@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lion8bit import compiled, inspection
 from lion8bit.backends.select import forget_missing
 from lion8bit.checkpoints import check_saved_group, convert_state_dict
+from lion8bit.device_scalars import is_device_count
 from lion8bit.layout import DTYPES, FORMAT_VERSION, memory_order
 from lion8bit.loading import check_numbers, check_structure, keeping_dtypes, naming, pair
 from lion8bit.options import (
@@ -34,7 +35,6 @@ from lion8bit.state import (
     fp32_momentum,
     is_compensated,
     is_paged,
-    step_count,
     to_place,
 )
 from lion8bit.stepper import Ready, Stepper, ready
@@ -410,11 +410,10 @@ class Lion8bit(torch.optim.Optimizer):
         """See `torch.optim.Optimizer.state_dict`; waits for devices (``fused``, ``capturable``, ``is_paged``)."""
         self._stepper.finish_paging()
         saved = super().state_dict()
-        counts_on_host = {
-            number: {**state, "step": step_count(state["step"])} if "step" in state else state
-            for number, state in saved["state"].items()
-        }
-        return {**saved, "state": counts_on_host}
+        for number, state in saved["state"].items():
+            if isinstance(state, dict) and is_device_count(state.get("step")):
+                saved["state"][number] = {**state, "step": int(state["step"])}
+        return saved
 
     def __getstate__(self) -> dict[str, Any]:
         self._stepper.finish_paging()

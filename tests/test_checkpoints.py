@@ -496,7 +496,7 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "groups None": (lambda saved: saved.update(param_groups=None), "param_groups must be a list"),
     "no params": (lambda saved: saved["param_groups"][0].pop("params"), "must be a dict with a list of numbers"),
     "params are tensors": (in_group("params", [torch.zeros(2)] * 4), "must be a dict with a list of numbers"),
-    "a number twice": (in_group("params", [0, 0, 2, 3]), r"a number of its own.* \(parameter 0, shape \(40, 131"),
+    "a number twice": (in_group("params", [0, 0, 2, 3]), r"a separate number.* \(parameter 0, shape \(40, 131"),
     **{
         f"{name}={value!r}": (in_group(name, value), r"\(group 0 of the saved state\)")
         for name, value in [
