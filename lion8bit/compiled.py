@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 from itertools import accumulate
 from operator import is_
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,40 +19,18 @@ from torch import Tensor
 from lion8bit.sharding import as_part_of, gradients, is_dtensor, local
 from lion8bit.state import STATE_TENSORS
 
-
-class Compilable(Protocol):
-    """What this module needs of `Lion8bit`."""
-
-    param_groups: list[dict[str, Any]]
-    state: Any
-
-    def _before_tracing(self) -> int:
-        """Makes missing state; the key of `enroll`."""
-
-    def _step_graph(
-        self,
-        groups: list[dict[str, Any]],
-        owners: list[Tensor],
-        params: list[Tensor],
-        grads: list[Tensor],
-        counts: list[int],
-        states: list[dict[str, Any]] | None,
-    ) -> None:
-        """Steps parameters, or copies of them and of their states."""
-
-
 _optimizers: WeakValueDictionary[int, Any] = WeakValueDictionary()  # by the key that graphs hold
 
 
-def enroll(optimizer: Compilable) -> int:
-    """The key by which graphs refer to this optimizer while it lives."""
+def enroll(optimizer: Any) -> int:
+    """The key by which graphs refer to a `Lion8bit` while it lives."""
     if any(is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
         _take_dtensors()
     _optimizers[id(optimizer)] = optimizer
     return id(optimizer)
 
 
-def trace_step(optimizer: Compilable) -> None:
+def trace_step(optimizer: Any) -> None:
     """The step as torch.compile traces it: collects tensors and calls the operator."""
     key = optimizer._before_tracing()
     every = [param for group in optimizer.param_groups for param in group["params"]]

@@ -1,4 +1,4 @@
-"""Owns writing a file so that it appears complete or not at all, whatever is in it."""
+"""Writes a file so that it appears complete or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns building parameter groups from names."""
+"""Parameter groups from names."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import starmap
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,12 +32,12 @@ _UNCOUNTED = np.uint32(1 << 31)  # kUncounted of cuda_kernel.cu
 
 
 def in_thread(work: Callable[[], None], device: torch.device) -> None:
-    """Does work in another thread, on the present stream of a device, and waits for it, whatever interrupts that.
+    """Runs work in another thread, on the present stream of a device, and waits for it, whatever interrupts the wait.
 
     Raises:
         BaseException: what the work raised, or what the caller was interrupted by.
     """
-    if threading.current_thread() is not threading.main_thread():  # where nothing interrupts
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
         work()
         return
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -73,24 +73,25 @@ def in_thread(work: Callable[[], None], device: torch.device) -> None:
 # ---- Queues of work --------------------------------------------------------------------------------------------------
 
 
-class Queue(Protocol):
-    """Work that is done in order, beside the work of other queues."""
+class HostQueue:
+    """Work that is done in order, here at once. `StreamQueue` does it beside the work of other queues."""
 
     def run(self, work: Callable[[], None]) -> None:
-        """Puts work in. Copies may still be under way when this returns."""
+        """Adds work. Its copies may still be running when this returns."""
+        work()
 
     def record(self, event: Any) -> None:
-        """Makes the event mean all work that has been put in so far, and nothing else."""
+        """Sets the event to mark the end of all work that has been added so far."""
 
     def wait(self, event: Any) -> None:
-        """Does no work that is put in from now on before the event's; an event that was never recorded has none."""
+        """Work that is added from now on waits for the event; an event that was never recorded marks nothing."""
 
     def finish(self) -> None:
         """Waits for all work."""
 
 
-class StreamQueue:
-    """A CUDA stream, or with None the one that is current when work comes."""
+class StreamQueue(HostQueue):
+    """A CUDA stream; None means the one that is current when work is added."""
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         self._device, self._given = device, stream
@@ -100,42 +101,21 @@ class StreamQueue:
         return torch.cuda.current_stream(self._device) if self._given is None else self._given
 
     def run(self, work: Callable[[], None]) -> None:
-        """See `Queue`."""
         with torch.cuda.stream(self._given):  # None changes nothing
             work()
 
     def record(self, event: torch.cuda.Event) -> None:
-        """See `Queue`."""
         event.record(self._stream)
 
     def wait(self, event: torch.cuda.Event) -> None:
-        """See `Queue`."""
         self._stream.wait_event(event)
 
     def finish(self) -> None:
-        """See `Queue`."""
         self._stream.synchronize()
 
 
-class HostQueue:
-    """Does work at once."""
-
-    def run(self, work: Callable[[], None]) -> None:
-        """See `Queue`."""
-        work()
-
-    def record(self, event: Any) -> None:
-        """See `Queue`."""
-
-    def wait(self, event: Any) -> None:
-        """See `Queue`."""
-
-    def finish(self) -> None:
-        """See `Queue`."""
-
-
-def queues(device: torch.device, buffer: Tensor) -> tuple[Queue, Queue, Queue, Callable[[], Any]]:
-    """The queues for a device: copies in, updates, copies out; and what makes an event of theirs."""
+def queues(device: torch.device, buffer: Tensor) -> tuple[HostQueue, HostQueue, HostQueue, Callable[[], Any]]:
+    """The queues for a device, for copies in, updates and copies out; and the type of their events."""
     if device.type != "cuda":
         return HostQueue(), HostQueue(), HostQueue(), object
     inward, outward = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -207,14 +187,14 @@ def cut(
 
 
 class Load:
-    """What one slot takes at a time; to the backends, a table whose state lies in the slot."""
+    """The segments that one slot holds at a time; for backends, a table whose state is in the slot."""
 
     def __init__(
-        self, table: DeviceTable, segments: Sequence[Segment], place: int, slot: Tensor, homes: frozenset[int]
+        self, table: DeviceTable, segments: Sequence[Segment], place: int, slot: Tensor, memory: frozenset[int]
     ) -> None:
         self.device = table.device
         self.place = place  # which slot
-        self.homes = homes  # memory that this and the other loads of the table come from
+        self.memory = memory  # storages that this and the other loads of the table are copied from
         self.first = False  # of its table
         self.table = (TensorRow * len(segments))()
         self.cuda_cache: dict[Any, Any] = {}
@@ -310,14 +290,14 @@ class _Slot:
     def __init__(self, buffer: Tensor, event: Callable[[], Any]) -> None:
         self.buffer = buffer
         self.loaded, self.updated, self.stored = event(), event(), event()
-        self.homes: frozenset[int] = frozenset()  # memory that its last store may still be writing to
+        self.memory: frozenset[int] = frozenset()  # storages that its last store may still be writing to
 
 
 class Pager:
     """The buffer of one device, through which the state of tables on that device streams.
 
-    What waits for what: an update for its load; a store for its update; a load for the store that empties its slot; and
-    a table's first load for stores of earlier steps to the same memory. The host waits in `settle` alone.
+    An update waits for its load, a store for its update, a load for the store that empties its slot, and a table's
+    first load for stores of earlier steps to the same memory. The host waits only in `settle`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -327,7 +307,7 @@ class Pager:
         self.buffer_bytes = self._buffer.nbytes
         self._dealt = 0  # loads that have been given a slot
         self._ahead: deque[tuple[Load, int]] = deque()  # loads in the slots that wait for their updates; their versions
-        self._followers: dict[DeviceTable, DeviceTable] = {}  # what came after each table in the last turn
+        self._followers: dict[DeviceTable, DeviceTable] = {}  # the table that came after each one in the last turn
         self._seen: dict[DeviceTable, DeviceTable] = {}  # in this one
         self._latest: DeviceTable | None = None
 
@@ -392,7 +372,7 @@ class Pager:
             self._outward.wait(slot.updated)
             self._outward.run(load.store)
             self._outward.record(slot.stored)
-            slot.homes = load.homes
+            slot.memory = load.memory
             self._ahead.popleft()
         self._fill(waiting, upcoming)
 
@@ -409,7 +389,7 @@ class Pager:
             self._inward.wait(slot.stored)
             if waiting.first:
                 for other in self._slots:
-                    if not other.homes.isdisjoint(waiting.homes):
+                    if not other.memory.isdisjoint(waiting.memory):
                         self._inward.wait(other.stored)
             self._inward.run(waiting.fetch)
             self._inward.record(slot.loaded)
@@ -424,11 +404,11 @@ class Pager:
             each = entry.momentum.element_size() + (entry.residual is not None)
             block_bytes.append(block_size * each + 4 * (entry.scales is not None))
         tensors = [t for e in table.entries for t in (e.momentum, e.scales, e.residual) if t is not None]
-        homes = frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
+        memory = frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
         loads = []
         for segments in cut([(entry.rows, entry.cols) for entry in table.entries], block_sizes, block_bytes):
             place = self._dealt % SLOTS
-            loads.append(Load(table, segments, place, self._slots[place].buffer, homes))
+            loads.append(Load(table, segments, place, self._slots[place].buffer, memory))
             self._dealt += 1
         loads[0].first = True
         return loads

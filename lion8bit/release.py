@@ -1,4 +1,4 @@
-"""Owns gradient release: each parameter is stepped inside the backward pass, as soon as its gradient is complete."""
+"""Gradient release: each parameter is stepped inside the backward pass, as soon as its gradient is complete."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class GradientRelease:
         self._optimizer = weakref.ref(optimizer)
         self._stepped: set[Tensor] = set()  # in this iteration
         self._accumulating = False
-        self._looked_for_ddp = False
+        self._checked_for_ddp = False
         self._backward: Callable[[], _Backward | None] = lambda: None  # a weak reference
         self._completed = True  # the last backward pass
         self._lock = threading.Lock()  # autograd has a thread for each device
@@ -67,9 +67,9 @@ class GradientRelease:
     def accumulate(self) -> Iterator[None]:
         """Backward passes inside add up in ``.grad``; the first one outside, or optimizer.step(), steps with the sum.
 
-        For all micro-batches but the last. The sums of all parameters are in memory meanwhile, as without gradient
-        release. The momentum cannot take them in one by one: Lion's update is the sign of its blend with the whole
-        gradient.
+        Use it for all micro-batches except the last. The sums of all parameters are then in memory, as without
+        gradient release. They cannot be added to the momentum one by one, because Lion's update is the sign of its
+        blend with the whole gradient.
         """
         before, self._accumulating = self._accumulating, True
         try:
@@ -82,29 +82,29 @@ class GradientRelease:
         if optimizer is None or param.grad is None:
             return
         with self._lock:
-            self._notice_new_backward()
+            self._start_backward()
         if self._accumulating:
             return
         if param in self._stepped:
             raise RuntimeError(
                 f"{self._names[param]} must get one gradient before optimizer.step() is called, got a second one; put "
-                "micro-batches but the last under accumulate(), call optimizer.step() in each iteration, and "
+                "all micro-batches except the last under accumulate(), call optimizer.step() in each iteration, and "
                 "checkpoint modules that share parameters with use_reentrant=False"
             )
         optimizer.step_param(param, {})
         self._stepped.add(param)
         param.grad = None
 
-    def _notice_new_backward(self) -> None:
-        """Forgets what a backward pass has stepped that failed before its end: the next one is another iteration."""
+    def _start_backward(self) -> None:
+        """After a backward pass that failed before its end, the next one is another iteration."""
         if torch.compiler.is_compiling():  # compiled autograd takes no callbacks
             return
         if self._backward() is not None:  # this one, or the one that this one is nested in
             return
-        if not self._looked_for_ddp and _has_process_group():
+        if not self._checked_for_ddp and _has_process_group():
             if _is_in_ddp(self._names):
                 raise RuntimeError(_DDP)
-            self._looked_for_ddp = True
+            self._checked_for_ddp = True
         if not self._completed:
             self._stepped.clear()
         backward = _Backward(self)
@@ -116,7 +116,7 @@ class GradientRelease:
         if hasattr(optimizer, "grad_scale"):
             raise RuntimeError(
                 "gradients must not be scaled where the backward pass steps, got a GradScaler; this iteration has used "
-                "scaled gradients, so load a checkpoint and go on in bfloat16 without the scaler"
+                "scaled gradients, so load a checkpoint and continue in bfloat16 without the scaler"
             )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -42,9 +42,7 @@ def as_part_of(param: Any, shard: Tensor, shape: Sequence[int]) -> Tensor:
         param.device_mesh,
         param.placements,
         run_check=False,
-        shape=torch.Size(
-            shape
-        ),  # does not follow from the local one: shards may be uneven or empty
+        shape=torch.Size(shape),  # does not follow from the local one: shards may be uneven or empty
         stride=torch.empty(shape, device="meta").stride(),
     )
     return whole.to(shard.device)  # from_local moves to the mesh's device, but offloaded shards stay on the host
