@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_same
-from test_checkpoints import DAMAGED, OPTIONS, PEERS, REFUSED, damaged, parameters, peer_momentum, step
+from peers import DAMAGED, OPTIONS, PEERS, REFUSED, damaged, parameters, peer_momentum, step
 from torch import nn
 
 import lion8bit.tools.convert
