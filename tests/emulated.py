@@ -46,7 +46,8 @@ FLAGS = [
 ]
 EMULATOR_UNITS = (0, 1, 2, 3)  # one for each dtype of parameters, and one for the functions that tests call
 DEFAULT = cuda.Tuning()
-SANITIZE = ["-g1", "-DEMULATE_FEW", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE = ["-O0", "-g1", "-DEMULATE_FEW", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE += ["-fno-sanitize=null,object-size"]  # much of the compiler's time; the address sanitizer reports null too
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
 needs_nvrtc = pytest.mark.skipif(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import itertools
 import mmap
@@ -145,10 +146,10 @@ def test_padding_of_a_short_block_is_not_counted(library: ctypes.CDLL, cols: int
     for (dtype, rounding), quantized in itertools.product(
         [(torch.float32, "nearest"), (torch.bfloat16, "compensated"), (torch.float16, "stochastic")], (True, False)
     ):
+        first = Pair((7, cols), dtype, dtype, 128, quantized=quantized, bad=False, rounding=rounding)
+        run_steps([first], [hyper_for("plain", 128, rounding)], on(Emulated(library)), steps=1)
         for _, hyper in extreme_hypers(128, rounding):
-            pair = Pair((7, cols), dtype, dtype, 128, quantized=quantized, bad=False, rounding=rounding)
-            run_steps([pair], [hyper_for("plain", 128, rounding)], on(Emulated(library)), steps=1)
-            run_steps([pair], [hyper], on(Emulated(library)), steps=1)
+            run_steps([copy.deepcopy(first)], [hyper], on(Emulated(library)), steps=1)
 
 
 @needs_compiler

@@ -151,9 +151,7 @@ def test_files_and_functions_are_short() -> None:
             ["layout imports table, which is not in a lower layer"],
         ),
         (
-            {
-                "layout": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from lion8bit.optimizer import Lion8bit"
-            },
+            {"layout": "if TYPE_CHECKING:\n    from lion8bit.optimizer import Lion8bit"},
             ["layout imports optimizer, which is not in a lower layer"],
         ),
         ({"table": "from lion8bit import Lion8bit"}, ["table imports lion8bit, which is not in a lower layer"]),
