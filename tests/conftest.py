@@ -16,7 +16,22 @@ from places import ON_EMULATOR, ON_GPU, Place, Recorder
 from lion8bit import Lion8bit
 from lion8bit.backends import cuda, portable
 
-LONG = ("test_cuda.py", "test_visit.py", "test_benchmarks.py", "test_fuzz.py", "test_distributed.py", "test_tuning.py")
+LONG = tuple(
+    f"test_{name}.py"
+    for name in (
+        "cuda",
+        "fuzz",
+        "visit",
+        "benchmarks",
+        "tuning",
+        "interrupt",
+        "weights",
+        "amp",
+        "cpu",
+        "cuda_images",
+        "distributed",
+    )
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
