@@ -165,7 +165,7 @@ def fuse_into_backward(model: nn.Module, optimizer: Lion8bit) -> GradientRelease
     as it is: ``optimizer.step()`` still ends each iteration, which schedulers need too, and steps only what still has a
     gradient, such as parameters outside ``model`` or unfrozen later.
 
-    One backward pass is one step; micro-batches but the last go under ``accumulate()`` of the handle. Activation
+    One backward pass is one step; all micro-batches except the last go under ``accumulate()`` of the handle. Activation
     checkpointing and FSDP2's ``fully_shard`` work. A graph that was made before the pass that steps cannot be used
     after it, because the weights have changed: autograd says "modified by an inplace operation".
 

@@ -36,6 +36,9 @@ SHAPES = (
     (7, 1000),
 )
 
+HALF_STEP = 0.5 / 126.5  # of codes, see docs/numerics.md
+ROUNDING = 16 * 2.0**-24
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "decay": {"weight_decay": 0.1},
@@ -67,6 +70,18 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None
         )
 
 
+def assert_same_tree(one: Any, other: Any) -> None:
+    """Fails unless both, such as two state dicts, hold equal values and tensors of the same order in memory."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_same_tree(one[name], other[name])
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+    else:
+        assert one == other
+
+
 @contextlib.contextmanager
 def override_backend(update_: Callable[..., None] | None, decides: bool = False) -> Iterator[None]:
     """Lets `update_` step all parameters; None leaves the usual backend. `decides`: it reads device memory."""
@@ -84,6 +99,13 @@ def scale_of_each(scales: torch.Tensor, shape: torch.Size, block_size: int) -> t
     by_row = scales if scales.dim() == 2 else scales[None]
     cols = shape.numel() // max(1, len(by_row))
     return by_row.repeat_interleave(block_size, 1)[:, :cols].reshape(shape)
+
+
+def error_bound(momentum: torch.Tensor, scales: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Per element, in double: [rows, cols]."""
+    wide = scale_of_each(scales, momentum.shape, block_size).double()
+    root = torch.where(wide > 0, momentum.double().abs() / wide, torch.zeros_like(wide)).sqrt()
+    return wide * (2 * root * HALF_STEP + HALF_STEP**2 + ROUNDING) + reference.MIN_SCALE * (wide == 0)
 
 
 def make_gradient(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator, bad: bool) -> torch.Tensor:

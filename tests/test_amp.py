@@ -6,7 +6,6 @@ Each test runs on the CPU, in plain torch, through the CUDA kernel on the emulat
 from __future__ import annotations
 
 import copy
-import ctypes
 import pickle
 import weakref
 from collections.abc import Callable
@@ -15,52 +14,17 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_same
-from test_cuda import COMPILER, Emulated, library, needs_gpu  # noqa: F401
+from emulated import Emulated, needs_gpu
+from places import ON_EMULATOR, ON_GPU, Place, assert_same_contents, contents, scaler_for, set_grads
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lion8bit import Lion8bit
-from lion8bit.backends import cpu, cuda, nvrtc, portable
+from lion8bit.backends import cpu
 from lion8bit.device_scalars import UpdateCounts
 from lion8bit.stepper import Stepper
 
-ON_EMULATOR = pytest.param("emulated", marks=pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++"))
-ON_GPU = pytest.param("cuda", marks=needs_gpu, id="on_gpu")
 on_device = pytest.mark.parametrize("place", [ON_EMULATOR, ON_GPU], indirect=True)
-
-
-class Place:
-    """Where a test steps: a device, and the backend that takes its batches."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.device = "cuda" if name == "cuda" else "cpu"
-        self.launches: list[tuple[nvrtc.Kernel, int, ctypes.Structure]] = []
-
-
-@pytest.fixture(params=["cpu", "portable", ON_EMULATOR, ON_GPU])
-def place(request: pytest.FixtureRequest, use_backend: Callable[..., None]) -> Place:
-    where = Place(request.param)
-    if where.name == "portable":
-        use_backend(portable.update_)
-    if where.name == "emulated":
-        runner = Emulated(request.getfixturevalue("library"))
-
-        class Recorder:
-            tunings = runner.tunings
-
-            def capacity(self, tensors: int) -> nvrtc.Capacity:
-                return runner.capacity(tensors)
-
-            def run(self, kernel: nvrtc.Kernel, grid: int, launch: ctypes.Structure, done: list[Any]) -> None:
-                where.launches.append((kernel, grid, type(launch).from_buffer_copy(launch)))
-                runner.run(kernel, grid, launch, done)
-
-        def step_(batch: Any, hypers: Any, counter: torch.Tensor, control: Any = None) -> None:
-            cuda.step_(batch, hypers, counter, Recorder(), control)
-
-        use_backend(step_, decides=True)
-    return where
 
 
 def parameters(place: Place, *dtypes: torch.dtype) -> list[torch.Tensor]:
@@ -72,43 +36,6 @@ def parameters(place: Place, *dtypes: torch.dtype) -> list[torch.Tensor]:
         for dtype in dtypes
         for shape in shapes
     ]
-
-
-def set_grads(params: list[torch.Tensor], seed: int, scale: float = 1.0, inf: bool = False) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for param in params:
-        grad = torch.randn(param.shape, generator=generator).to(param.dtype) * scale
-        if inf and grad.numel():
-            grad.view(-1)[3] = float("inf")
-        param.grad = grad.to(param.device)
-
-
-def contents(optimizer: Lion8bit) -> list[Any]:
-    """Copies of all that a checkpoint holds, and of the parameters."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    state = optimizer.state_dict()["state"]
-    values = [param.detach().cpu().clone() for param in params]
-    for number in sorted(state):
-        for name in sorted(state[number]):
-            value = state[number][name]
-            values.append(value.cpu().clone() if isinstance(value, torch.Tensor) else value)
-    return values
-
-
-def assert_same_contents(one: list[Any], other: list[Any]) -> None:
-    assert len(one) == len(other)
-    for index, (a, b) in enumerate(zip(one, other, strict=True)):
-        assert type(a) is type(b)
-        if isinstance(a, torch.Tensor):
-            assert_same(a, b, f"value {index}")
-        else:
-            assert a == b
-
-
-def scaler_for(place: Place, scale: float) -> torch.amp.GradScaler:
-    scaler = torch.amp.GradScaler(place.device, init_scale=scale, growth_interval=3)
-    scaler.scale(torch.zeros((), device=place.device))  # makes the scale's tensor
-    return scaler
 
 
 # ---- GradScaler -----------------------------------------------------------------------------------------------------

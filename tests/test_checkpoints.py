@@ -3,90 +3,36 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
-import tempfile
-import types
-import warnings
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from cases import assert_same, scale_of_each
+from cases import assert_same, assert_same_tree, scale_of_each
+from peers import (
+    DAMAGED,
+    MOMENTUM,
+    OPTIONS,
+    PEERS,
+    REFUSED,
+    WHERE,
+    bitsandbytes,
+    damaged,
+    in_group,
+    in_state,
+    lion_pytorch,
+    one_is,
+    optimi,
+    parameters,
+    peer_momentum,
+    step,
+    stepped,
+)
 from torch import nn
 
-from lion8bit import Lion, Lion8bit, convert_state_dict, dequantize, export_state_dict, quantize
-from lion8bit.layout import mark_order, memory_order
+from lion8bit import Lion, Lion8bit, convert_state_dict, export_state_dict, quantize
 from lion8bit.reference import _CHUNK, RANGE_SQUARED
-
-bitsandbytes = pytest.importorskip("bitsandbytes")
-lion_pytorch = pytest.importorskip("lion_pytorch")
-optimi = pytest.importorskip("optimi", reason="needs torch-optimi")
-
-
-def timm_lion() -> Any:
-    """timm's Lion, from its file: importing timm itself takes torchvision."""
-    spec = importlib.util.find_spec("timm")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("needs timm")
-    stand_ins = {}
-    for name, folder in (("timm", ""), ("timm.optim", "optim")):
-        stand_ins[name] = types.ModuleType(name)
-        stand_ins[name].__path__ = [str(Path(spec.submodule_search_locations[0]) / folder)]
-    with mock.patch.dict("sys.modules", stand_ins):
-        return importlib.import_module("timm.optim.lion").Lion
-
-
-OPTIONS = {"lr": 3e-3, "betas": (0.95, 0.98), "weight_decay": 0.1}
-Make = Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
-
-
-class BareLion8bit(bitsandbytes.optim.Lion8bit):
-    """Saves its tensors beside each other, as earlier releases did."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return torch.optim.Optimizer.state_dict(self)
-
-
-PEERS: dict[str, Make] = {
-    "lion-pytorch": lambda params: lion_pytorch.Lion(params, **OPTIONS),
-    "optimi": lambda params: optimi.Lion(params, **OPTIONS),
-    "optimi foreach": lambda params: optimi.Lion(params, **OPTIONS, foreach=True),
-    "optimi gradient release": lambda params: optimi.Lion(params, **OPTIONS, gradient_release=True),
-    "bitsandbytes Lion8bit": lambda params: bitsandbytes.optim.Lion8bit(params, **OPTIONS),
-    "bitsandbytes Lion8bit, not wrapped": lambda params: BareLion8bit(params, **OPTIONS),
-    "bitsandbytes Lion": lambda params: bitsandbytes.optim.Lion(params, **OPTIONS),
-    "lion8bit.Lion": lambda params: Lion(params, **OPTIONS),
-    "timm": lambda params: timm_lion()(params, **OPTIONS),
-    "timm foreach": lambda params: timm_lion()(params, **OPTIONS, foreach=True),
-}
-
-
-def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(70, 90), (40, 131), (5,), (6000,)]
-    return [nn.Parameter((torch.randn(shape, generator=generator) * 0.1).to(dtype)) for shape in shapes]
-
-
-def step(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for param in params:
-        magnitude = 10.0 ** torch.randint(-4, 1, (1,), generator=generator)
-        param.grad = (torch.randn(param.shape, generator=generator) * magnitude).to(param.dtype)
-    optimizer.step()
-
-
-def peer_momentum(state: dict[str, Any]) -> torch.Tensor:
-    """The momentum as its own library decodes it."""
-    if "qmap1" in state:
-        quantized = bitsandbytes.functional.QuantState(
-            state["absmax1"], code=state["qmap1"], blocksize=256, dtype=torch.float32
-        )
-        return bitsandbytes.functional.dequantize_blockwise(state["state1"], quantized)
-    return next(state[name] for name in ("exp_avg", "state1", "momentum") if name in state).float()
 
 
 def assert_within_bound(actual: torch.Tensor, momentum: torch.Tensor, block_size: int = 128) -> None:
@@ -339,68 +285,10 @@ def test_momentum_first_leaves_as_the_lion_it_is() -> None:
 # ---- Refusals -------------------------------------------------------------------------------------------------------
 
 
-def stepped(make: Make) -> dict[str, Any]:
-    params = parameters()
-    optimizer = make(params)
-    step(params, optimizer, 1)
-    return copy.deepcopy(optimizer.state_dict())
-
-
-def spoilt(make: Make, name: str, change: Callable[[torch.Tensor], torch.Tensor], number: int = 1) -> dict[str, Any]:
-    saved = stepped(make)
-    state = saved["state"][number]
-    state = state.get("__bnb_optimizer_quant_state__", state)
-    state[name] = change(state[name])
-    return saved
-
-
-bnb8, lion = PEERS["bitsandbytes Lion8bit"], PEERS["lion-pytorch"]
-REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "AdamW": (lambda: stepped(torch.optim.AdamW), r"got \['exp_avg', 'exp_avg_sq', 'step'\].*start Lion without"),
-    "SGD": (lambda: stepped(lambda p: torch.optim.SGD(p, 1e-3, 0.9)), r"got \['momentum_buffer'\]"),
-    "Adam8bit": (lambda: stepped(bitsandbytes.optim.Adam8bit), r"got \['absmax1', 'absmax2'"),
-    "RMSprop8bit": (lambda: stepped(bitsandbytes.optim.RMSprop8bit), "bitsandbytes' SGD, RMSprop"),
-    "SGD8bit": (lambda: stepped(lambda p: bitsandbytes.optim.SGD8bit(p, 1e-3, 0.9)), "bitsandbytes' SGD, RMSprop"),
-    "shape": (
-        lambda: spoilt(lion, "exp_avg", lambda m: m[:3]),
-        r"shape, got \(3, 131\) \(parameter 1, shape \(40, 131",
-    ),
-    "NaN": (lambda: spoilt(lion, "exp_avg", lambda m: m.fill_(torch.nan), 2), r"finite .* \(parameter 2"),
-    "scales": (lambda: spoilt(bnb8, "absmax1", lambda s: s[:-1]), "one scale per block"),
-    "strides": (lambda: spoilt(bnb8, "state1", lambda c: c.t().contiguous().t()), "contiguous, got strides"),
-    "groups": (
-        lambda: stepped(lambda p: lion_pytorch.Lion([{"params": p[:1]}, {"params": p[1:]}])),
-        r"\[4\].*\[1, 3\]",
-    ),
-    "version": (lambda: stepped(lambda p: Lion8bit(p)) | {"param_groups": [{"params": [0, 1, 2, 3]}]}, "got None"),
-    "complex": (lambda: spoilt(lion, "exp_avg", lambda m: m + 2j), "real numbers, got torch.complex64"),
-    "integers": (lambda: spoilt(lion, "exp_avg", lambda m: m.int()), "got torch.int32"),
-    "sparse": (lambda: spoilt(lion, "exp_avg", lambda m: m.to_sparse()), "real numbers, got torch.float32 torch.spars"),
-    "meta": (lambda: spoilt(lion, "exp_avg", lambda m: m.to("meta")), "must hold data"),
-    "a number": (lambda: spoilt(lion, "exp_avg", lambda m: 3), "must be a tensor, got int"),
-    "expanded": (lambda: spoilt(lion, "exp_avg", lambda m: m[:1, :1].expand(m.shape)), "must be dense"),
-    "short map": (lambda: spoilt(bnb8, "qmap1", lambda q: q[:10]), "qmap1 must have 256 values"),
-    "codes of another dtype": (lambda: spoilt(bnb8, "state1", lambda c: c.int()), "state1 must be of torch.uint8"),
-    "negative scales": (lambda: spoilt(bnb8, "absmax1", lambda s: -s), "scales of at least 0"),
-    "codes without a map": (lambda: spoilt(PEERS["bitsandbytes Lion"], "state1", lambda m: m.byte()), "state1 must be"),
-}
-
-
 def contents(optimizer: Lion8bit) -> Any:
     """All that loading replaces, copied."""
     saved = {**optimizer.state_dict(), "objects": [id(optimizer.state), *map(id, optimizer.param_groups)]}
     return copy.deepcopy(saved)
-
-
-def assert_same_contents(one: Any, other: Any) -> None:
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert_same_contents(one[name], other[name])
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other) and one.stride() == other.stride()
-    else:
-        assert one == other
 
 
 def assert_refused(saved: Any, message: str, error: type[BaseException] = ValueError, **options: Any) -> None:
@@ -411,7 +299,7 @@ def assert_refused(saved: Any, message: str, error: type[BaseException] = ValueE
     before, plan = contents(optimizer), optimizer._stepper.plan
     with pytest.raises(error, match=message):
         optimizer.load_state_dict(saved)
-    assert_same_contents(before, contents(optimizer))
+    assert_same_tree(before, contents(optimizer))
     assert optimizer._stepper.plan is plan is not None
     step(params, optimizer, 2)
 
@@ -420,117 +308,6 @@ def assert_refused(saved: Any, message: str, error: type[BaseException] = ValueE
 def test_refused_state_changes_nothing(case: str) -> None:
     make, message = REFUSED[case]
     assert_refused(make(), message)
-
-
-def in_state(name: str, change: Callable[[Any], Any], number: int = 0) -> Callable[[dict[str, Any]], None]:
-    def damage(saved: dict[str, Any]) -> None:
-        saved["state"][number][name] = change(saved["state"][number][name])
-
-    return damage
-
-
-def in_group(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda saved: saved["param_groups"][0].update({name: value})
-
-
-def freed(tensor: torch.Tensor) -> torch.Tensor:
-    tensor.untyped_storage().resize_(0)
-    return tensor
-
-
-def one_is(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The last element becomes this value."""
-
-    def change(tensor: torch.Tensor) -> torch.Tensor:
-        tensor.view(-1)[-1] = value
-        return tensor
-
-    return change
-
-
-WHERE = r"\(parameter 0, shape \(70, 90\)\)"
-SCALE, MOMENTUM = r"scales must be 0 or in \[2\^-100, 2\^127\)", "momentum must be finite and below"
-DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    **{f"scale {x}": (in_state("scales", one_is(x)), f"{SCALE}, got {x} {WHERE}") for x in (math.nan, math.inf, -1.0)},
-    "code -128": (in_state("codes", one_is(-128)), rf"codes must be in \[-127, 127\], got -128 {WHERE}"),
-    "tiny scale": (in_state("scales", one_is(2.0**-101)), f"{SCALE}, got 3.9.* {WHERE}"),
-    "subnormal scale": (in_state("scales", one_is(1e-40)), SCALE),
-    "large scale": (in_state("scales", one_is(2.0**127)), SCALE),
-    **{
-        f"momentum {x}": (in_state("momentum", one_is(x), 2), rf"{MOMENTUM}.* \(parameter 2, shape \(5,\)")
-        for x in (math.nan, -math.inf, -(2.0**127))
-    },
-    **{
-        f"step {value!r}": (in_state("step", lambda _, value=value: value), rf"whole number of updates.* {WHERE}")
-        for value in (
-            None,
-            "abc",
-            -1,
-            2.5,
-            2**70,
-            math.nan,
-            math.inf,
-            [1],
-            torch.tensor(math.nan),
-            torch.tensor([1, 2]),
-        )
-    },
-    "step on meta": (in_state("step", lambda _: torch.tensor(1, device="meta")), f"whole number.* {WHERE}"),
-    "step missing": (lambda saved: saved["state"][0].pop("step"), f"must hold step.* {WHERE}"),
-    **{
-        f"{name} on meta": (in_state(name, lambda t: t.to("meta")), f"{name} must hold data.* {WHERE}")
-        for name in ("codes", "scales")
-    },
-    "freed codes": (
-        in_state("codes", freed),
-        f"must hold data.* {WHERE}",
-    ),
-    "codes are no tensor": (in_state("codes", lambda _: 3), f"codes must be a tensor, got int {WHERE}"),
-    "sparse scales": (in_state("scales", lambda t: t.to_sparse()), f"dense tensor of real numbers.* {WHERE}"),
-    "strides dropped": (in_state("scales", lambda t: mark_order(t, (1, 0))), f"order in memory that their.* {WHERE}"),
-    "entry None": (
-        lambda saved: saved["state"].update({0: None}),
-        r"state of a parameter must be a dict.* \(parameter 0",
-    ),
-    "state a list": (lambda saved: saved.update(state=[1]), "a dict named state"),
-    "groups None": (lambda saved: saved.update(param_groups=None), "param_groups must be a list"),
-    "no params": (lambda saved: saved["param_groups"][0].pop("params"), "must be a dict with a list of numbers"),
-    "params are tensors": (in_group("params", [torch.zeros(2)] * 4), "must be a dict with a list of numbers"),
-    "a number twice": (in_group("params", [0, 0, 2, 3]), r"a separate number.* \(parameter 0, shape \(40, 131"),
-    **{
-        f"{name}={value!r}": (in_group(name, value), r"\(group 0 of the saved state\)")
-        for name, value in [
-            ("lr", math.nan),
-            ("lr", None),
-            ("lr", -1),
-            ("lr", torch.tensor(1.0, device="meta")),
-            ("lr", torch.ones(2)),
-            ("betas", (2, 3)),
-            ("betas", None),
-            ("betas", (0.9,)),
-            ("weight_decay", -1),
-            ("weight_decay", "x"),
-            ("block_size", 0),
-            ("block_size", None),
-            ("weight_rounding", "foo"),
-            ("optim_bits", 7),
-            ("min_8bit_size", -1),
-            ("maximize", None),
-            ("maximize", 2),
-            ("cautious", "no"),
-            ("decoupled_weight_decay", "no"),
-            ("fused", None),
-            ("format_version", 99),
-        ]
-    },
-}
-
-
-def damaged(case: str) -> tuple[dict[str, Any], str]:
-    damage, message = DAMAGED[case]
-    saved = stepped(lambda p: Lion8bit(p, lr=2e-3))
-    damage(saved)
-    return saved, message
 
 
 @pytest.mark.parametrize("case", DAMAGED)
@@ -647,7 +424,7 @@ def test_a_hook_that_fails_undoes_the_load() -> None:
     optimizer.register_load_state_dict_post_hook(fail)
     with pytest.raises(RuntimeError, match="no"):
         optimizer.load_state_dict(stepped(lambda p: Lion8bit(p, lr=2e-3)))
-    assert_same_contents(before, contents(optimizer))
+    assert_same_tree(before, contents(optimizer))
     step(params, optimizer, 2)
 
 
@@ -673,131 +450,6 @@ def test_a_lazily_negated_momentum_is_loaded_with_its_sign() -> None:
     optimizer.load_state_dict(saved)
     loaded = optimizer.state[params[2]]["momentum"]
     assert not loaded.is_neg() and torch.equal(loaded, -momentum)
-
-
-# ---- Orders in memory ------------------------------------------------------------------------------------------------
-
-
-def images(
-    memory_format: torch.memory_format, dtype: torch.dtype = torch.float32, **options: Any
-) -> tuple[Any, Lion8bit]:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 3, 3)).to(dtype).to(memory_format=memory_format)
-    return net, Lion8bit(net.parameters(), lr=1e-3, **options)
-
-
-def train_images(net: nn.Module, optimizer: Lion8bit, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for param in net.parameters():
-        gradient = torch.randn(param.shape, generator=generator).to(param.dtype)
-        param.grad = torch.empty_like(param).copy_(gradient)
-    optimizer.step()
-
-
-ORDERS = [torch.contiguous_format, torch.channels_last]
-
-
-@pytest.mark.parametrize("options", [{}, {"optim_bits": 32}, {"weight_rounding": "compensated"}], ids=str)
-@pytest.mark.parametrize("saved_format", ORDERS)
-def test_a_checkpoint_of_another_memory_format(saved_format: torch.memory_format, options: dict[str, Any]) -> None:
-    """Loaded as it is it keeps its bits and its order, at the price of copies, and says so; converted it needs none."""
-    other_format = next(order for order in ORDERS if order is not saved_format)
-    dtype = torch.bfloat16 if "weight_rounding" in options else torch.float32
-    net, optimizer = images(saved_format, dtype, **options)
-    train_images(net, optimizer, 1)
-    saved = optimizer.state_dict()
-    wanted = [optimizer.momentum(param) for param in net.parameters()]
-
-    _, kept = images(other_format, dtype, **options)
-    with pytest.warns(
-        UserWarning, match=r"of 2 parameters has another order .*convert_state_dict.*parameter 0"
-    ) as seen:
-        kept.load_state_dict(saved)
-    assert len(seen) == 1 and seen[0].filename == __file__
-    converted_net, converted = images(other_format, dtype, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        kept.load_state_dict(convert_state_dict(saved, kept))
-        converted.load_state_dict(convert_state_dict(saved, converted))
-        images(saved_format, dtype, **options)[1].load_state_dict(saved)
-    for param, momentum in zip(converted_net.parameters(), wanted, strict=True):
-        state = converted.state[param]
-        if "codes" in state:
-            in_order = torch.empty_like(param, dtype=torch.float32).copy_(momentum)
-            assert torch.equal(converted.momentum(param), dequantize(*quantize(in_order)))
-        else:
-            assert torch.equal(converted.momentum(param), momentum)
-    for number, param in enumerate(converted_net.parameters()):
-        if "residual" in saved["state"][number]:
-            assert torch.equal(converted.state[param]["residual"], saved["state"][number]["residual"])
-    train_images(converted_net, converted, 2)
-    assert converted._stepper.plan is not None  # nothing is copied, so the plan is kept
-    for param in converted_net.parameters():
-        assert {memory_order(t) for t in converted.state[param].values() if getattr(t, "shape", 0) == param.shape} == {
-            memory_order(param)
-        }
-
-
-def test_loaded_as_it_is_another_memory_format_keeps_its_bits() -> None:
-    net, optimizer = images(torch.contiguous_format, torch.bfloat16)
-    train_images(net, optimizer, 1)
-    other_net, other = images(torch.channels_last, torch.bfloat16)
-    other_net.load_state_dict(net.state_dict())
-    with pytest.warns(UserWarning, match="another order"):
-        other.load_state_dict(optimizer.state_dict())
-    train_images(net, optimizer, 2)
-    train_images(other_net, other, 2)
-    for one, two in zip(net.parameters(), other_net.parameters(), strict=True):
-        assert torch.equal(one, two) and torch.equal(optimizer.momentum(one), other.momentum(two))
-
-
-def test_scales_of_another_order_are_marked() -> None:
-    """State of before the mark loads, by the strides of its codes."""
-    net, optimizer = images(torch.channels_last)
-    train_images(net, optimizer, 1)
-    saved = copy.deepcopy(optimizer.state_dict())
-    assert saved["state"][0]["scales"].shape == (1, 1, 32, 3)
-    saved["state"][0]["scales"] = saved["state"][0]["scales"].view(32, 3)
-    twin_net, twin = images(torch.channels_last)
-    twin.load_state_dict(saved)
-    assert_same_contents(twin.state_dict(), optimizer.state_dict())
-    saved["state"][0]["codes"] = saved["state"][0]["codes"].contiguous()
-    saved["state"][0]["scales"] = saved["state"][0]["scales"][None, None]
-    with pytest.raises(ValueError, match=r"order in memory that their scales were made for.*\(parameter 0, shape"):
-        twin.load_state_dict(saved)
-    train_images(twin_net, twin, 2)
-
-
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("loaded_format", ORDERS)
-@pytest.mark.parametrize("saved_format", ORDERS)
-def test_distributed_checkpoints_and_memory_formats(
-    saved_format: torch.memory_format, loaded_format: torch.memory_format, flat: bool
-) -> None:
-    """They copy codes element by element, also between orders, which scales do not survive."""
-    checkpoint = pytest.importorskip("torch.distributed.checkpoint")
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    net, optimizer = images(saved_format)
-    train_images(net, optimizer, 1)
-    resumed_net, resumed = images(loaded_format)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        checkpoint.save({"o": get_optimizer_state_dict(net, optimizer, options=options)}, checkpoint_id=folder)
-        state = {"o": get_optimizer_state_dict(resumed_net, resumed, options=options)}
-        if saved_format is not loaded_format:
-            with pytest.raises(checkpoint.api.CheckpointException, match=r"Size mismatch.*\.scales"):
-                checkpoint.load(state, checkpoint_id=folder)
-            return
-        checkpoint.load(state, checkpoint_id=folder)
-    set_optimizer_state_dict(resumed_net, resumed, state["o"], options=options)
-    for one, two in zip(net.parameters(), resumed_net.parameters(), strict=True):
-        assert torch.equal(optimizer.momentum(one), resumed.momentum(two))
 
 
 # ---- Refusals of exports ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 import torch
 from cases import assert_same
 from command import Done, run_cli
-from test_checkpoints import DAMAGED, OPTIONS, PEERS, REFUSED, damaged, parameters, peer_momentum, step
+from peers import DAMAGED, OPTIONS, PEERS, REFUSED, damaged, parameters, peer_momentum, step
 from torch import nn
 
 import lion8bit.tools.convert

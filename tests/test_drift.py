@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import error_bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_format import error_bound
 
 from lion8bit import Lion, Lion8bit
 from lion8bit.layout import BLOCK_SIZES

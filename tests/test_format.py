@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import assert_same, scale_of_each
+from cases import HALF_STEP, assert_same, error_bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -75,15 +75,6 @@ def test_reference_equals_the_oracle(row: np.ndarray, block_size: int) -> None:
 # The largest error of one element, in units of its block's scale. In the square-root domain the code is within half a
 # step, so with r = sqrt(|m|/s) and h = 1/(2A) the decoded value is within (r+h)^2 - r^2 = 2rh + h^2 of m, s times that.
 # fp32 rounds six times on the way, each by 2^-24 relative to at most (1 + h)^2: 16 units of 2^-24 cover them.
-HALF_STEP = 0.5 / 126.5
-ROUNDING = 16 * 2.0**-24
-
-
-def error_bound(momentum: torch.Tensor, scales: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Per element, in double: [rows, cols]."""
-    wide = scale_of_each(scales, momentum.shape, block_size).double()
-    root = torch.where(wide > 0, momentum.double().abs() / wide, torch.zeros_like(wide)).sqrt()
-    return wide * (2 * root * HALF_STEP + HALF_STEP**2 + ROUNDING) + reference.MIN_SCALE * (wide == 0)
 
 
 @settings(max_examples=200, deadline=None)

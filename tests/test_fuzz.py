@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import math
 import os
 import platform
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_same, override_backend
+from emulated import COMPILER, compile_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +27,7 @@ from lion8bit.backends import cpu, portable
 from lion8bit.layout import DTYPES
 
 ROOT = Path(__file__).parents[1]
-COMPILER = shutil.which("g++")
+DRIVER = ROOT / "tests" / "sanitizer" / "cpu_driver.cpp"
 ARM_COMPILER, ARM_EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 ISA_FLAGS = {"baseline": "", "avx2": "-mavx2", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl"}
 SANITIZE = "-std=c++17 -O0 -g1 -ffp-contract=off -fno-math-errno -fopenmp -fsanitize=address,undefined"
@@ -292,30 +292,18 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     probe = [str(COMPILER), *SANITIZE.split(), str(folder / "empty.cpp"), "-o", str(folder / "empty")]
     if COMPILER is None or subprocess.run(probe, capture_output=True).returncode:
         pytest.skip("needs g++ with the address and undefined behaviour sanitizers")
-    driver = ROOT / "tests" / "sanitizer" / "cpu_driver.cpp"
-    sources = [
-        driver,
-        *(ROOT / "csrc" / name for name in ("cpu_api.cpp", "cpu_kernel.cpp", "cpu_kernel.h", "block_math.h")),
+    csrc, x86 = ROOT / "csrc", platform.machine() in ("x86_64", "AMD64")
+    flags = [*SANITIZE.split(), "-fno-sanitize-recover=all", "-Wno-psabi", f"-I{csrc}", *["-DLION8BIT_X86"] * x86]
+    units = [
+        [str(csrc / "cpu_kernel.cpp"), *flags, f"-DLION8BIT_ISA={isa}", *ISA_FLAGS[isa].split()]
+        for isa in (ISA_FLAGS if x86 else ["baseline"])
     ]
-    digest = hashlib.sha256(SANITIZE.encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    program = Path(request.config.cache.mkdir("sanitizer")) / f"cpu_driver-{digest}"
-    if program.exists():
-        return program
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    common = [COMPILER, *SANITIZE.split(), "-fno-sanitize-recover=all", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
-    common += ["-DLION8BIT_X86"] if x86 else []
-    jobs, objects = [], []
-    for isa in ISA_FLAGS if x86 else ["baseline"]:
-        objects.append(str(folder / f"{isa}.o"))
-        kernel = ["-c", str(sources[2]), f"-DLION8BIT_ISA={isa}", *ISA_FLAGS[isa].split(), "-o", objects[-1]]
-        jobs.append(subprocess.Popen([*common, *kernel], stderr=subprocess.PIPE, text=True))
-    for job in jobs:
-        assert job.communicate()[1] == "" and job.returncode == 0
-    partial = program.with_suffix(f".{os.getpid()}")
-    command = [*common, str(driver), str(sources[1]), *objects, "-o", str(partial)]
-    assert subprocess.run(command).returncode == 0
-    partial.rename(program)
-    return program
+    units += [[str(path), *flags] for path in (DRIVER, csrc / "cpu_api.cpp")]
+    link = ["-fopenmp", "-fsanitize=address,undefined"]
+    cache = request.config.cache.mkdir("sanitizer")
+    return compile_once(
+        cache, "cpu_driver", units, link, [DRIVER, *sorted(csrc.glob("*.h")), *sorted(csrc.glob("*.cpp"))]
+    )
 
 
 @pytest.mark.parametrize("fault", ["", "param", "grad", "momentum", "scales", "residual"])

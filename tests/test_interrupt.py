@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_same, override_backend
-from test_cuda import Emulated, library, needs_compiler  # noqa: F401
+from emulated import Emulated, needs_compiler
 
 import lion8bit
 from lion8bit import Lion8bit

@@ -9,7 +9,6 @@ import torch
 
 from lion8bit import Lion8bit
 from lion8bit.options import make_hyper
-from lion8bit.reference import listing_definition
 
 LR, BETA1, BETA2, WEIGHT_DECAY = 1e-3, 0.9, 0.97, 0.05
 
@@ -69,6 +68,22 @@ def test_zero_lr_is_allowed_where_the_listing_refuses_it() -> None:
     param.grad = torch.randn(5000)
     optimizer.step()
     assert torch.equal(param.detach(), before) and bool(optimizer.momentum(param).any())
+
+
+def listing_definition(
+    grads: list[float], *, beta1: float, beta2: float, gamma: float, lr: float, eps: float
+) -> list[dict[str, float]]:
+    """The rule of the listing's prose; one record for each step. A negative n has no root: NaN."""
+    theta, m, records = 0.0, 0.0, []
+    for t, g in enumerate(grads, start=1):
+        sign = (g > 0) - (g < 0)
+        m = beta1 * m + (1 - beta1) * g
+        n = gamma * sign * abs(g) + (1 - beta2) * sign
+        m_hat, n_hat = m / (1 - beta1**t), n / (1 - beta2**t)
+        root = math.sqrt(n_hat) if n_hat >= 0 else math.nan
+        theta -= lr * m_hat / (root + eps)
+        records.append({"m": m, "n": n, "m_hat": m_hat, "n_hat": n_hat, "theta": theta})
+    return records
 
 
 CONSTANTS = {"beta1": 0.9, "beta2": 0.997, "gamma": 0.1, "lr": 0.001, "eps": 1e-8}

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_same, override_backend
+from emulated import needs_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_amp import ON_GPU, Place, assert_same_contents, contents, place, scaler_for, set_grads  # noqa: F401
-from test_cuda import library, needs_gpu  # noqa: F401
+from places import ON_GPU, Place, assert_same_contents, contents, scaler_for, set_grads
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -87,7 +87,7 @@ def loads_of(optimizer: Lion8bit) -> list[Load]:
 @pytest.mark.parametrize("slot", [1024, SLOT, 1 << 16])
 @pytest.mark.parametrize("how", HOW)
 def test_bits_are_those_of_the_ordinary_step(
-    place: Place,  # noqa: F811
+    place: Place,
     slot: int,
     how: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -147,7 +147,7 @@ def test_pieces_cover_every_block_once_and_fit(data: st.DataObject) -> None:
         assert (element, block) == (rows * cols, rows * blocks_per_row(cols, block_size))
 
 
-def test_scaled_gradients_and_an_overflow(place: Place) -> None:  # noqa: F811
+def test_scaled_gradients_and_an_overflow(place: Place) -> None:
     """GradScaler's protocol with updates that the device counts: once for a parameter, not for each of its pieces."""
     results = []
     for paged in (False, True):
@@ -458,7 +458,7 @@ def test_a_warmed_step_only_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("rounding", ["auto", "compensated"])
 @pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (True, True)])
-def test_checkpoints_of_either_kind_load(place: Place, before: bool, after: bool, rounding: str) -> None:  # noqa: F811
+def test_checkpoints_of_either_kind_load(place: Place, before: bool, after: bool, rounding: str) -> None:
     params, optimizer = saved = twin(place.device, is_paged=before, weight_rounding=rounding)
     train(saved, 2)
     state_dict = pickle.loads(pickle.dumps(optimizer.state_dict()))
@@ -485,7 +485,7 @@ def test_copies_go_on(copied: Callable[[Any], Any]) -> None:
     assert_same_contents(contents(twins[1]), contents(others[1]))
 
 
-def test_paging_may_be_switched(place: Place) -> None:  # noqa: F811
+def test_paging_may_be_switched(place: Place) -> None:
     twins = [twin(place.device), twin(place.device, is_paged=True)]
     for step in range(4):
         for each in twins:

@@ -17,20 +17,7 @@ from typing import Any
 import pytest
 import torch
 from cases import hyper_for
-from test_cuda import (
-    ALIGNED,
-    FLAGS,
-    SHARED,
-    SHIFTS,
-    Batch,
-    Emulated,
-    Pair,
-    build,
-    defined,
-    needs_compiler,
-    on,
-    run_steps,
-)
+from emulated import ALIGNED, SHIFTS, Batch, Emulated, Pair, build_emulator, needs_compiler, on, run_steps
 
 from lion8bit.backends import cuda, nvrtc
 from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, TensorRow
@@ -113,8 +100,7 @@ def test_kernels_take_the_tuning_of_their_dtype(capability: int) -> None:
 def variant_library(cache: Path, tuning: nvrtc.Tuning) -> ctypes.CDLL:
     """The emulator built for a tuning."""
     seen = nvrtc.Tuning(threads=tuning.threads, per_thread=tuning.per_thread, ahead=tuning.ahead)  # by an emulator
-    flags = [*FLAGS, *SHARED, "-DEMULATE_VARIANT", *defined(seen)]
-    return ctypes.CDLL(str(build(cache, "emulated_kernel.cpp", flags, ".so")))
+    return build_emulator(cache, seen)
 
 
 @needs_compiler

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import hyper_for
-from test_cuda import Batch, Emulated, Pair, run_steps
+from emulated import Batch, Emulated, Pair, run_steps
 
 from lion8bit.backends import cuda, nvrtc
 from lion8bit.layout import TensorRow

@@ -1,11 +1,13 @@
-// Owns the library that tests/test_cuda.py calls: csrc/cuda_kernel.cu on the emulator, its combinations chosen at run
+// Owns the library that tests/emulated.py builds: csrc/cuda_kernel.cu on the emulator, its combinations chosen at run
 // time. EMULATE_FEW leaves out fp16 and two block sizes. EMULATE_VARIANT, for other tunings than the default, leaves
-// out fp16, fp32 momentum, mixed dtypes and what is read from device memory.
+// out fp16, fp32 momentum, mixed dtypes and what is read from device memory. EMULATE_UNIT makes one of four units that
+// are compiled in parallel: 0 to 2 have the parameters of one dtype, 3 has the rest.
 #include "emulator.h"
 
 #define LION8BIT_EMULATED
 #include "../../csrc/cuda_kernel.cu"
 
+#if !defined(EMULATE_UNIT) || EMULATE_UNIT == 3
 // The hardware's approximations. The reciprocal is off by up to 4 units in the last place, more than NVIDIA documents,
 // by a hash of the argument; the reciprocal root is a table of NVIDIA's, here the nearest float.
 float lion8bit::approximate_reciprocal(float x) {
@@ -15,8 +17,9 @@ float lion8bit::approximate_reciprocal(float x) {
 float lion8bit::approximate_reciprocal_root(float x) {
     return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x)));
 }
+#endif
 
-namespace {
+namespace emulated {
 
 using emulator::Error;
 using lion8bit::kBfloat16;
@@ -108,7 +111,18 @@ template <int32_t param> Error with_param(const Call& call) {
     }
 }
 
-}  // namespace
+#if defined(EMULATE_UNIT) && EMULATE_UNIT < 3
+template Error with_param<EMULATE_UNIT>(const Call& call);
+#elif defined(EMULATE_UNIT)
+extern template Error with_param<kFloat32>(const Call& call);
+extern template Error with_param<kBfloat16>(const Call& call);
+extern template Error with_param<kFloat16>(const Call& call);
+#endif
+
+}  // namespace emulated
+
+#if !defined(EMULATE_UNIT) || EMULATE_UNIT == 3
+using namespace emulated;
 
 // Runs the CUDA blocks [first, last) of one launch of the small capacity and returns an emulator::Error.
 extern "C" int32_t emulate(int32_t param_dtype, int32_t grad_dtype, int32_t quantized, int32_t block_size,
@@ -184,3 +198,4 @@ extern "C" int64_t inexact_results() {
     }
     return wrong;
 }
+#endif
