@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from lion8bit.tools.demo.bytelm import CHECKPOINT, ByteLM, encode, load_pretrained, next_token_loss
+from lion8bit.tools.demo.bytelm import CHECKPOINT, ByteLM, load_pretrained, next_token_loss, tokenize
 
 # Tests and idlelib are left out as far from ordinary library code, encodings as tables of escapes, and
 # pydoc_data because it is the text that the demo fine-tunes and evaluates on.
@@ -108,7 +108,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     console = Console()
-    tokens, held_out = (encode(text) for text in read_corpus(Path(sysconfig.get_path("stdlib"))))
+    tokens, held_out = (tokenize(text) for text in read_corpus(Path(sysconfig.get_path("stdlib"))))
     model = ByteLM()
     train_windows, held_out_windows = (
         random_windows(part, args.eval_windows, model.config.context + 1, torch.Generator().manual_seed(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lion8bit.layout import memory_order
+from lion8bit.sharding import is_dtensor
 from lion8bit.state import kind_of
 
 
@@ -102,6 +105,24 @@ def keeping_dtypes(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def warn_of_copies(optimizer: torch.optim.Optimizer) -> None:
+    """Warns once of all parameters that each step copies, because their state has another order in memory."""
+    copied = []
+    for number, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
+        state = optimizer.state.get(param)
+        if state and not is_dtensor(param):
+            order, kept = memory_order(param), state["codes" if "codes" in state else "momentum"]
+            if order is not None and order != memory_order(kept):
+                copied.append(f"{number}, shape {tuple(param.shape)}")
+    if copied:
+        warnings.warn(
+            f"the loaded state of {len(copied)} parameters has another order in memory than they have, so every "
+            "step copies them; load lion8bit.convert_state_dict(state_dict, optimizer) to have it quantized again "
+            f"in their order (the first is parameter {copied[0]})",
+            stacklevel=3,
+        )
 
 
 def pair(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,8 @@ from lion8bit import compiled, inspection
 from lion8bit.backends.select import forget_missing
 from lion8bit.checkpoints import check_saved_group, convert_state_dict
 from lion8bit.device_scalars import is_device_count
-from lion8bit.layout import DTYPES, FORMAT_VERSION, memory_order
-from lion8bit.loading import check_numbers, check_structure, keeping_dtypes, naming, pair
+from lion8bit.layout import FORMAT_VERSION
+from lion8bit.loading import check_numbers, check_structure, keeping_dtypes, naming, pair, warn_of_copies
 from lion8bit.options import (
     check_factor,
     check_options,
@@ -27,9 +26,10 @@ from lion8bit.options import (
     plain,
     without_adams,
 )
-from lion8bit.sharding import gradients, is_dtensor, is_flattened
+from lion8bit.sharding import gradients
 from lion8bit.state import (
     STATE_TENSORS,
+    check_param,
     check_version,
     checked_state,
     fp32_momentum,
@@ -194,7 +194,7 @@ class Lion8bit(torch.optim.Optimizer):
         peak_lr(group)  # before a warm-up changes lr
         for number, param in enumerate(group["params"]):
             try:
-                _check_param(param, group)
+                check_param(param, group)
             except (TypeError, ValueError) as error:
                 self.param_groups.pop()
                 where = f"(parameter {number} of group {len(self.param_groups)}, shape {tuple(param.shape)})"
@@ -442,7 +442,7 @@ class Lion8bit(torch.optim.Optimizer):
 
         with keeping_dtypes(self, STATE_TENSORS, self._loadable, place):
             super().load_state_dict(state_dict)
-        self._warn_of_copies()
+        warn_of_copies(self)
 
     def _loadable(self, incoming: dict[str, Any]) -> dict[str, Any]:
         """The state dict in the present format, checked so that all of it can be loaded and stepped with."""
@@ -466,39 +466,8 @@ class Lion8bit(torch.optim.Optimizer):
             ]
         return {**incoming, "state": states, "param_groups": saved_groups}
 
-    def _warn_of_copies(self) -> None:
-        """Says once of all parameters whose state keeps another order in memory that each step copies them."""
-        copied = []
-        for number, param in enumerate(param for group in self.param_groups for param in group["params"]):
-            state = self.state.get(param)
-            if state and not is_dtensor(param):
-                order, kept = memory_order(param), state["codes" if "codes" in state else "momentum"]
-                if order is not None and order != memory_order(kept):
-                    copied.append(f"{number}, shape {tuple(param.shape)}")
-        if copied:
-            warnings.warn(
-                f"the loaded state of {len(copied)} parameters has another order in memory than they have, so every "
-                "step copies them; load lion8bit.convert_state_dict(state_dict, optimizer) to have it quantized again "
-                f"in their order (the first is parameter {copied[0]})",
-                stacklevel=3,
-            )
-
 
 def _first_number(count: int) -> int:
     """The first of so many numbers that no other parameters have."""
     first, *_ = itertools.islice(_numbers, max(1, count))
     return first
-
-
-def _check_param(param: Tensor, group: dict[str, Any]) -> None:
-    if is_flattened(param) and group["optim_bits"] == 8:
-        raise TypeError(
-            "parameters must not be flattened to have 8-bit state, got those of FullyShardedDataParallel "
-            "(FSDP1), which cannot save it; use FSDP2's fully_shard, or optim_bits=32"
-        )
-    if not param.requires_grad:  # of any dtype, as in QLoRA; `step` checks what has a gradient
-        return
-    if param.dtype not in DTYPES:
-        raise TypeError(f"parameters must be float32, bfloat16 or float16, got {param.dtype}")
-    is_compensated(param, group)
-    is_paged(param, group)

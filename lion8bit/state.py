@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lion8bit.layout import (
+    DTYPES,
     FORMAT_VERSION,
     LOADED_VERSIONS,
     is_narrow,
@@ -20,7 +21,7 @@ from lion8bit.layout import (
     unmark_order,
 )
 from lion8bit.reference import check_codes, check_momentum, check_scales, dequantize, quantize
-from lion8bit.sharding import as_part_of, is_dtensor, keeps_blocks_whole, local, local_state
+from lion8bit.sharding import as_part_of, is_dtensor, is_flattened, keeps_blocks_whole, local, local_state
 
 STATE_TENSORS = ("codes", "scales", "momentum", "residual")
 MIN_PAGED_SIZE = 1 << 16  # elements; the state of a smaller parameter is smaller than the cost of its copies
@@ -163,6 +164,21 @@ def quantized(momentum: Tensor, block_size: int) -> dict[str, Tensor]:
         "codes": as_part_of(momentum, codes, momentum.shape),
         "scales": as_part_of(momentum, mark_order(scales, order), scales_shape(momentum.shape, block_size)),
     }
+
+
+def check_param(param: Tensor, group: Mapping[str, Any]) -> None:
+    """Raises TypeError or ValueError if a parameter cannot be in a group with these options."""
+    if is_flattened(param) and group["optim_bits"] == 8:
+        raise TypeError(
+            "parameters must not be flattened to have 8-bit state, got those of FullyShardedDataParallel "
+            "(FSDP1), which cannot save it; use FSDP2's fully_shard, or optim_bits=32"
+        )
+    if not param.requires_grad:  # of any dtype, as in QLoRA; `step` checks what has a gradient
+        return
+    if param.dtype not in DTYPES:
+        raise TypeError(f"parameters must be float32, bfloat16 or float16, got {param.dtype}")
+    is_compensated(param, group)
+    is_paged(param, group)
 
 
 # ---- Validity --------------------------------------------------------------------------------------------------------

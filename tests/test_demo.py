@@ -21,7 +21,7 @@ from lion8bit import Lion8bit
 from lion8bit.tools import demo
 from lion8bit.tools.cli import main, try_to_write
 from lion8bit.tools.demo.bytelm import CHECKPOINT, ByteLM, ByteLMConfig
-from lion8bit.tools.demo.report import Row, conclude
+from lion8bit.tools.demo.report import OptimizerResult, conclude
 from lion8bit.tools.demo.run import fastest_threads, fine_tune, learning_rate_share
 from lion8bit.tools.demo.task import Task, load_task
 from lion8bit.tools.memory import state_bytes, tensors_in
@@ -154,7 +154,7 @@ def test_bitsandbytes_failure_becomes_its_row(missing: bool, monkeypatch: pytest
 def test_conclusion_follows_the_figures() -> None:
     figures = {"adamw": (1.2, 8), "lion": (1.5, 4), "lion8bit": (1.49, 1.0), "bitsandbytes": (1.6, 1.0)}
     rows = [
-        Row(key, state_bytes_per_param=state, loss_before=2.0, loss_after=after)
+        OptimizerResult(key, state_bytes_per_param=state, loss_before=2.0, loss_after=after)
         for key, (after, state) in figures.items()
     ]
     sentence = conclude(rows, "bits/byte")

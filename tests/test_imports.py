@@ -19,16 +19,17 @@ LAYERS = (
     ("device_scalars",),
     ("table",),
     ("backends.native_library",),
-    ("backends.cpu", "backends.portable", "backends.cuda"),
+    ("backends.nvrtc", "backends.cpu", "backends.portable"),
+    ("backends.cuda",),
     ("backends.select",),
     ("paging", "options"),
-    ("loading", "lion"),
-    ("checkpoints", "compiled"),
+    ("loading",),
+    ("lion", "checkpoints", "compiled", "inspection"),
     ("stepper",),
     ("optimizer",),
-    ("release", "groups"),
+    ("release", "groups", "planner"),
     ("",),  # lion8bit/__init__.py, the public names
-    ("planner", "integrations"),
+    ("integrations",),
     ("tools", "__main__"),
 )
 WITHIN = {("planner", "planner"), ("integrations", "integrations"), ("tools", "tools"), ("__main__", "tools")}

@@ -110,7 +110,7 @@ class ByteLM(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight)
 
 
-def encode(text: bytes) -> Tensor:
+def tokenize(text: bytes) -> Tensor:
     """Converts text to tokens, [len(text)] uint8."""
     return torch.tensor([*text], dtype=torch.uint8)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ class Run:
 
 
 @dataclasses.dataclass
-class Row:
+class OptimizerResult:
     """Measurements of one optimizer over all seeds; losses are in the task's unit."""
 
     key: str  # of `LABELS`
@@ -72,7 +70,7 @@ class Results:
     """What the demo measured: the setting, one row per key of `LABELS`, a sentence, and the wall time of all runs."""
 
     setting: dict[str, Any]
-    rows: list[Row]
+    rows: list[OptimizerResult]
     conclusion: str
     seconds: float
 
@@ -96,13 +94,13 @@ class Results:
         return f"{s['steps']} steps of {batch}, {s['device']}, {s['seeds']} seed{'s' * (s['seeds'] != 1)}"
 
 
-def conclude(rows: list[Row], unit: str) -> str:
+def conclude(rows: list[OptimizerResult], unit: str) -> str:
     """Says in one sentence what the summarized rows show; losses are in `unit`."""
     by_key = {row.key: row for row in rows if row.unavailable is None}
     ours, lion, adamw = by_key["lion8bit"], by_key["lion"], by_key["adamw"]
     gain = lion.loss_before - lion.loss_after
 
-    def gap(row: Row) -> str:
+    def gap(row: OptimizerResult) -> str:
         difference = row.loss_after - lion.loss_after
         if abs(difference) < SMALLEST_GAP:
             return f"within {SMALLEST_GAP} {unit} of fp32 Lion"
@@ -143,14 +141,3 @@ def result_table(results: Results) -> Table:
         table.add_row(LABELS[row.key], *cells, style="bold green" if row.key == "lion8bit" else None)
     table.caption = "\n".join(caption)
     return table
-
-
-def save_results(results: Results, folder: Path) -> tuple[Path, Path]:
-    """Writes `demo.png` and `demo.json` into a folder, which is made if missing, and returns their paths."""
-    from lion8bit.tools.demo.picture import plot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    picture, record = (folder / name for name in FILES)
-    plot(results, picture)
-    record.write_text(json.dumps(results.to_dict(), indent=2, allow_nan=False) + "\n")
-    return picture, record

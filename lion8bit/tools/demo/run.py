@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from lion8bit import Lion, Lion8bit
-from lion8bit.tools.demo.report import LABELS, Results, Row, Run, conclude
+from lion8bit.tools.demo.report import LABELS, Results, OptimizerResult, Run, conclude
 from lion8bit.tools.demo.task import DemoInputError, Task, first_line, load_task, resolve_device
 from lion8bit.tools.memory import checkpoint_bytes, state_bytes
 
@@ -122,7 +122,7 @@ def fastest_threads(task: Task, batch_size: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def run_row(row: Row, task: Task, counts: dict[str, int], on_progress: Progress) -> None:
+def run_row(row: OptimizerResult, task: Task, counts: dict[str, int], on_progress: Progress) -> None:
     """Trains with a row's optimizer once per seed; where bitsandbytes fails, its row says why."""
     steps = counts["steps"]
 
@@ -209,13 +209,13 @@ def run_demo(
     task = load_task(model, text, resolve_device(device), eval_windows, trust_remote_code)
     started = time.perf_counter()
     with fastest_threads(task, batch_size):
-        rows = [Row("none", runs=[Run(0, [], [0], [task.held_out_loss(batch_size)])])]
+        rows = [OptimizerResult("none", runs=[Run(0, [], [0], [task.held_out_loss(batch_size)])])]
         rows[0].summarize(task.parameters)
         for key in [*LABELS][1:]:
             lr, betas, weight_decay = (BYTE_LEVEL if model is None else HUGGING_FACE)[key != "adamw"]
             chosen_lr = adamw_lr if key == "adamw" else lion_lr
             lr = lr if chosen_lr is None else chosen_lr
-            rows.append(Row(key, {"lr": lr, "betas": betas, "weight_decay": weight_decay}))
+            rows.append(OptimizerResult(key, {"lr": lr, "betas": betas, "weight_decay": weight_decay}))
             run_row(rows[-1], task, counts, on_progress)
         setting = describe_setting(task, counts)
     return Results(setting, rows, conclude(rows, task.unit), time.perf_counter() - started)

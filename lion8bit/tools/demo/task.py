@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lion8bit.tools.demo.bytelm import encode, load_pretrained, next_token_loss
+from lion8bit.tools.demo.bytelm import load_pretrained, next_token_loss, tokenize
 
 HELD_OUT_SHARE = 0.1
 HF_CONTEXT = 256  # tokens per window for Hugging Face models
@@ -134,7 +134,7 @@ def load_task(
     if folder is None:
         model: Any = load_pretrained()
         name, digits, dtype = "byte-level transformer", ".2f", torch.float32
-        tokens, context = encode(content), model.config.context
+        tokens, context = tokenize(content), model.config.context
     else:
         model, tokenizer = load_hugging_face(folder, trust_remote_code)
         model.config.use_cache = False
