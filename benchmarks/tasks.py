@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lion8bit.tools.demo.bytelm import ByteLM, ByteLMConfig, encode, load_pretrained
+from lion8bit.tools.demo.bytelm import ByteLM, ByteLMConfig, load_pretrained, tokenize
 
 Examples = tuple[Tensor, Tensor]
 HELD_OUT_SHARE = 0.1  # of the examples, for validation and for the test each
@@ -98,7 +98,7 @@ def three_parts(inputs: Tensor, targets: Tensor) -> tuple[Examples, Examples, Ex
 
 def text_task(build: Callable[[], nn.Module], text: bytes, context: int) -> Task:
     """Next-byte prediction; the text is cut into windows that do not overlap, the last ones held out."""
-    tokens = encode(text)
+    tokens = tokenize(text)
     starts = torch.arange(0, len(tokens) - context, context)
     windows = tokens[starts[:, None] + torch.arange(context + 1)]
     return Task(build, *three_parts(windows[:, :-1], windows[:, 1:]))

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from lion8bit import Lion, Lion8bit
-from lion8bit.tools.demo.report import LABELS, Results, OptimizerResult, Run, conclude
+from lion8bit.tools.demo.report import LABELS, OptimizerResult, Results, Run, conclude
 from lion8bit.tools.demo.task import DemoInputError, Task, first_line, load_task, resolve_device
 from lion8bit.tools.memory import checkpoint_bytes, state_bytes
 
