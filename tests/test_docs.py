@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ COMMAND = re.compile(r"(?:lion8bit [a-z-]|python (?:benchmarks|examples)/|make [
 
 
 def python_of(page: Path) -> str:
-    """The blocks of Python of a page, also those in comments, each at its line number in the page, as errors print it."""
+    """The Python blocks of a page, also those in comments, at their line numbers in the page, which errors print."""
     page_lines, lines = page.read_text().splitlines(), []
     for match in FENCE.finditer(page.read_text()):
         if match["language"] == "python":
@@ -108,14 +109,14 @@ def check_command(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     if program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
+    start = partial(runpy.run_path, str(ROOT / words[0]), run_name="__main__")
+    if program == "lion8bit":
+        start = partial(cli.main, [*words, "--help"])
+    monkeypatch.setattr(sys, "argv", [*words, "--help"])
+    monkeypatch.syspath_prepend((ROOT / words[0]).parent)
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as end:
-        if program == "lion8bit":
-            cli.main([*words, "--help"])
-        else:
-            monkeypatch.setattr(sys, "argv", [*words, "--help"])
-            monkeypatch.syspath_prepend((ROOT / words[0]).parent)
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        start()
     printed = capsys.readouterr()
     assert not end.value.code, printed.err
     for option in (word.split("=")[0] for word in words if word.startswith("--")):
