@@ -230,8 +230,8 @@ template <bool woven> LION8BIT_FN void to_bytes(int8_t* to, const Ints (&group)[
 // Reading of parameters and gradients and writing of parameters by dtype, two vectors at a time.
 struct Float32 {
     using Element = float;
-    static constexpr uint32_t kSign = 0x80000000u,
-                              kLarge = 0x40000000u;   // bits of a word in memory; kLarge: at least 2
+    // Bits of a word in memory; kLarge is set if the magnitude is at least 2.
+    static constexpr uint32_t kSign = 0x80000000u, kLarge = 0x40000000u;
     static constexpr int32_t kTooLarge = 0x43800000;  // the pattern of kOrdinaryLimit
     template <bool woven> static LION8BIT_FN Pair<Floats> read(const float* from) {
         const auto a = load<Floats>(from), b = load<Floats>(from + kLanes);
@@ -306,13 +306,12 @@ LION8BIT_FN bool any_set(Ints x, uint32_t mask) {
 // have 2^-6 <= blend <= 1, 0 <= one_minus_blend <= 1 and 0 < lr <= 1. Then no element needs a test:
 //
 // - Momenta are normal numbers: |t| is at least 2^-9, so |m| is at least 2^-56 * 2^-18 * 2^-14. So codes may stay in
-// the
-//   top byte of a lane, which makes them 2^24 times as large, because powers of two cancel exactly.
+//   the top byte of a lane, which makes them 2^24 times as large, because powers of two cancel exactly.
 // - Products with blend and one_minus_blend, both multiplied by 2^118, do not overflow. Their sum is zero, or at least
 //   half a unit in the last place of blend * m, which is at least 2^118 * 2^-94 * 2^-24 = 1, so at least lr.
 constexpr float kOrdinaryLimit = 256.0f, kOrdinaryScale = 0x1p-56f, kBlendFactor = 0x1p118f;
 
-LION8BIT_FN bool may_be_ordinary(const Hyper& hyper) {
+LION8BIT_FN bool allows_ordinary_blocks(const Hyper& hyper) {
     return hyper.blend >= 0x1p-6f && hyper.blend <= 1.0f && hyper.one_minus_blend >= 0.0f &&
            hyper.one_minus_blend <= 1.0f && hyper.lr > 0.0f && hyper.lr <= 1.0f;
 }
@@ -322,7 +321,7 @@ struct WideHyper {
     Floats lr, decay, coupled_decay, blend, one_minus_blend, beta, one_minus_beta, unscale;
     uint32_t flags;
     float scalar_beta;
-    bool tame;  // blocks of this group may be ordinary
+    bool ordinary_allowed;  // the constants are those that ordinary blocks require
 };
 LION8BIT_FN WideHyper widen(const Hyper& hyper, float blend_factor = 1.0f) {
     const auto wide = [](float x) { return x - Floats{}; };
@@ -336,18 +335,19 @@ LION8BIT_FN WideHyper widen(const Hyper& hyper, float blend_factor = 1.0f) {
             wide(hyper.unscale),
             hyper.flags,
             hyper.beta,
-            may_be_ordinary(hyper)};
+            allows_ordinary_blocks(hyper)};
 }
 
 LION8BIT_FN Codec shifted(const Codec& codec) {
     return {codec.dither * 0x1p24f, codec.encode_gain, codec.decode_gain * 0x1p-48f};
 }
 
-struct Look {
+struct BlockCheck {
     bool idle;      // all gradients of the block are zero
     bool ordinary;  // the gradients and codes are those of an ordinary block
 };
-template <class Grad> LION8BIT_FN Look look(const typename Grad::Element* grad, const int8_t* codes, int length) {
+template <class Grad>
+LION8BIT_FN BlockCheck check_block(const typename Grad::Element* grad, const int8_t* codes, int length) {
     using Element = std::conditional_t<sizeof(typename Grad::Element) == 2, int16_t, int32_t>;
     typedef Element Numbers __attribute__((vector_size(kLanes * 4)));
     typedef uint8_t Bytes __attribute__((vector_size(kGroup)));
@@ -363,7 +363,7 @@ template <class Grad> LION8BIT_FN Look look(const typename Grad::Element* grad, 
         const auto bytes = load<Bytes>(codes + at);
         least = bytes < least ? bytes : least;
     }
-    Look result = {!any_set(bit_cast<Ints>(joined), ~Grad::kSign), !any_set(bit_cast<Ints>(least == 0), ~0u)};
+    BlockCheck result = {!any_set(bit_cast<Ints>(joined), ~Grad::kSign), !any_set(bit_cast<Ints>(least == 0), ~0u)};
     if (result.ordinary && any_set(bit_cast<Ints>(joined), Grad::kLarge)) {
         Numbers largest = {};
         for (int at = 0; at < length; at += kGroup) {
@@ -384,7 +384,7 @@ struct Roots {
 
 // A stepped block i that is encoded while block i+2 is stepped. This hides the latency of its scale, and the square
 // roots, whose throughput is low, run beside other work.
-template <bool woven> struct Waiting {
+template <bool woven> struct PendingBlock {
     bool any = false;
     const float* momentum = nullptr;
     Codec codec = {};
@@ -442,7 +442,7 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
     const uint16_t* random = random_bits;
     alignas(64) float momenta[3][kMaxBlockSize];  // of this block and of the two before it
     float *stepped = momenta[0], *free = momenta[1], *free_next = momenta[2];
-    Waiting<woven> waiting, next;
+    PendingBlock<woven> pending, next;
     for (; count > 0; --count) {
         const float old_scale = quantized ? *at.scale : 0.0f;
         const Codec codec = decoder(old_scale);
@@ -503,13 +503,13 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
                 Ints residuals[4];
                 Roots roots;
                 if constexpr (quantized) {
-                    if (waiting.any) roots = waiting.begin(place);
+                    if (pending.any) roots = pending.begin(place);
                 }
                 step_pair(ordinary, codec, constants, place, residuals);
                 step_pair(ordinary, codec, constants, place + 2 * kLanes, residuals + 2);
                 if constexpr (rounding == kCompensated) to_bytes<woven>(at.residual + place, residuals);
                 if constexpr (quantized) {
-                    if (waiting.any) waiting.end(place, roots);
+                    if (pending.any) pending.end(place, roots);
                 }
             }
         };
@@ -518,9 +518,9 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
             step_block(std::false_type(), codec);
             idle = !any_set(touched, 0x7fffffffu);
         } else {
-            const Look seen = look<Grad>(at.grad, at.momentum, length);
-            idle = seen.idle;
-            if (seen.ordinary && hyper.tame && old_scale >= kOrdinaryScale && old_scale < kOrdinaryLimit) {
+            const BlockCheck check = check_block<Grad>(at.grad, at.momentum, length);
+            idle = check.idle;
+            if (check.ordinary && hyper.ordinary_allowed && old_scale >= kOrdinaryScale && old_scale < kOrdinaryLimit) {
                 step_block(std::true_type(), shifted(codec));
             } else {
                 step_block(std::false_type(), codec);
@@ -528,7 +528,7 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
         }
 
         if constexpr (quantized) {
-            waiting = next;
+            pending = next;
             next.any = false;
             float scale = decayed_scale(old_scale, hyper.scalar_beta);
             if (!(idle && scale >= kMinScale)) {
@@ -549,9 +549,9 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
         if constexpr (rounding == kCompensated) at.residual += length;
     }
     if constexpr (quantized) {
-        for (int left = 2; left > 0; --left, waiting = next, next.any = false) {
-            if (!waiting.any) continue;
-            for (int place = 0; place < length; place += kGroup) waiting.end(place, waiting.begin(place));
+        for (int left = 2; left > 0; --left, pending = next, next.any = false) {
+            if (!pending.any) continue;
+            for (int place = 0; place < length; place += kGroup) pending.end(place, pending.begin(place));
         }
     }
     return skipped;

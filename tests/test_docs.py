@@ -1,4 +1,4 @@
-"""The pages say what is true: their Python runs, their commands are known, and every option in them exists."""
+"""Tests the pages: their Python code runs, and every command and option in them exists."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMAND = re.compile(r"(?:lion8bit [a-z-]|python (?:benchmarks|examples)/|make [
 
 
 def python_of(page: Path) -> str:
-    """A page's blocks of Python, those in comments too, each on the lines where it stands, so that errors name them."""
+    """The Python blocks of a page, also those in comments, at their line numbers in the page, which errors print."""
     page_lines, lines = page.read_text().splitlines(), []
     for match in FENCE.finditer(page.read_text()):
         if match["language"] == "python":
@@ -35,7 +35,7 @@ def python_of(page: Path) -> str:
 
 
 def commands_of(page: Path) -> list[str]:
-    """What a page tells to type, in blocks that are not of another language and in code within the text."""
+    """The commands of a page, in blocks without another language and in code within the text."""
     text = page.read_text()
     shown = [match["text"] for match in FENCE.finditer(text) if match["language"] in ("", "sh", "bash", "console")]
     shown += re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text))
@@ -51,7 +51,7 @@ def examples_of_help() -> dict[str, list[str]]:
     }
 
 
-def test_help_teaches_by_examples(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     examples = examples_of_help()
     assert examples.keys() == {"demo", "doctor", "estimate", "convert"}
     for command, lines in examples.items():
@@ -66,7 +66,7 @@ def run_python(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_of(page)], ids=lambda page: page.stem)
 def test_python_runs(page: Path, tmp_path: Path) -> None:
-    """All of a page in one process of its own, in an empty folder."""
+    """Each page runs in a separate process, in an empty folder."""
     (tmp_path / page.name).write_text(python_of(page))
     done = run_python(page.name, tmp_path)
     if missing := re.search(r"^ModuleNotFoundError: No module named '([^.']+)", done.stderr, re.MULTILINE):
@@ -81,24 +81,46 @@ COMMANDS |= {example.partition(" >")[0] for examples in examples_of_help().value
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_commands_are_known(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """With --help each of them ends well, and names its options."""
+    """Each command accepts --help after its other arguments, and its help has all of its options."""
+    check_command(command, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make nothing",
+        "lion8bit bench",
+        "lion8bit demo --bench",
+        "lion8bit demo --step 3",
+        "python benchmarks/sass.py --spills",
+        "python benchmarks/sass.py --arch 91",
+    ],
+)
+def test_unknown_commands_are_found(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(AssertionError):
+        check_command(command, monkeypatch, capsys)
+
+
+def check_command(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """AssertionError if the command or one of its options does not exist."""
     program, *words = shlex.split(command)
     if program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
+    start = partial(runpy.run_path, str(ROOT / words[0]), run_name="__main__")
     if program == "lion8bit":
-        start, arguments = cli.main, [program, *words]
-    else:
-        start, arguments = partial(runpy.run_path, str(ROOT / words[0]), run_name="__main__"), words
-        monkeypatch.syspath_prepend((ROOT / words[0]).parent)
-    monkeypatch.setattr(sys, "argv", [*arguments, "--help"])
+        start = partial(cli.main, [*words, "--help"])
+    monkeypatch.setattr(sys, "argv", [*words, "--help"])
+    monkeypatch.syspath_prepend((ROOT / words[0]).parent)
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as end:
         start()
-    said = capsys.readouterr()
-    assert not end.value.code, said.err
+    printed = capsys.readouterr()
+    assert not end.value.code, printed.err
     for option in (word.split("=")[0] for word in words if word.startswith("--")):
-        assert re.search(rf"(?<![\w-]){option}(?![\w-])", said.out), f"{option} is not in the help of {command}"
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", printed.out), f"{option} is not in the help of {command}"
 
 
 def test_blocks_are_found(tmp_path: Path) -> None:
