@@ -196,7 +196,7 @@ class Load:
         self.place = place  # which slot
         self.memory = memory  # storages that this and the other loads of the table are copied from
         self.first = False  # of its table
-        self.table = (TensorRow * len(segments))()
+        self.rows = (TensorRow * len(segments))()
         self.cuda_cache: dict[Any, Any] = {}
         self.entries: list[Entry] = []
         self._owner, self._segments = table, segments
@@ -228,13 +228,13 @@ class Load:
                 first=first,
             )
             self.entries.append(entry)
-            self.table[number] = table.table[segment.entry]
-            row = self.table[number]
+            self.rows[number] = table.rows[segment.entry]
+            row = self.rows[number]
             row.param, row.momentum = param.data_ptr(), momentum.data_ptr()
             row.scales = 0 if scales is None else scales.data_ptr()
             row.residual = 0 if residual is None else residual.data_ptr()
             row.rows, row.cols, row.first = segment.rows, segment.cols, first & 0xFFFFFFFF
-        self._columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(TensorRow))
+        self._columns = np.frombuffer(memoryview(self.rows).cast("B"), dtype=np.dtype(TensorRow))
         self._rows = np.array([segment.entry for segment in segments])
         sizes = np.array([table.grads[segment.entry].element_size() for segment in segments])
         self._offsets = (np.array([segment.start for segment in segments]) * sizes).astype(np.uint64)

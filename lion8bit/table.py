@@ -185,9 +185,9 @@ class Work(Protocol):
     """What backends need of a table, or of a part of one."""
 
     device: torch.device
-    table: Any  # ctypes array of `TensorRow`
+    rows: Any  # ctypes array of `TensorRow`
     cuda_cache: dict[Any, Any]
-    entries: list[Entry]  # row by row as the table
+    entries: list[Entry]  # row by row
     done: list[Any]  # of the present update, see `backends.select.update_`
 
     @property
@@ -225,8 +225,8 @@ class DeviceTable:
         self._written = self._params + [entry.param for entry in entries if is_dtensor(entry.source)]
         self._written = [tensor for tensor in self._written if not tensor.is_inference()]
         self._counts: list[int] = []  # updates of each parameter after the present one; empty where the device counts
-        self.table = (TensorRow * len(entries))()
-        for row, entry, grad in zip(self.table, self.entries, grads, strict=True):
+        self.rows = (TensorRow * len(entries))()
+        for row, entry, grad in zip(self.rows, self.entries, grads, strict=True):
             row.param = entry.param.data_ptr()
             row.momentum = entry.momentum.data_ptr()
             row.scales = 0 if entry.scales is None else entry.scales.data_ptr()
@@ -235,7 +235,7 @@ class DeviceTable:
             row.first, row.row_stride = entry.first & 0xFFFFFFFF, entry.row_stride & 0xFFFFFFFF
             row.seed, row.hyper = entry.seed, entry.hyper
             row.param_dtype, row.grad_dtype = DTYPES[entry.param.dtype], DTYPES[grad.dtype]
-        self.columns = np.frombuffer(memoryview(self.table).cast("B"), dtype=np.dtype(TensorRow))
+        self.columns = np.frombuffer(memoryview(self.rows).cast("B"), dtype=np.dtype(TensorRow))
         self._tensors = self._held(self._params)
         self._memory = _memory_of(self._tensors)
         self._layouts = _layouts_of(self._tensors[: len(entries)])

@@ -33,17 +33,14 @@ from lion8bit.layout import Hyper, TensorRow
 from lion8bit.table import hyper_array
 
 EMULATOR = Path(__file__).parent / "emulator"
-SOURCES = [*sorted(EMULATOR.iterdir()), *(Path(__file__).parents[1] / "csrc" / name for name in nvrtc.SOURCES)]
+CSRC = Path(__file__).parents[1] / "csrc"
+SOURCES = [*sorted(EMULATOR.iterdir()), *(CSRC / name for name in (*nvrtc.SOURCES, "export.h"))]
 COMPILER = shutil.which("g++")
-FLAGS = [
-    "-std=c++17",
-    "-Og",
-    "-fPIC",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-U_FORTIFY_SOURCE",
+FLAGS = ["-std=c++17", "-Og", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-U_FORTIFY_SOURCE"]
+FLAGS += [
     "-Wno-unknown-pragmas",
-]
+    "-fvisibility=hidden",
+]  # one process loads libraries of several tunings, which must not share symbols
 EMULATOR_UNITS = (0, 1, 2, 3)  # one for each dtype of parameters, and one for the functions that tests call
 DEFAULT = nvrtc.Tuning()
 SANITIZE = ["-O0", "-g1", "-DEMULATE_FEW", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -64,7 +61,7 @@ class Batch:
     """What `cuda.step_` needs of the optimizer's batches."""
 
     device: torch.device
-    table: Any
+    rows: Any
     cuda_cache: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -195,7 +192,7 @@ def run_steps(
         for i, pair in enumerate(pairs):
             pair.next_grad()
             pair.steps += 1
-            batch.table[i] = pair.row()
+            batch.rows[i] = pair.row()
             pair.skipped += pair.expected.reference_step(pair.expected_grad, hypers[pair.hyper], pair.steps)
         step_(batch, hyper_array(hypers), counter)
     for i, pair in enumerate(pairs):

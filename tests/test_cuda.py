@@ -267,7 +267,7 @@ def test_a_cached_batch_takes_new_options(library: ctypes.CDLL) -> None:
     for hyper in hypers:
         pair.next_grad()
         pair.steps += 1
-        batch.table[0] = pair.row()
+        batch.rows[0] = pair.row()
         pair.expected.reference_step(pair.expected_grad, hyper, pair.steps)
         cuda.step_(batch, hyper_array([hyper]), counter, emulated)
         for name, tensor in pair.actual.tensors().items():

@@ -45,11 +45,11 @@ def selected_kernel() -> int:
     return available.index(wanted)
 
 
-def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, *, kernel: int | None = None) -> None:
+def update_(table: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, *, kernel: int | None = None) -> None:
     """One Lion step in place for every parameter of the table, on torch's number of threads; see `select.update_`.
 
     Args:
-        batch: parameters on the CPU, checked by `make_entry`.
+        table: parameters on the CPU, checked by `make_entry`.
         hypers: constants of the groups.
         counter: [1] int64; the number of skipped elements is added to it.
         kernel: index into `KERNELS` of one that is available; None for `selected_kernel`.
@@ -62,9 +62,9 @@ def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, *, 
         raise BackendError(f"the native CPU kernel is not available: {library.problem}", library.fix)
     if kernel is None:
         kernel = selected_kernel()
-    done = batch.done
+    done = table.done
     if not done:
-        arguments = (batch.table, len(batch.table), hypers, kernel, max(1, torch.get_num_threads()))
+        arguments = (table.rows, len(table.rows), hypers, kernel, max(1, torch.get_num_threads()))
         done.extend(starmap(library.lion8bit_update, [arguments]))
     if len(done) == 1 and done[0]:
         done.extend(map(counter.add_, (done[0],)))

@@ -98,10 +98,10 @@ class _Packed:
         self._tensors = np.frombuffer(self.launch.tensors, dtype=np.dtype(TensorRow))[: len(rows)]
         self._local_hypers = np.array([self.hypers.index(hyper) for hyper in hypers], dtype=np.int32)
 
-    def refresh(self, table: Any, hypers: ctypes.Array[Hyper], nonfinite: int, scalars: DeviceScalars | None) -> None:
+    def refresh(self, rows: Any, hypers: ctypes.Array[Hyper], nonfinite: int, scalars: DeviceScalars | None) -> None:
         """Updates what changes from step to step."""
         self.launch.nonfinite = nonfinite
-        self._tensors[:] = table[self.rows]
+        self._tensors[:] = rows[self.rows]
         self._tensors["hyper"] = self._local_hypers
         for i, hyper in enumerate(self.hypers):
             self.launch.hypers[i] = hypers[hyper]
@@ -117,13 +117,13 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _pack(table: Any, hypers: ctypes.Array[Hyper], runner: Runner, on_device: bool) -> list[_Packed]:
+def _pack(rows: Any, hypers: ctypes.Array[Hyper], runner: Runner, on_device: bool) -> list[_Packed]:
     """Sorts tensors by the kernel they need, as many to a launch as it holds.
 
     Those without elements are left out, unless the device is to count their updates too.
     """
     buckets: dict[tuple[Any, ...], list[tuple[int, int, int]]] = {}
-    for index, tensor in enumerate(table):
+    for index, tensor in enumerate(rows):
         if tensor.rows * tensor.cols == 0 and not on_device:
             continue
         hyper = hypers[tensor.hyper]
@@ -150,33 +150,33 @@ def _pack(table: Any, hypers: ctypes.Array[Hyper], runner: Runner, on_device: bo
 
 
 def launches(
-    batch: Work, hypers: ctypes.Array[Hyper], nonfinite: int, runner: Runner, scalars: DeviceScalars | None = None
+    table: Work, hypers: ctypes.Array[Hyper], nonfinite: int, runner: Runner, scalars: DeviceScalars | None = None
 ) -> list[_Packed]:
-    """The launches that step a batch, packed again only if more than gradients, steps and constants has changed."""
+    """The launches that step a table, packed again only if more than gradients, steps and constants has changed."""
     on_device = scalars is not None
     options = ((hyper.block_size, hyper.weight_rounding, hyper.flags != 0) for hyper in hypers)
     kinds = (on_device, runner.tunings, *options)
-    cached = batch.cuda_cache.get(kinds)
+    cached = table.cuda_cache.get(kinds)
     if cached is None:
-        batch.cuda_cache.clear()
-        table = np.frombuffer(batch.table, dtype=np.dtype(TensorRow)) if len(batch.table) else None
-        cached = batch.cuda_cache[kinds] = table, _pack(batch.table, hypers, runner, on_device)
-    table, packed = cached
+        table.cuda_cache.clear()
+        rows = np.frombuffer(table.rows, dtype=np.dtype(TensorRow)) if len(table.rows) else None
+        cached = table.cuda_cache[kinds] = rows, _pack(table.rows, hypers, runner, on_device)
+    rows, packed = cached
     for each in packed:
-        each.refresh(table, hypers, nonfinite, scalars)
+        each.refresh(rows, hypers, nonfinite, scalars)
     return list(packed)
 
 
 def step_(
-    batch: Work,
+    table: Work,
     hypers: ctypes.Array[Hyper],
     counter: torch.Tensor,
     runner: Runner,
     scalars: DeviceScalars | None = None,
 ) -> None:
     """`update_` on a runner of the caller's choice."""
-    for packed in launches(batch, hypers, counter.data_ptr(), runner, scalars)[len(batch.done) :]:
-        runner.run(packed.kernel, packed.grid, packed.launch, batch.done)
+    for packed in launches(table, hypers, counter.data_ptr(), runner, scalars)[len(table.done) :]:
+        runner.run(packed.kernel, packed.grid, packed.launch, table.done)
 
 
 # ---- Launching -----------------------------------------------------------------------------------------------------
@@ -256,9 +256,9 @@ def _device(index: int) -> Device:
     return Device(index)
 
 
-def device_of(batch: Work) -> Device:
-    """The `Device` that a batch lies on."""
-    index = batch.device.index
+def device_of(table: Work) -> Device:
+    """The `Device` that a table lies on."""
+    index = table.device.index
     return _device(torch.cuda.current_device() if index is None else index)
 
 
@@ -283,14 +283,14 @@ def unavailable_reason() -> str | None:
 
 
 def update_(
-    batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, scalars: DeviceScalars | None = None
+    table: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, scalars: DeviceScalars | None = None
 ) -> None:
-    """One Lion step in place for every parameter of the batch, on torch's current stream, without synchronisation.
+    """One Lion step in place for every parameter of the table, on torch's current stream, without synchronisation.
 
     The first step of each combination of dtypes and options compiles its kernel; CUDA graphs may capture later ones.
 
     Args:
-        batch: parameters of one CUDA device.
+        table: parameters of one CUDA device.
         hypers: constants of the groups.
         counter: [1] int64 on that device; the number of skipped elements is added to it.
         scalars: what the device decides by itself; None where the host has decided it all.
@@ -298,16 +298,16 @@ def update_(
     Raises:
         RuntimeError: the kernel cannot be compiled, loaded or launched, or would have to be compiled during capture.
     """
-    step_(batch, hypers, counter, device_of(batch), scalars)
+    step_(table, hypers, counter, device_of(table), scalars)
 
 
-def prepare(batch: Work, hypers: ctypes.Array[Hyper]) -> None:
-    """Compiles and loads the kernels that `update_` needs, so that a CUDA graph may capture a batch's first step.
+def prepare(table: Work, hypers: ctypes.Array[Hyper]) -> None:
+    """Compiles and loads the kernels that `update_` needs, so that a CUDA graph may capture a table's first step.
 
     Raises:
         RuntimeError: as `update_`.
     """
-    gpu = device_of(batch)
-    with torch.cuda.device(batch.device):
-        for packed in launches(batch, hypers, 0, gpu):
+    gpu = device_of(table)
+    with torch.cuda.device(table.device):
+        for packed in launches(table, hypers, 0, gpu):
             gpu.load(packed.kernel)

@@ -1,4 +1,4 @@
-"""Owns the backend for devices without a kernel: the reference, piece by piece to bound its temporaries."""
+"""The backend for devices without a kernel: the reference, run on pieces so that temporaries stay small."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def pieces(rows: int, cols: int, block_size: int) -> Iterator[tuple[slice, slice
             yield slice(top, min(top + tall, rows)), slice(left, min(left + wide, cols))
 
 
-def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> None:
-    """One Lion step in place for every parameter of the batch, in plain torch; see `backend.update_`.
+def update_(table: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> None:
+    """One Lion step in place for every parameter of the table, in plain torch; see `select.update_`.
 
     Args:
-        batch: parameters on any device that torch has, checked by `make_entry`.
+        table: parameters on any device that torch has, checked by `make_entry`.
         hypers: constants of the groups.
         counter: [1] int64 on that device; the number of skipped elements is added to it.
     """
-    applied, seen = len(batch.done), 0
-    for entry, grad_of_entry, row in zip(batch.entries, batch.grads, batch.table, strict=True):
+    applied, seen = len(table.done), 0
+    for entry, grad_of_entry, row in zip(table.entries, table.grads, table.rows, strict=True):
         writes = 3 + (entry.scales is not None) + (entry.residual is not None)  # of a piece
         hyper = hypers[entry.hyper]
         shape = (entry.rows, entry.cols)
@@ -61,4 +61,4 @@ def update_(batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> 
                 first=row.first + vertical.start * row.row_stride + horizontal.start,
                 row_stride=row.row_stride,
             )
-            batch.done.extend(map(torch.Tensor.copy_, (*targets, counter), (*values, counter + skipped)))
+            table.done.extend(map(torch.Tensor.copy_, (*targets, counter), (*values, counter + skipped)))

@@ -31,25 +31,25 @@ class SlowBackendWarning(UserWarning):
 
 
 def update_(
-    batch: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, scalars: DeviceScalars | None = None
+    table: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor, scalars: DeviceScalars | None = None
 ) -> None:
     """One Lion step in place for every parameter of the table, by the backend of its device.
 
-    ``batch.done`` has an item for each part of the step that has been applied, so a call that was interrupted can be
+    ``table.done`` has an item for each part of the step that has been applied, so a call that was interrupted can be
     repeated and continues with the next part. Python runs signal handlers, including Ctrl-C's, between two of its own
     instructions. There are none between a part and its item, because both happen inside one `list.extend`.
 
     Args:
-        batch: parameters of one device.
+        table: parameters of one device.
         hypers: constants of the groups.
         counter: [1] int64 on that device; the number of skipped elements is added to it.
         scalars: what the kernel reads from device memory; None where the host has read all of it.
     """
-    update = select(batch.device.type).update_
+    update = select(table.device.type).update_
     if scalars is None:
-        update(batch, hypers, counter)
+        update(table, hypers, counter)
     else:
-        update(batch, hypers, counter, scalars)
+        update(table, hypers, counter, scalars)
 
 
 def reads_device_memory(device: torch.device) -> bool:

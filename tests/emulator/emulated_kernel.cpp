@@ -2,6 +2,7 @@
 // time. EMULATE_FEW leaves out fp16 and two block sizes. EMULATE_VARIANT, for other tunings than the default, leaves
 // out fp16, fp32 momentum, mixed dtypes and what is read from device memory. EMULATE_UNIT makes one of four units that
 // are compiled in parallel: 0 to 2 have the parameters of one dtype, 3 has the rest.
+#include "../../csrc/export.h"
 #include "emulator.h"
 
 #define LION8BIT_EMULATED
@@ -125,9 +126,9 @@ extern template Error with_param<kFloat16>(const Call& call);
 using namespace emulated;
 
 // Runs the CUDA blocks [first, last) of one launch of the small capacity and returns an emulator::Error.
-extern "C" int32_t emulate(int32_t param_dtype, int32_t grad_dtype, int32_t quantized, int32_t block_size,
-                           int32_t weight_rounding, int32_t general, int32_t on_device, int32_t order, int64_t first,
-                           int64_t last, const void* launch) {
+LION8BIT_EXPORT int32_t emulate(int32_t param_dtype, int32_t grad_dtype, int32_t quantized, int32_t block_size,
+                                int32_t weight_rounding, int32_t general, int32_t on_device, int32_t order,
+                                int64_t first, int64_t last, const void* launch) {
     const Call call = {param_dtype, grad_dtype, quantized, block_size, weight_rounding, general,
                        on_device,   order,      first,     last,       launch};
     switch (param_dtype) {
@@ -141,15 +142,15 @@ extern "C" int32_t emulate(int32_t param_dtype, int32_t grad_dtype, int32_t quan
 }
 
 // Runs a launch of the large capacity, of the one combination that is built for it.
-extern "C" int32_t emulate_large(int64_t last, const void* launch) {
+LION8BIT_EXPORT int32_t emulate_large(int64_t last, const void* launch) {
     const Call call = {kBfloat16, kBfloat16, 1, 128, lion8bit::kNearest, 0, 0, 0, 0, last, launch};
     return with_all<Large, kBfloat16, kBfloat16, true, 128, lion8bit::kNearest, false>(call);
 }
 
-extern "C" int64_t launch_bytes(int32_t large) { return large ? sizeof(Large) : sizeof(Small); }
+LION8BIT_EXPORT int64_t launch_bytes(int32_t large) { return large ? sizeof(Large) : sizeof(Small); }
 
 // Kernels that are sound (0) or have a known fault: they show what the emulator reports.
-extern "C" int32_t emulate_example(int32_t which, int32_t order) {
+LION8BIT_EXPORT int32_t emulate_example(int32_t which, int32_t order) {
     int32_t shared[64] = {}, wrong = 0;
     const Error error = run(0, 2, 64, order, [&] {
         const int32_t thread = static_cast<int32_t>(threadIdx.x), lane = thread % 32;
@@ -181,7 +182,7 @@ extern "C" int32_t emulate_example(int32_t which, int32_t order) {
 
 // How many significands the branch-free square root and division get wrong, against IEEE's, and how many tiny roots are
 // not far below a code.
-extern "C" int64_t inexact_results() {
+LION8BIT_EXPORT int64_t inexact_results() {
     using Lanes = lion8bit::LanesOf<float>;
     int64_t wrong = 0;
     for (const float tiny : {0.0f, 0x1p-149f, 0x1p-126f, 0x1p-80f, 0x1p-56f}) {
