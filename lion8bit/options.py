@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,16 @@ _FLAGS = (
     "fused",
     "is_paged",
 )
-_flags = itemgetter(*_FLAGS)
+_IN_HYPER = (
+    "betas",
+    "weight_decay",
+    "block_size",
+    "weight_rounding",
+    "momentum_first",
+    "decoupled_weight_decay",
+    "cautious",
+    "maximize",
+)
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # a group's; torch's schedulers write the last four
 _ONLY_ADAM = ("betas", "eps", "amsgrad", "foreach", "fused", "differentiable")
 
@@ -125,10 +133,8 @@ def check_options(options: Mapping[str, Any]) -> float:
     seed = options["seed"]
     if seed is not None and (not is_integer(seed) or seed < 0):
         raise ValueError(f"seed must be an integer of at least 0 or None, got {seed!r}")
-    flags = _flags(options)
-    if flags.count(True) + flags.count(False) != len(flags):
-        for name in _FLAGS:
-            check_flag(name, options[name])
+    for name in _FLAGS:
+        check_flag(name, options[name])
     rounding = options["weight_rounding"]
     if rounding not in ("auto", *WEIGHT_ROUNDING):
         raise ValueError(f"weight_rounding must be 'auto' or one of {(*WEIGHT_ROUNDING,)}, got {rounding!r}")
@@ -190,7 +196,7 @@ def make_hyper(
         unscale=1.0,
         flags=MAXIMIZE * bool(maximize) | COUPLED_DECAY * coupled | CAUTIOUS * bool(cautious),
         block_size=int(block_size),
-        weight_rounding=WEIGHT_ROUNDING[weight_rounding],
+        weight_rounding=WEIGHT_ROUNDING["stochastic" if weight_rounding == "auto" else weight_rounding],
     )
 
 
@@ -213,18 +219,7 @@ def group_hyper(group: dict[str, Any], lr: float | None = None) -> Hyper:
         _check_not_capturing(group["lr"])
     rate = check_options(options)  # anyone may write to a group, and the kernels do not check their constants
     peak = peak_lr(group)
-    hyper = make_hyper(
-        lr=rate,
-        betas=group["betas"],
-        weight_decay=group["weight_decay"],
-        block_size=group["block_size"],
-        weight_rounding="stochastic" if group["weight_rounding"] == "auto" else group["weight_rounding"],
-        momentum_first=group["momentum_first"],
-        decoupled_weight_decay=group["decoupled_weight_decay"],
-        peak_lr=peak,
-        cautious=group["cautious"],
-        maximize=group["maximize"],
-    )
+    hyper = make_hyper(lr=rate, peak_lr=peak, **{name: group[name] for name in _IN_HYPER})
     check_decay(hyper.decay, rate, group["weight_decay"], peak)
     return hyper
 
