@@ -37,10 +37,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 SOURCES = [*sorted(EMULATOR.iterdir()), *(CSRC / name for name in (*nvrtc.SOURCES, "export.h"))]
 COMPILER = shutil.which("g++")
 FLAGS = ["-std=c++17", "-Og", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-U_FORTIFY_SOURCE"]
-FLAGS += [
-    "-Wno-unknown-pragmas",
-    "-fvisibility=hidden",
-]  # one process loads libraries of several tunings, which must not share symbols
+FLAGS += ["-Wno-unknown-pragmas", "-fvisibility=hidden"]  # one process loads several of these libraries
 EMULATOR_UNITS = (0, 1, 2, 3)  # one for each dtype of parameters, and one for the functions that tests call
 DEFAULT = nvrtc.Tuning()
 SANITIZE = ["-O0", "-g1", "-DEMULATE_FEW", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
