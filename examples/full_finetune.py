@@ -57,12 +57,14 @@ def load(settings: argparse.Namespace, device: torch.device) -> tuple[nn.Module,
         return build(SHAPES[settings.shape], device, seed=settings.seed), None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options = {"local_files_only": True, "trust_remote_code": settings.trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.bfloat16, **options)
+    trusted = settings.trust_remote_code
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.model, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=trusted
+    )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
     try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model, **options)
+        tokenizer = AutoTokenizer.from_pretrained(settings.model, local_files_only=True, trust_remote_code=trusted)
     except (OSError, ValueError, ImportError):
         tokenizer = None
     return model.to(device).train(), tokenizer

@@ -33,7 +33,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lion8bit import Lion8bit, reference
-from lion8bit.backends import cpu, portable
+from lion8bit.backends import cpu, native_library, portable
 from lion8bit.layout import BLOCK_SIZES, WEIGHT_ROUNDING, Hyper, TensorRow
 from lion8bit.options import make_hyper
 from lion8bit.reference import decode
@@ -248,7 +248,7 @@ assert "libgomp.so.1" not in open("/proc/self/maps").read()
 """
 MAPS = """
 from lion8bit import reference
-from lion8bit.backends import cpu
+from lion8bit.backends import cpu, native_library
 cpu.load_library()
 print(open("/proc/self/maps").read())
 """
@@ -319,7 +319,7 @@ def float_environment(name: str) -> Iterator[None]:
     assert MACHINE is not None
     library, wanted = cpu.load_library(), ENVIRONMENTS[name][MACHINE]
     assert isinstance(library, ctypes.CDLL)
-    native = cpu._locked(library)
+    native = native_library._locked(library)
     before = native.lion8bit_environment()
     native.lion8bit_set_environment(wanted)
     try:
@@ -408,16 +408,16 @@ def test_optimizer_does_not_depend_on_the_float_environment(environment: str) ->
 TRAPS = """
 import ctypes, torch
 from cases import RowsState, hyper_for, make_gradient
-from lion8bit.backends import cpu
+from lion8bit.backends import cpu, native_library
 from lion8bit.table import hyper_array
 library, shape = cpu.load_library(), (300, 141)
 for kernel in range(library.lion8bit_kernels()):
     state, hyper = RowsState(shape, torch.float32, 128, True, 0), hyper_for("everything", 128)
     grad = make_gradient(shape, torch.float32, torch.Generator().manual_seed(0), bad=True)
     arguments = (ctypes.pointer(state.descriptor(grad, 1)), 1, hyper_array([hyper]), kernel, 2)
-    cpu._locked(library).lion8bit_set_environment(0)  # every exception traps
+    native_library._locked(library).lion8bit_set_environment(0)  # every exception traps
     library.lion8bit_update(*arguments)
-    cpu._locked(library).lion8bit_set_default_environment()
+    native_library._locked(library).lion8bit_set_default_environment()
     assert state.param.isfinite().all()
 """
 

@@ -49,7 +49,7 @@ def test_nvrtc_compiles_for_every_architecture(arch: str) -> None:
 WITH_NVRTC = """
 import ctypes, sys, pytest
 ctypes.CDLL(sys.argv[1])  # cuda-bindings takes what is loaded
-from lion8bit.backends import cuda
+from lion8bit.backends import nvrtc
 assert nvrtc.toolchain()[0] == (12, 4), nvrtc.toolchain()
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[2], "-k", "every_architecture"]))
 """
@@ -93,7 +93,7 @@ def test_images_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     compiled = nvrtc.image(kernel, "sm_90")
     (stored,) = (tmp_path / "deep" / "cache").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(cuda, "compile_kernel", lambda *_: pytest.fail("compiled again"))
+        patch.setattr(nvrtc, "compile_kernel", lambda *_: pytest.fail("compiled again"))
         assert nvrtc.image(kernel, "sm_90") == compiled
     stored.write_bytes(stored.read_bytes()[:-1])  # cut short by a full disk, say
     monkeypatch.setattr(nvrtc, "compile_kernel", lambda *_: b"anew")

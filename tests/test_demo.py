@@ -379,11 +379,13 @@ def test_scripts_try_their_output_first(
     assert stopped.value.code == 2 and "that can be written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("missing", "command", "extra"), [("rich", "doctor", "cli"), ("matplotlib", "demo", "demo")])
+@pytest.mark.parametrize(
+    ("missing", "command", "extra"), [("rich", "estimate 7B", "cli"), ("matplotlib", "demo", "demo")]
+)
 def test_missing_extra_names_the_fix(
     missing: str, command: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
-    assert run_command(monkeypatch, command) == 2
+    assert run_command(monkeypatch, *command.split()) == 2
     assert capsys.readouterr().err == f'error: {missing} not found; run: pip install "lion8bit[{extra}]"\n'

@@ -112,10 +112,10 @@ def load_hugging_face(folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise DemoInputError("model needs the transformers package; run: pip install transformers") from error
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    auto, local = transformers.AutoModelForCausalLM, {"local_files_only": True}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, **options), tokenizer
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **local)
+        return auto.from_pretrained(folder, trust_remote_code=trust_remote_code, **local), tokenizer
     except (OSError, ValueError, KeyError) as error:
         reason = f"({first_line(error)})"
         if not trust_remote_code and "trust_remote_code" in str(error):
