@@ -274,17 +274,21 @@ class DeviceTable:
         """Puts gradients into the table, copies of those in another memory order; False if it must be made again."""
         if [grad.dtype for grad in grads] != self._grad_dtypes or [*map(Tensor.numel, grads)] != self._grad_sizes:
             return False
-        strides = [*map(Tensor.stride, grads)]
+        strides, negated = [*map(Tensor.stride, grads)], [*map(Tensor.is_neg, grads)]
         addresses = np.array([*map(Tensor.data_ptr, grads)], np.uint64)
-        if strides != self._grad_strides or True in map(Tensor.is_neg, grads) or (addresses & self._alignments).any():
-            if any(grad.shape != entry.param.shape for grad, entry in zip(grads, self.entries, strict=True)):
-                return False
-            pairs = [*zip(grads, self.entries, strict=True)]
-            ordered = [
-                grad if _is_in_order(grad, entry.order) else _copy_in_order(grad, entry) for grad, entry in pairs
-            ]
-            self._grad_strides = [grad.stride() if grad is kept else None for grad, kept in zip(grads, ordered)]
-            grads, addresses = ordered, np.array([*map(Tensor.data_ptr, ordered)], np.uint64)
+        misaligned = addresses & self._alignments
+        if strides != self._grad_strides or True in negated or misaligned.any():
+            grads = list(grads)
+            for i, entry in enumerate(self.entries):
+                if strides[i] == self._grad_strides[i] and not negated[i] and not misaligned[i]:
+                    continue
+                if grads[i].shape != entry.param.shape:
+                    return False
+                if _is_in_order(grads[i], entry.order):
+                    self._grad_strides[i] = strides[i]
+                else:
+                    grads[i] = _copy_in_order(grads[i], entry)
+                    addresses[i] = grads[i].data_ptr()
         if not addresses.all() and any(grad.numel() and not grad.data_ptr() for grad in grads):
             return False
         self.grads = grads
