@@ -15,8 +15,8 @@ extern "C" {
 int32_t lion8bit_kernels();
 uint64_t lion8bit_environment();
 void lion8bit_set_environment(uint64_t environment);
-int64_t lion8bit_update(const lion8bit::TensorRow* tensors, int64_t count, const lion8bit::Hyper* hypers, int32_t kernel,
-                        int32_t threads);
+int64_t lion8bit_update(const lion8bit::TensorRow* tensors, int64_t count, const lion8bit::Hyper* hypers,
+                        int32_t kernel, int32_t threads);
 }
 
 namespace {

@@ -8,8 +8,8 @@
 #include "cpu_kernel.h"
 #include "export.h"
 
-LION8BIT_EXPORT int64_t lion8bit_update(const lion8bit::TensorRow* tensors, int64_t count, const lion8bit::Hyper* hypers,
-                                        int32_t kernel, int32_t threads);
+LION8BIT_EXPORT int64_t lion8bit_update(const lion8bit::TensorRow* tensors, int64_t count,
+                                        const lion8bit::Hyper* hypers, int32_t kernel, int32_t threads);
 
 int64_t lion8bit::update_blocks_baseline(const TensorRow& tensor, const Hyper&, int64_t first, int64_t last) {
     auto* visits = static_cast<std::atomic<int>*>(tensor.param);
