@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -202,3 +203,52 @@ def extreme_hypers(block_size: int, weight_rounding: str) -> list[tuple[str, Hyp
             setattr(hyper, name, value)
             made.append((f"{option}, {name} {value}", hyper))
     return made
+
+
+# ---- Parameters of optimizers ---------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "vector": lambda: torch.randn(5000),
+    "matrix": lambda: torch.randn(70, 90),
+    "ragged rows": lambda: torch.randn(50, 131),
+    "narrow rows": lambda: torch.randn(1700, 3),
+    "rows of one element": lambda: torch.randn(5001, 1),
+    "scalar": lambda: torch.randn(()),
+    "empty": lambda: torch.randn(0, 7),
+    "one row": lambda: torch.randn(1, 6000),
+    "channels last": lambda: torch.randn(32, 16, 3, 3).to(memory_format=torch.channels_last),
+    "narrow channels last": lambda: torch.randn(80, 7, 3, 3).to(memory_format=torch.channels_last),
+    "transposed": lambda: torch.randn(80, 70).t(),
+    "strided": lambda: torch.randn(80, 140)[:, ::2],
+    "misaligned": lambda: torch.randn(6001)[1:],
+}
+
+
+def leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def gradient_like(param: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    return torch.randn(param.shape, generator=generator).to(param.dtype)
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    tensors = [param.detach().clone() for group in optimizer.param_groups for param in group["params"]]
+    for state in optimizer.state.values():
+        tensors += [
+            value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value) for value in state.values()
+        ]
+    return tensors
+
+
+def assert_same_all(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    assert len(one) == len(other)
+    for index, (a, b) in enumerate(zip(one, other, strict=True)):
+        assert_same(a, b, f"tensor {index}")
+
+
+def through_torch_save(value: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
