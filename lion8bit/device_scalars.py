@@ -51,22 +51,22 @@ class UpdateCounts:
             ValueError: a count is not a whole number.
         """
         found = [self._index.get(id(state["step"])) for state in states]
-        if None not in found and len({*found}) == len(found):
+        kept = {index for index in found if index is not None}
+        if len(kept) == len(found):
             return [index for index in found if index is not None]
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "the optimizer's state must exist before CUDA graph capture, got parameters without any; "
                 "take one step of the same parameters before the capture"
             )
-        taken: set[int] = set()
-        if self._used + found.count(None) + len(found) - len({*found}) > len(self._views):
+        if self._used + len(found) - len(kept) > len(self._views):
             self._add_table(2 * max(capacity, len(states)))
             found = [None] * len(states)
-        for position, (index, state) in enumerate(zip(found, states, strict=True)):
-            if index is None or index in taken:  # two states must not share a count
-                found[position] = index = self._copy_in(state)
-            taken.add(index)
-        return [index for index in found if index is not None]
+        taken: set[int] = set()
+        for index, state in zip(found, states, strict=True):
+            # Two states must not share a count.
+            taken.add(self._copy_in(state) if index is None or index in taken else index)
+        return [self._index[id(state["step"])] for state in states]
 
     def _add_table(self, size: int) -> None:
         with torch.inference_mode(False):
