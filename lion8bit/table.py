@@ -241,6 +241,7 @@ class DeviceTable:
         self._layouts = _layouts_of(self._tensors[: len(entries)])
         self._grad_dtypes = [grad.dtype for grad in grads]
         self._grad_sizes = [*map(Tensor.numel, grads)]
+        self._grad_devices = [*map(Tensor.get_device, grads)]
         self._grad_strides: list[Any] = [None] * len(entries)  # of gradients that need no copy
         self._alignments = np.array([grad.element_size() - 1 for grad in grads], np.uint64)
         self._set_grads(list(grads))
@@ -249,7 +250,8 @@ class DeviceTable:
         """Updates the table for a step with these parameters and gradients; False if it must be made again.
 
         Other code may change state and parameters between steps. So objects, addresses and sizes of all tensors are
-        compared with those of the table, and dtypes, strides and lazy negation of parameters and gradients.
+        compared with those of the table, dtypes, strides and lazy negation of parameters and gradients, and the devices
+        of gradients.
         """
         if self.places is not None:
             params, grads = ([tensors[place] for place in self.places] for tensors in (params, grads))
@@ -273,6 +275,8 @@ class DeviceTable:
     def _set_grads(self, grads: list[Tensor]) -> bool:
         """Puts gradients into the table, copies of those in another memory order; False if it must be made again."""
         if [grad.dtype for grad in grads] != self._grad_dtypes or [*map(Tensor.numel, grads)] != self._grad_sizes:
+            return False
+        if [*map(Tensor.get_device, grads)] != self._grad_devices:  # by number; of those alike, "meta" has no address
             return False
         strides, negated = [*map(Tensor.stride, grads)], [*map(Tensor.is_neg, grads)]
         addresses = np.array([*map(Tensor.data_ptr, grads)], np.uint64)

@@ -185,7 +185,7 @@ def test_a_peer_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("source", ["lion8bit", "torch-optimi"])
 def test_optimi_goes_on_with_kahan_sums(source: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """The file does not tell the dtype. 16-bit weights that lose steps without sums have to keep them."""
+    """The dtype is not in the file. 16-bit weights that lose steps without sums have to keep them."""
     old = parameters(dtype)
     first = Lion8bit(old, lr=1e-5) if source == "lion8bit" else PEERS["optimi"](old)
     step(old, first, 1)

@@ -124,7 +124,7 @@ def test_any_case_equals_reference(rows: int, cols: int, **case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_at_the_border_of_the_ordinary(dtype: torch.dtype) -> None:
-    """Blocks whose elements need no tests of their own take a shorter path: here they only just do, or do not.
+    """Blocks whose elements need no tests take a shorter path; these are close to its limits, on both sides.
 
     Momenta of 2^-99 to 2^9; gradients that cancel them exactly or nearly, too large, bad, tiny or zero; many lr.
     """
@@ -227,7 +227,7 @@ def test_instruction_sets_are_those_of_the_processor() -> None:
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("flag", ["-fopenmp", "-pthread"])
 def test_each_block_goes_to_one_thread(flag: str, tmp_path: Path) -> None:
-    """With OpenMP, as on Linux, and with threads of its own, as elsewhere."""
+    """With OpenMP, as on Linux, and with separate threads, as elsewhere."""
     sources = [str(ROOT / "tests/sanitizer/threads_driver.cpp"), str(ROOT / "csrc/cpu_api.cpp")]
     options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", flag, f"-I{ROOT / 'csrc'}"]
     subprocess.run([str(COMPILER), *options, *sources, "-o", str(tmp_path / "driver")], check=True)
@@ -256,10 +256,10 @@ print(open("/proc/self/maps").read())
 
 @linux
 def test_the_library_takes_the_openmp_that_torch_has_loaded(tmp_path: Path) -> None:
-    """Under whatever name: wheels of torch give theirs one of their own, and a machine may have no other."""
+    """Under any name: wheels of torch rename theirs, and a machine may have no other."""
     library = cpu.load_library()
     assert isinstance(library, ctypes.CDLL)
-    # In a process of its own, for other packages bring more of them: scikit-learn does.
+    # In a separate process, because other packages such as scikit-learn load another one.
     alone = subprocess.run([sys.executable, "-c", MAPS], capture_output=True, text=True, check=True)
     loaded = {line.split()[-1] for line in alone.stdout.splitlines() if "libgomp" in line}
     assert len(loaded) == 1  # one pool of threads
@@ -424,7 +424,7 @@ for kernel in range(library.lion8bit_kernels()):
 
 @pytest.mark.skipif(MACHINE != 0, reason="needs an x86-64 processor")
 def test_exceptions_do_not_trap() -> None:
-    """After feenableexcept, say: in a process of its own, which a trap ends."""
+    """For example after feenableexcept. In a separate process, because a trap ends it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run([sys.executable, "-c", TRAPS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr or done.returncode

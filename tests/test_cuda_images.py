@@ -57,7 +57,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[2], "-k", "every_
 
 @needs_nvrtc
 def test_oldest_nvrtc_compiles_it() -> None:
-    """The one of PyTorch 2.6 for CUDA 12.4, in a process of its own."""
+    """The one of PyTorch 2.6 for CUDA 12.4, in a separate process."""
     try:
         files = metadata.files("nvidia-cuda-nvrtc-cu12") or []
     except metadata.PackageNotFoundError:
@@ -96,9 +96,9 @@ def test_images_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(nvrtc, "compile_kernel", lambda *_: pytest.fail("compiled again"))
         assert nvrtc.image(kernel, "sm_90") == compiled
     stored.write_bytes(stored.read_bytes()[:-1])  # cut short by a full disk, say
-    monkeypatch.setattr(nvrtc, "compile_kernel", lambda *_: b"anew")
-    assert nvrtc.image(kernel, "sm_90") == b"anew"
-    assert nvrtc.image(kernel._replace(general=True), "sm_90") == b"anew"
+    monkeypatch.setattr(nvrtc, "compile_kernel", lambda *_: b"again")
+    assert nvrtc.image(kernel, "sm_90") == b"again"
+    assert nvrtc.image(kernel._replace(general=True), "sm_90") == b"again"
     assert len(list((tmp_path / "deep" / "cache").iterdir())) == 2
 
 

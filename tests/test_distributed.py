@@ -96,7 +96,7 @@ class Worker:
 
 
 def world(size: int) -> Iterator[int]:
-    """Yields the rank once in the first `size` workers, which then form a process group of their own."""
+    """Yields the rank once in the first `size` workers, which then form a separate process group."""
     Worker.worlds += 1
     if Worker.rank >= size:
         return
@@ -407,7 +407,7 @@ def placed_case(case: Case) -> None:
             )
             plan = optimizer._stepper.plan
             train(optimizer, [3])
-            assert plan is not None and optimizer._stepper.plan is plan, "the table was built anew"
+            assert plan is not None and optimizer._stepper.plan is plan, "the table was built again"
 
 
 for _name, _case in CASES.items():

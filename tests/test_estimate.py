@@ -169,7 +169,7 @@ def code_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_code_of_a_model_is_executed_only_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = code_of_its_own(tmp_path / "model", monkeypatch)
-    with pytest.raises(PlanError, match=r"brings code of its own; .*--trust-remote-code"):
+    with pytest.raises(PlanError, match=r"contains its own code; .*--trust-remote-code"):
         estimate(folder)
     from lion8bit.tools import demo
 

@@ -21,7 +21,7 @@ SECONDS = 20
 
 
 def free_gb() -> float:
-    """What the system can give without swapping, in 10^9 bytes; 0 where it does not tell."""
+    """What the system can give without swapping, in 10^9 bytes; 0 where that is unknown."""
     try:
         with open("/proc/meminfo") as lines:
             return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 / 1e9

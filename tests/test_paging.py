@@ -34,7 +34,7 @@ SHAPES = [(90, 96), (33, 129), (2, 9000), (3, 6401), (5000,), (64, 128), (1300,)
 
 @pytest.fixture(autouse=True)
 def small_slots(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every device counts as one with a memory of its own; small tensors need one thread."""
+    """Every device counts as one with a separate memory; small tensors need one thread."""
     monkeypatch.setattr(state_module, "PAGED_DEVICES", {"cpu", "cuda"})
     monkeypatch.setattr(state_module, "MIN_PAGED_SIZE", 1000)
     monkeypatch.setattr(paging, "SLOT_BYTES", SLOT)

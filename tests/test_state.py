@@ -93,7 +93,7 @@ def test_hooks_and_names_survive_loading() -> None:
 
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
 def test_state_of_version_2_enters(rounding: str) -> None:
-    """Where each narrow row had a scale of its own it is quantized again; all else keeps its bits."""
+    """State in which each narrow row has a scale is quantized again; all other state keeps its bits."""
     params = [leaf(torch.randn(shape).bfloat16()) for shape in ((600, 9), (70, 90), (5000,), (40, 131), (10, 10))]
     old, new = ([leaf(param) for param in copy.deepcopy(params)] for _ in range(2))
     first, second = (Lion8bit(each, lr=1e-3, weight_rounding=rounding) for each in (old, new))
@@ -380,7 +380,7 @@ def test_no_two_parameters_of_a_process_have_the_same_random_bits() -> None:
 
 
 def test_a_seed_repeats_the_random_bits() -> None:
-    """Of an optimizer, parameter by parameter; of a group of its own; also through a checkpoint."""
+    """Of an optimizer, parameter by parameter; of a separate group; also through a checkpoint."""
     params = equal_params(8)
     one, other = (Lion8bit([{"params": p[:2]}, {"params": p[2:]}], lr=1e-5, seed=5) for p in (params[:4], params[4:]))
     assert [group["seed"] for group in one.param_groups] == [5, 7]

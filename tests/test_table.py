@@ -53,6 +53,17 @@ def test_a_table_is_kept() -> None:
         assert optimizer._stepper.plan is plan
 
 
+def test_a_gradient_on_another_device_is_noticed() -> None:
+    """It can only get there by ``.grad.data``; here the table is changed instead."""
+    params, optimizer = make()
+    give_gradients(params, 0)
+    optimizer.step()
+    plan = optimizer._stepper.plan
+    plan.tables[0]._grad_devices[1] = 7
+    optimizer.step()
+    assert optimizer._stepper.plan is not plan
+
+
 def replaced_data(params: Params, optimizer: Lion8bit) -> None:
     params[1].data = params[1].data.clone()
 

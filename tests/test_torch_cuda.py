@@ -56,7 +56,7 @@ def needs_index() -> set[str]:
 
 
 def test_functions_that_need_an_index_are_called_in_one_place() -> None:
-    """The test above checks that place; a call elsewhere needs a check of its own."""
+    """The test above checks that place; a call elsewhere needs a separate check."""
     names = needs_index()
     assert {"set_per_process_memory_fraction", "set_device"} <= names
     calls = []

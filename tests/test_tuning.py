@@ -33,7 +33,7 @@ needs_disassembler = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("cuda", "nvidia")), reason="needs NVRTC and cuobjdump"
 )
 SPILLED = {80: 0, 89: 0, 90: 16, 120: 0}  # bytes at most; on an H200 three CUDA blocks that spill were measured faster
-VARIANTS = {  # that an emulator can tell apart: by threads, elements and what is loaded ahead
+VARIANTS = {  # that differ in an emulator: by threads, elements and what is loaded ahead
     (tuning.threads, tuning.per_thread, tuning.ahead): tuning
     for tuning in [gpu_tune.changed(nvrtc.Tuning(), name) for name in ("base", *gpu_tune.NAMES)]
 }

@@ -36,8 +36,8 @@ def update_(
     """One Lion step in place for every parameter of the table, by the backend of its device.
 
     ``table.done`` has an item for each part of the step that has been applied, so a call that was interrupted can be
-    repeated and continues with the next part. Python runs signal handlers, including Ctrl-C's, between two of its own
-    instructions. There are none between a part and its item, because both happen inside one `list.extend`.
+    repeated and continues with the next part. Python runs signal handlers, including Ctrl-C's, between two of
+    its instructions. There are none between a part and its item, because both happen inside one `list.extend`.
 
     Args:
         table: parameters of one device.

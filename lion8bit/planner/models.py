@@ -252,7 +252,7 @@ def _check_dense(config: Any, module: nn.Module, stacks: Sequence[nn.ModuleList]
     layers = config.num_hidden_layers
     shapes = {tuple(param.shape for param in layer.parameters()) for layer in stacks[0]}
     if len(shapes) > 1 or len(stacks[0]) != layers:
-        raise _NotKnownError(f"the formula is for {layers} equal layers, each with weights of its own")
+        raise _NotKnownError(f"the formula is for {layers} equal layers, each with separate weights")
     if not getattr(module, "_supports_sdpa", True) or getattr(config, "_attn_implementation", None) == "eager":
         raise _NotKnownError("its attention stores its scores")
     if getattr(config, "attn_logit_softcapping", None):
@@ -333,7 +333,7 @@ def _from_hugging_face(path: Path, lora: int | None, trust_remote_code: bool) ->
     except Exception as error:  # a configuration can be wrong in as many ways as there are models
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise PlanError(
-                f"model must be of a type that transformers has itself, got {path}, which brings code of its own; "
+                f"model must be of a type that transformers has itself, got {path}, which contains its own code; "
                 "if you trust that code, pass --trust-remote-code (trust_remote_code=True)"
             ) from error
         reason = str(error).strip().splitlines() or [""]

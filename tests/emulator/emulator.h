@@ -4,7 +4,7 @@
 // A CUDA block runs to its end before the next begins. A thread runs until a warp-wide operation, where it waits until
 // every lane that the mask names has come to the same operation with the same mask; where that can never be, the launch
 // ends with an error instead of hanging. The order in which the waiting threads go on is the caller's to choose: no
-// result may depend on it. Each thread has a stack of its own, so the sanitizers see the kernel's own memory accesses.
+// result may depend on it. Each thread has a separate stack, so the sanitizers see the kernel's own memory accesses.
 #pragma once
 
 #include <setjmp.h>
@@ -71,7 +71,7 @@ namespace emulator {
 class Block {
   public:
     // Runs `body` on every thread of the blocks [first, last) of a one-dimensional grid of `last`. `order` 0 takes the
-    // threads in ascending order, 1 in descending order, and any other shuffles them anew, seeded by it, each time
+    // threads in ascending order, 1 in descending order, and any other shuffles them each time, seeded by it
     // round.
     template <class Body> Error launch(int64_t first, int64_t last, int32_t threads, int32_t order, const Body& body) {
         using Function = void (*)(const void*);
