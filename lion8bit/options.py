@@ -279,7 +279,7 @@ def _check_not_capturing(lr: float | Tensor) -> None:
 
 
 def from_adamw_options(settings: dict[str, Any], factor: float) -> dict[str, Any]:
-    """Lion's options for an AdamW's: rates divided, the weight decay multiplied, Adam's own options left out."""
+    """Lion's options for an AdamW's: rates divided and the weight decay multiplied by the factor."""
     if settings.get("decouple_lr"):
         raise ValueError(
             "decouple_lr must be False in from_adamw, got True; call Lion8bit itself, and pass AdamW's "
