@@ -375,3 +375,25 @@ def test_a_scheduler_gone_wrong_changes_nothing() -> None:
     with pytest.raises(ValueError, match="Invalid learning rate"):
         optimizer.step()
     assert not optimizer.state
+
+
+def test_defaults_of_torchs_optimizers_are_accepted_and_nothing_else() -> None:
+    params = [leaf(torch.randn(70, 90))]
+    for foreach in (None, False):
+        optimizer = Lion8bit(params, foreach=foreach, differentiable=False)
+        assert not {"foreach", "differentiable"} & optimizer.param_groups[0].keys()
+    with pytest.raises(ValueError, match="foreach must be None or False, got True"):
+        Lion8bit(params, foreach=True)
+    with pytest.raises(ValueError, match="differentiable must be False, got True"):
+        Lion8bit(params, differentiable=True)
+
+
+def test_auto_is_another_name_of_stochastic() -> None:
+    assert Lion8bit([leaf(torch.zeros(3))]).param_groups[0]["weight_rounding"] == "stochastic"
+    weights = []
+    for rounding in ("auto", "stochastic", "nearest"):
+        param = leaf(torch.ones(70, 90).bfloat16())
+        param.grad = torch.ones_like(param)
+        Lion8bit([param], lr=1e-3, weight_rounding=rounding, seed=3).step()
+        weights.append(param.detach())
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
