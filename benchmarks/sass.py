@@ -26,7 +26,7 @@ from lion8bit.layout import WEIGHT_ROUNDING
 DESCRIPTION = """\
 Compiles the CUDA kernel as on a user's first step, for each kind of GPU, and disassembles it. Nothing runs. Counted is
 one pass of a thread over its elements, with aligned addresses, whole blocks and finite gradients: the shortest way
-around a loop that accesses memory exactly as such a pass does, 16 bytes at a time (8 of codes), one scale.
+around a loop that accesses memory exactly as such a pass does, 16 bytes at a time (fewer of codes), one scale.
 """
 EPILOG = """\
 It needs NVRTC and NVIDIA's disassembler: pip install "lion8bit[test]". Compare only counts of one compiler.
@@ -53,26 +53,30 @@ class Case:
     block_size: int = 128
     on_device: bool = False
     general: bool = False  # with some flag
+    bits: int = 8  # of the momentum
 
     def kernel(self, tuning: nvrtc.Tuning) -> nvrtc.Kernel:
         """What is compiled."""
-        kind = (self.dtype, self.dtype, True, self.block_size, WEIGHT_ROUNDING[self.rounding])
+        kind = (self.dtype, self.dtype, self.bits, self.block_size, WEIGHT_ROUNDING[self.rounding])
         return nvrtc.Kernel(*kind, self.general, nvrtc.LARGE, self.on_device, tuning)
 
     @property
     def bytes_per_element(self) -> float:
         """What a step reads and writes."""
         number = 4 if self.dtype == FP32 else 2
-        return 3 * number + 2 * (1 + 4 / self.block_size + (self.rounding == "compensated"))
+        return 3 * number + 2 * (self.bits / 8 + 4 / self.block_size + (self.rounding == "compensated"))
 
     def accesses(self, per_thread: int) -> Counter[Access]:
         """The memory accesses of a thread in one pass over ``per_thread`` elements."""
-        number, residual = (4 if self.dtype == FP32 else 2), [1] * (self.rounding == "compensated")
+        number, residual = (4 if self.dtype == FP32 else 2), [1.0] * (self.rounding == "compensated")
         expected: Counter[Access] = Counter([("LDG", 4), ("STG", 4)])  # the scale
-        for name, sizes in (("LDG", [number, number, 1]), ("STG", [number, 1])):  # parameter, gradient, momentum
+        for name, sizes in (
+            ("LDG", [number, number, self.bits / 8]),
+            ("STG", [number, self.bits / 8]),
+        ):  # parameter, gradient, momentum
             for size in sizes + residual:
-                width = min(16, size * per_thread)
-                expected[name, width] += size * per_thread // width
+                width = min(16, int(size * per_thread))
+                expected[name, width] += int(size * per_thread) // width
         return expected
 
 
@@ -85,6 +89,10 @@ CASES = {
     "bf16, nearest, block 256": Case(BF16, block_size=256),
     "bf16, nearest, capturable": Case(BF16, on_device=True),
     "bf16, stochastic, flags": Case(BF16, "stochastic", general=True),
+    "4 bits: fp32": Case(FP32, block_size=64, bits=4),
+    "4 bits: bf16, nearest": Case(BF16, block_size=64, bits=4),
+    "4 bits: bf16, stochastic": Case(BF16, "stochastic", block_size=64, bits=4),
+    "4 bits: bf16, compensated": Case(BF16, "compensated", block_size=64, bits=4),
 }
 
 JUMPS = ("BRA", "EXIT", "RET", "CALL")

@@ -33,17 +33,21 @@ namespace lion8bit {
 // a block. A row has ceil(cols / block_size) blocks; the last one may be short.
 //
 //   codes   [rows, cols]            int8   -127..127; 0 is an exact zero
+//        or [rows, ceil(cols / 2)]  uint8  two codes of 4 bits, -7..7, the first one in the low half; 0 is an exact
+//        zero
 //   scales  [rows, blocks_per_row]  fp32   s = max |m| over the block, or 0 if that is below kMinScale; its low byte is
 //                                          the dither of the block
 
 constexpr int32_t kFormatVersion = 4;
-constexpr int32_t kMaxBlockSize = 256;                // block sizes are 64, 128 and 256
-constexpr float kRangeSquared = 16002.25f;            // A * A, A = 126.5: |A + dither| rounds to at most 127
-constexpr float kMinScale = 0x1p-100f;                // below it a block is all zero
-constexpr int32_t kDitherMask = 0xff;                 // the scale's bits that hold the dither
+constexpr int32_t kMaxBlockSize = 256;                            // block sizes are 64, 128 and 256
+template <int32_t bits> constexpr float kRangeSquared = 0;        // A * A by bits of a code
+template <> inline constexpr float kRangeSquared<8> = 16002.25f;  // A = 126.5: |A + dither| rounds to at most 127
+template <> inline constexpr float kRangeSquared<4> = 49.0f;      // A = 7: |A + dither| rounds to at most 7
+constexpr float kMinScale = 0x1p-100f;                            // below it a block is all zero
+constexpr int32_t kDitherMask = 0xff;                             // the scale's bits that hold the dither
 constexpr int32_t kOverflowBits = (120 + 127) << 23;  // gradients of 2^120 and more count as infinite: no overflow
 
-static_assert(126.5f * 126.5f == kRangeSquared, "A * A must be exact");
+static_assert(126.5f * 126.5f == kRangeSquared<8>, "A * A must be exact");
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum WeightRounding : int32_t { kNearest = 0, kStochastic = 1, kCompensated = 2 };
@@ -69,8 +73,8 @@ static_assert(sizeof(Hyper) == 44, "mirrored by lion8bit/layout.py");
 struct TensorRow {
     void* param;       // [rows, cols] of param_dtype, updated in place
     const void* grad;  // [rows, cols] of grad_dtype
-    void* momentum;    // [rows, cols] int8 codes, or fp32 values where scales is null; updated in place
-    float* scales;     // [rows, blocks_per_row] fp32, updated in place
+    void* momentum;    // [rows, cols] int8 codes or fp32 values, or [rows, ceil(cols / 2)] uint8; updated in place
+    float* scales;     // [rows, blocks_per_row] fp32, updated in place; null with fp32 momentum
     int8_t* residual;  // [rows, cols] int8, the next 8 bits of a bf16 param, updated in place; null unless kCompensated
     int64_t rows;
     int64_t cols;
@@ -78,13 +82,18 @@ struct TensorRow {
     uint32_t row_stride;  // elements of the whole parameter from one row to the next; `first` and this are modulo 2^32
     uint32_t seed;        // of stochastic rounding; differs between parameters
     uint32_t step;        // number of this update, from 1; or an index into Launch::counters of the CUDA kernel
-    int16_t param_dtype;  // Dtype
-    int16_t grad_dtype;   // Dtype
-    int32_t hyper;        // index into the array of Hyper
+    int8_t param_dtype;   // Dtype
+    int8_t grad_dtype;    // Dtype
+    int16_t momentum_bits;  // 4, 8, or 32 for fp32
+    int32_t hyper;          // index into the array of Hyper
 };
 static_assert(sizeof(TensorRow) == 80, "mirrored by lion8bit/layout.py");
 
 LION8BIT_FN int64_t blocks_per_row(int64_t cols, int32_t block_size) { return (cols + block_size - 1) / block_size; }
+// Index in TensorRow::momentum of the element at (row, col); of two codes in a byte, col must be even.
+template <int32_t bits> LION8BIT_FN int64_t momentum_index(int64_t row, int64_t col, int64_t cols) {
+    return bits == 4 ? row * ((cols + 1) / 2) + col / 2 : row * cols + col;
+}
 
 // ---- Lanes: what differs between a float and a vector of floats ----------------------------------------------------
 
@@ -129,8 +138,8 @@ template <> struct LanesOf<float> {
     static LION8BIT_FN int32_t round(float x) { return bit_cast<int32_t>(x + 12582912.0f); }
     // A*A / scale. Both are divided by 4, so that the reciprocal never underflows. Exact for every significand, even if
     // the approximation is off by 4 units in the last place; tests/emulator tries them all.
-    static LION8BIT_FN float range_over(float scale) {
-        constexpr float range = kRangeSquared * 0.25f;
+    template <int32_t bits> static LION8BIT_FN float range_over(float scale) {
+        constexpr float range = kRangeSquared<bits> * 0.25f;
         scale = scale * 0.25f;
         float y = approximate_reciprocal(scale);
         y = __fmaf_rn(__fmaf_rn(-scale, y, 1.0f), y, y);
@@ -144,7 +153,7 @@ template <> struct LanesOf<float> {
     using Uint = uint32_t;
     static LION8BIT_FN float subtract_where(bool condition, float a, float b) { return condition ? a - b : a; }
     static LION8BIT_FN int32_t truncate(float x) { return static_cast<int32_t>(x); }
-    static LION8BIT_FN float range_over(float scale) { return kRangeSquared / scale; }
+    template <int32_t bits> static LION8BIT_FN float range_over(float scale) { return kRangeSquared<bits> / scale; }
 };
 #endif
 template <class F> using Int = typename LanesOf<F>::Int;
@@ -185,10 +194,12 @@ LION8BIT_FN float dither(float scale) {  // (byte + 1/2) / 256 - 1/2, exact; 0x4
     return bit_cast<float>((bits(scale) & kDitherMask) << 8 | 0x43000000) - (128.0f + 127.5f * 0x1p-8f);
 }
 LION8BIT_FN float stored_scale(float absmax) { return absmax < kMinScale ? 0.0f : absmax; }
-LION8BIT_FN Codec encoder(float scale) {
-    return {dither(scale), scale == 0.0f ? 0.0f : LanesOf<float>::range_over(scale), 0.0f};
+template <int32_t bits> LION8BIT_FN Codec encoder(float scale) {
+    return {dither(scale), scale == 0.0f ? 0.0f : LanesOf<float>::template range_over<bits>(scale), 0.0f};
 }
-LION8BIT_FN Codec decoder(float scale) { return {dither(scale), 0.0f, scale * (1.0f / kRangeSquared)}; }
+template <int32_t bits> LION8BIT_FN Codec decoder(float scale) {
+    return {dither(scale), 0.0f, scale * (1.0f / kRangeSquared<bits>)};
+}
 
 // The scale of a block whose momentum only decays: scale * beta, rounded so that the dither does not change. Then the
 // codes need not change either. If the result is below kMinScale, the block must be encoded, to zeros.
@@ -197,7 +208,7 @@ LION8BIT_FN float decayed_scale(float scale, float beta) {
     return bit_cast<float>(((bits(scale * beta) - byte + kDitherMask / 2 + 1) & ~kDitherMask) | byte);
 }
 
-// code = rint(copysign(sqrt(|m| * A*A/s), m) + u), which is 0 for m = 0. The low byte of the result is the code.
+// code = rint(copysign(sqrt(|m| * A*A/s), m) + u), which is 0 for m = 0. The code is the low bits of the result.
 // There are two functions so that the caller can put other work between them, because square roots have a long latency.
 template <class F> LION8BIT_FN F root(F momentum, const Codec& codec) {
     return LanesOf<F>::signed_root(momentum * codec.encode_gain);
@@ -206,8 +217,10 @@ template <class F> LION8BIT_FN Int<F> encode(F root_, const Codec& codec) {
     return LanesOf<F>::round(root_ + codec.dither);
 }
 
-// m = t*|t| * (s * 1/(A*A)), t = code - u; 0 for the code 0. NoZeros: the caller knows that the code is not 0.
-template <bool NoZeros = false, class F> LION8BIT_FN F decode(F code, const Codec& codec) {
+// 8 bits: m = t*|t| * (s * 1/(A*A)), t = code - u; 0 for the code 0. NoZeros: the caller knows that the code is not 0.
+// 4 bits: m = code * |code - 2u| * (s * 1/(A*A)). Its mean over u is the momentum that was encoded.
+template <int32_t bits, bool NoZeros = false, class F> LION8BIT_FN F decode(F code, const Codec& codec) {
+    if constexpr (bits == 4) return code * magnitude(code - 2.0f * codec.dither) * codec.decode_gain;
     const F t = code - codec.dither;
     const F value = t * magnitude(t) * codec.decode_gain;
     if constexpr (NoZeros) return value;

@@ -139,6 +139,7 @@ constexpr int32_t kStructLayouts[] = {
     LION8BIT_AT(TensorRow, step),
     LION8BIT_AT(TensorRow, param_dtype),
     LION8BIT_AT(TensorRow, grad_dtype),
+    LION8BIT_AT(TensorRow, momentum_bits),
     LION8BIT_AT(TensorRow, hyper),
 };
 #undef LION8BIT_AT

@@ -2,7 +2,8 @@
 //
 // A block is decoded and stepped in groups of four vectors. Its new momentum goes to a buffer in the first-level cache.
 // Encoding of block i is interleaved with stepping of block i+2. A first pass over the gradients and codes of a block
-// finds out whether it is idle (all gradients zero) and whether it is ordinary (no element needs a test).
+// finds out whether it is idle (all gradients zero) and whether it is ordinary (no element needs a test). Codes of 4
+// bits pass through buffers of bytes, so that the same code serves them.
 #include "cpu_kernel.h"
 
 #include <cstring>
@@ -147,7 +148,7 @@ template <bool high> LION8BIT_FN Pair<Uints> from_words(const uint16_t* from) {
     return {low_half(words, zero), high_half(words, zero)};
 #else
     const auto words = [from](int at) {
-        return __builtin_convertvector(load<Vector<uint16_t> >(from + at), Uints) << (high ? 16 : 0);
+        return __builtin_convertvector(load<Vector<uint16_t>>(from + at), Uints) << (high ? 16 : 0);
     };
     return {words(0), words(kLanes)};
 #endif
@@ -200,8 +201,8 @@ template <bool woven> LION8BIT_FN Pair<Ints> from_bytes(const int8_t* from) {
     const __m128i bytes = _mm_unpacklo_epi8(__m128i{}, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
     return {bit_cast<Ints>(_mm_unpacklo_epi16(__m128i{}, bytes)), bit_cast<Ints>(_mm_unpackhi_epi16(__m128i{}, bytes))};
 #else
-    return {__builtin_convertvector(load<Vector<int8_t> >(from), Ints) << 24,
-            __builtin_convertvector(load<Vector<int8_t> >(from + kLanes), Ints) << 24};
+    return {__builtin_convertvector(load<Vector<int8_t>>(from), Ints) << 24,
+            __builtin_convertvector(load<Vector<int8_t>>(from + kLanes), Ints) << 24};
 #endif
 }
 
@@ -225,6 +226,21 @@ template <bool woven> LION8BIT_FN void to_bytes(int8_t* to, const Ints (&group)[
 #else
     for (int i = 0; i < 4; ++i) store(to + i * kLanes, __builtin_convertvector(group[i], Vector<int8_t>));
 #endif
+}
+
+// Two codes in a byte. The first one is in the low half.
+typedef uint8_t PackedGroup __attribute__((vector_size(kGroup / 2)));
+typedef uint16_t GroupPairs __attribute__((vector_size(kGroup)));
+
+// Puts the codes of a group into the high halves of bytes.
+LION8BIT_FN void unpack(int8_t* to, const uint8_t* from) {
+    const GroupPairs pairs = __builtin_convertvector(load<PackedGroup>(from), GroupPairs);
+    store(to, (pairs << 8 | pairs << 4) & 0xf0f0);
+}
+// Takes the codes of a group from the low halves of bytes.
+LION8BIT_FN void pack(uint8_t* to, const int8_t* from) {
+    const auto pairs = load<GroupPairs>(from);
+    store(to, __builtin_convertvector((pairs & 0x0f) | (pairs >> 4 & 0xf0), PackedGroup));
 }
 
 // Reading of parameters and gradients and writing of parameters by dtype, two vectors at a time.
@@ -309,6 +325,10 @@ LION8BIT_FN bool any_set(Ints x, uint32_t mask) {
 //   the top byte of a lane, which makes them 2^24 times as large, because powers of two cancel exactly.
 // - Products with blend and one_minus_blend, both multiplied by 2^118, do not overflow. Their sum is zero, or at least
 //   half a unit in the last place of blend * m, which is at least 2^118 * 2^-94 * 2^-24 = 1, so at least lr.
+//
+// With 4 bits codes may be 0, because they decode to 0 without a test, and such codes are too many. The second point
+// does not hold then, so the sum is not multiplied, and its zeros are found by a test. The codes are in the top half of
+// the top byte, which makes them 2^28 times as large.
 constexpr float kOrdinaryLimit = 256.0f, kOrdinaryScale = 0x1p-56f, kBlendFactor = 0x1p118f;
 
 LION8BIT_FN bool allows_ordinary_blocks(const Hyper& hyper) {
@@ -338,15 +358,18 @@ LION8BIT_FN WideHyper widen(const Hyper& hyper, float blend_factor = 1.0f) {
             allows_ordinary_blocks(hyper)};
 }
 
-LION8BIT_FN Codec shifted(const Codec& codec) {
-    return {codec.dither * 0x1p24f, codec.encode_gain, codec.decode_gain * 0x1p-48f};
+template <int32_t bits> constexpr int kCodeShift = 32 - bits;  // of a code in the top of a lane
+
+template <int32_t bits> LION8BIT_FN Codec shifted(const Codec& codec) {
+    constexpr float factor = 1u << kCodeShift<bits>;
+    return {codec.dither * factor, codec.encode_gain, codec.decode_gain / factor / factor};
 }
 
 struct BlockCheck {
     bool idle;      // all gradients of the block are zero
     bool ordinary;  // the gradients and codes are those of an ordinary block
 };
-template <class Grad>
+template <class Grad, int32_t bits>
 LION8BIT_FN BlockCheck check_block(const typename Grad::Element* grad, const int8_t* codes, int length) {
     using Element = std::conditional_t<sizeof(typename Grad::Element) == 2, int16_t, int32_t>;
     typedef Element Numbers __attribute__((vector_size(kLanes * 4)));
@@ -360,8 +383,10 @@ LION8BIT_FN BlockCheck check_block(const typename Grad::Element* grad, const int
     for (int at = 0; at < length; at += kGroup) {
 #pragma GCC unroll 4
         for (int i = 0; i < kVectors; ++i) joined |= numbers(at, i);
-        const auto bytes = load<Bytes>(codes + at);
-        least = bytes < least ? bytes : least;
+        if constexpr (bits == 8) {
+            const auto bytes = load<Bytes>(codes + at);
+            least = bytes < least ? bytes : least;
+        }
     }
     BlockCheck result = {!any_set(bit_cast<Ints>(joined), ~Grad::kSign), !any_set(bit_cast<Ints>(least == 0), ~0u)};
     if (result.ordinary && any_set(bit_cast<Ints>(joined), Grad::kLarge)) {
@@ -384,11 +409,11 @@ struct Roots {
 
 // A stepped block i that is encoded while block i+2 is stepped. This hides the latency of its scale, and the square
 // roots, whose throughput is low, run beside other work.
-template <bool woven> struct PendingBlock {
+template <bool woven, class Code> struct PendingBlock {
     bool any = false;
     const float* momentum = nullptr;
     Codec codec = {};
-    int8_t* codes = nullptr;
+    Code* codes = nullptr;  // int8_t, or uint8_t for two in a byte
 
     LION8BIT_FN Roots begin(int place) const {
         Roots roots;
@@ -400,7 +425,13 @@ template <bool woven> struct PendingBlock {
         Ints levels[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) levels[i] = encode(roots.of[i], codec);
-        to_bytes<woven>(codes + place, levels);
+        if constexpr (std::is_same<Code, uint8_t>::value) {
+            int8_t bytes[kGroup];
+            to_bytes<woven>(bytes, levels);
+            pack(codes + place / 2, bytes);
+        } else {
+            to_bytes<woven>(codes + place, levels);
+        }
     }
 };
 
@@ -432,20 +463,31 @@ template <class Param, class Grad, class Momentum> struct Blocks {
 };
 
 // Steps `count` blocks of `length` elements; `length` is a multiple of kGroup.
-template <class Param, class Grad, bool quantized, bool general, int32_t rounding, class Momentum>
-__attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, typename Grad::Element, Momentum> at,
-                                              int length, int64_t count, uint32_t key, const WideHyper& hyper,
-                                              const WideHyper& ordinary_hyper) {
+template <int32_t momentum_bits> using Momentum =
+    std::conditional_t<momentum_bits == 8, int8_t, std::conditional_t<momentum_bits == 4, uint8_t, float>>;
+
+template <class Param, class Grad, int32_t momentum_bits, bool general, int32_t rounding>
+__attribute__((noinline)) int64_t
+step_blocks(Blocks<typename Param::Element, typename Grad::Element, Momentum<momentum_bits>> at, int length,
+            int64_t count, uint32_t key, const WideHyper& hyper, const WideHyper& ordinary_hyper) {
+    constexpr bool quantized = momentum_bits < 32;
     constexpr bool woven = sizeof(typename Param::Element) == 2 || sizeof(typename Grad::Element) == 2;
     int64_t skipped = 0;
     alignas(64) uint16_t random_bits[kMaxBlockSize + 2 * kLanes];
     const uint16_t* random = random_bits;
     alignas(64) float momenta[3][kMaxBlockSize];  // of this block and of the two before it
     float *stepped = momenta[0], *free = momenta[1], *free_next = momenta[2];
-    PendingBlock<woven> pending, next;
+    alignas(64) int8_t unpacked[kMaxBlockSize];
+    PendingBlock<woven, Momentum<momentum_bits>> pending, next;
     for (; count > 0; --count) {
         const float old_scale = quantized ? *at.scale : 0.0f;
-        const Codec codec = decoder(old_scale);
+        Codec codec = {};
+        if constexpr (quantized) codec = decoder<momentum_bits>(old_scale);
+        const int8_t* codes = unpacked;
+        if constexpr (momentum_bits == 8) codes = at.momentum;
+        if constexpr (momentum_bits == 4) {
+            for (int place = 0; place < length; place += kGroup) unpack(unpacked + place, at.momentum + place / 2);
+        }
         if constexpr (rounding == kStochastic) random = fill_random(random_bits, key, at.element, length);
 
         Ints largest = {}, touched = {}, skipped_lanes = {};  // a true lane is -1
@@ -455,10 +497,12 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
             const Pair<Floats> grads = Grad::template read<woven>(at.grad + place);
             Floats p[2], g[2] = {grads.first, grads.second}, m[2];
             if constexpr (quantized) {
-                const Pair<Ints> codes = from_bytes<woven>(at.momentum + place);
-                const int shift = ordinary ? 0 : 24;
-                m[0] = decode<ordinary>(__builtin_convertvector(codes.first >> shift, Floats), codec);
-                m[1] = decode<ordinary>(__builtin_convertvector(codes.second >> shift, Floats), codec);
+                const Pair<Ints> shifted_codes = from_bytes<woven>(codes + place);
+                const int shift = ordinary ? 0 : kCodeShift<momentum_bits>;
+                m[0] = decode<momentum_bits, ordinary>(__builtin_convertvector(shifted_codes.first >> shift, Floats),
+                                                       codec);
+                m[1] = decode<momentum_bits, ordinary>(__builtin_convertvector(shifted_codes.second >> shift, Floats),
+                                                       codec);
             } else {
                 const Pair<Floats> values = Float32::read<woven>(at.momentum + place);
                 m[0] = values.first, m[1] = values.second;
@@ -473,7 +517,8 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
                 p[0] = params.first, p[1] = params.second;
             }
             for (int i = 0; i < 2; ++i) {
-                const auto bad = lion_step<general, ordinary, ordinary>(constants, p[i], g[i], m[i]);
+                const auto bad = lion_step < general, ordinary,
+                           ordinary && momentum_bits == 8 > (constants, p[i], g[i], m[i]);
                 if constexpr (!ordinary) {
                     skipped_lanes += bad;
                     touched |= bits(g[i]);
@@ -518,10 +563,10 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
             step_block(std::false_type(), codec);
             idle = !any_set(touched, 0x7fffffffu);
         } else {
-            const BlockCheck check = check_block<Grad>(at.grad, at.momentum, length);
+            const BlockCheck check = check_block<Grad, momentum_bits>(at.grad, codes, length);
             idle = check.idle;
             if (check.ordinary && hyper.ordinary_allowed && old_scale >= kOrdinaryScale && old_scale < kOrdinaryLimit) {
-                step_block(std::true_type(), shifted(codec));
+                step_block(std::true_type(), shifted<momentum_bits>(codec));
             } else {
                 step_block(std::false_type(), codec);
             }
@@ -533,7 +578,7 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
             float scale = decayed_scale(old_scale, hyper.scalar_beta);
             if (!(idle && scale >= kMinScale)) {
                 scale = stored_scale(bit_cast<float>(horizontal_max(largest)));
-                next = {true, stepped, encoder(scale), at.momentum};
+                next = {true, stepped, encoder<momentum_bits>(scale), at.momentum};
                 std::swap(stepped, free);
                 std::swap(free, free_next);
             }
@@ -545,7 +590,7 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
         at.param += length;
         at.grad += length;
         at.element += length;
-        at.momentum += length;
+        at.momentum += momentum_bits == 4 ? length / 2 : length;
         if constexpr (rounding == kCompensated) at.residual += length;
     }
     if constexpr (quantized) {
@@ -557,36 +602,38 @@ __attribute__((noinline)) int64_t step_blocks(Blocks<typename Param::Element, ty
     return skipped;
 }
 
-template <class Param, class Grad, bool quantized, bool general, int32_t rounding>
+template <class Param, class Grad, int32_t momentum_bits, bool general, int32_t rounding>
 int64_t update_range(const TensorRow& tensor, const Hyper& options, int64_t first, int64_t last) {
-    using Momentum = std::conditional_t<quantized, int8_t, float>;
     using ParamElement = typename Param::Element;
     using GradElement = typename Grad::Element;
-    const WideHyper hyper = widen(options), ordinary_hyper = widen(options, kBlendFactor);
+    const WideHyper hyper = widen(options), ordinary_hyper = widen(options, momentum_bits == 8 ? kBlendFactor : 1.0f);
     const uint32_t key = random_key(tensor.seed, tensor.step);
     const int64_t block_size = options.block_size, cols = tensor.cols;
     const int64_t row_blocks = blocks_per_row(cols, options.block_size);
-    const auto blocks = [&](int64_t block, int64_t offset, int64_t element) {
-        return Blocks<ParamElement, GradElement, Momentum>{static_cast<ParamElement*>(tensor.param) + offset,
-                                                           static_cast<const GradElement*>(tensor.grad) + offset,
-                                                           static_cast<Momentum*>(tensor.momentum) + offset,
-                                                           tensor.residual + (rounding == kCompensated ? offset : 0),
-                                                           tensor.scales + (quantized ? block : 0),
-                                                           tensor.first + static_cast<uint32_t>(element)};
+    using TheBlocks = Blocks<ParamElement, GradElement, Momentum<momentum_bits>>;
+    const auto blocks_from = [&](int64_t block, int64_t row, int64_t col) {
+        const int64_t offset = row * cols + col;
+        return TheBlocks{
+            static_cast<ParamElement*>(tensor.param) + offset,
+            static_cast<const GradElement*>(tensor.grad) + offset,
+            static_cast<Momentum<momentum_bits>*>(tensor.momentum) + momentum_index<momentum_bits>(row, col, cols),
+            tensor.residual + (rounding == kCompensated ? offset : 0),
+            tensor.scales + (momentum_bits < 32 ? block : 0),
+            tensor.first + static_cast<uint32_t>(row * tensor.row_stride + col)};
     };
     const auto step = [&](const auto& at, int length, int64_t count) {
-        return step_blocks<Param, Grad, quantized, general, rounding>(at, length, count, key, hyper, ordinary_hyper);
+        return step_blocks<Param, Grad, momentum_bits, general, rounding>(at, length, count, key, hyper,
+                                                                          ordinary_hyper);
     };
     // If rows end with a whole block, blocks are contiguous across rows, here and in the whole parameter.
     if (cols % block_size == 0 && (rounding != kStochastic || tensor.row_stride == static_cast<uint32_t>(cols))) {
-        const int64_t offset = first * block_size;
-        return step(blocks(first, offset, offset), static_cast<int>(block_size), last - first);
+        return step(blocks_from(first, 0, first * block_size), static_cast<int>(block_size), last - first);
     }
 
     int64_t skipped = 0;
     for (int64_t block = first; block < last;) {
         const int64_t row = block / row_blocks, in_row = block % row_blocks, begin = in_row * block_size;
-        const auto at = blocks(block, row * cols + begin, row * tensor.row_stride + begin);
+        const auto at = blocks_from(block, row, begin);
         const int64_t whole = cols / block_size - in_row;
         if (whole > 0) {
             const int64_t count = whole < last - block ? whole : last - block;
@@ -598,60 +645,63 @@ int64_t update_range(const TensorRow& tensor, const Hyper& options, int64_t firs
         const auto length = static_cast<size_t>(cols % block_size);
         alignas(64) ParamElement param[kMaxBlockSize];
         alignas(64) GradElement grad[kMaxBlockSize];
-        alignas(64) Momentum momentum[kMaxBlockSize];
+        alignas(64) Momentum<momentum_bits> momentum[kMaxBlockSize] = {};
         alignas(64) int8_t residual[kMaxBlockSize];
         const int padded = static_cast<int>((length + kGroup - 1) / kGroup * kGroup);
         std::memset(param + length, 0, (padded - length) * sizeof(ParamElement));
         std::memset(grad + length, 0, (padded - length) * sizeof(GradElement));
-        std::memset(momentum + length, 0, (padded - length) * sizeof(Momentum));
         std::memcpy(param, at.param, length * sizeof(ParamElement));
         std::memcpy(grad, at.grad, length * sizeof(GradElement));
-        std::memcpy(momentum, at.momentum, length * sizeof(Momentum));
+        const size_t momentum_bytes = momentum_bits == 4 ? (length + 1) / 2 : length * sizeof(Momentum<momentum_bits>);
+        std::memcpy(momentum, at.momentum, momentum_bytes);
         if constexpr (rounding == kCompensated) {
             std::memset(residual + length, 0, padded - length);
             std::memcpy(residual, at.residual, length);
         }
-        const Blocks<ParamElement, GradElement, Momentum> copy = {param,    grad,     momentum,
-                                                                  residual, at.scale, at.element};
+        const TheBlocks copy = {param, grad, momentum, residual, at.scale, at.element};
         // Padding is skipped only if a constant of the group is infinite or NaN. Then every element is skipped.
         const int64_t bad = step(copy, padded, 1), most = static_cast<int64_t>(length);
         skipped += bad < most ? bad : most;
         std::memcpy(at.param, param, length * sizeof(ParamElement));
-        std::memcpy(at.momentum, momentum, length * sizeof(Momentum));
+        std::memcpy(at.momentum, momentum, momentum_bytes);
         if constexpr (rounding == kCompensated) std::memcpy(at.residual, residual, length);
         ++block;
     }
     return skipped;
 }
 
-template <class Param, class Grad, bool quantized, int32_t rounding>
+template <class Param, class Grad, int32_t momentum_bits, int32_t rounding>
 int64_t with_flags(const TensorRow& tensor, const Hyper& hyper, int64_t first, int64_t last) {
     // Rare combinations have only the general variant. This halves the time to compile them.
-    constexpr bool common = quantized && !std::is_same<Param, Float16>::value && !std::is_same<Grad, Float16>::value;
+    constexpr bool common =
+        momentum_bits < 32 && !std::is_same<Param, Float16>::value && !std::is_same<Grad, Float16>::value;
     if constexpr (common) {
-        if (!hyper.flags) return update_range<Param, Grad, quantized, false, rounding>(tensor, hyper, first, last);
+        if (!hyper.flags) return update_range<Param, Grad, momentum_bits, false, rounding>(tensor, hyper, first, last);
     }
-    return update_range<Param, Grad, quantized, true, rounding>(tensor, hyper, first, last);
+    return update_range<Param, Grad, momentum_bits, true, rounding>(tensor, hyper, first, last);
 }
-template <class Param, class Grad, bool quantized>
+template <class Param, class Grad, int32_t momentum_bits>
 int64_t with_rounding(const TensorRow& tensor, const Hyper& hyper, int64_t first, int64_t last) {
     if constexpr (sizeof(typename Param::Element) == 2) {
         if (hyper.weight_rounding == kStochastic) {
-            return with_flags<Param, Grad, quantized, kStochastic>(tensor, hyper, first, last);
+            return with_flags<Param, Grad, momentum_bits, kStochastic>(tensor, hyper, first, last);
         }
     }
     if constexpr (std::is_same<Param, Bfloat16>::value) {
         if (hyper.weight_rounding == kCompensated) {
-            return with_flags<Param, Grad, quantized, kCompensated>(tensor, hyper, first, last);
+            return with_flags<Param, Grad, momentum_bits, kCompensated>(tensor, hyper, first, last);
         }
     }
-    return with_flags<Param, Grad, quantized, kNearest>(tensor, hyper, first, last);
+    return with_flags<Param, Grad, momentum_bits, kNearest>(tensor, hyper, first, last);
 }
 
 template <class Param, class Grad>
 int64_t with_momentum(const TensorRow& tensor, const Hyper& hyper, int64_t first, int64_t last) {
-    return tensor.scales ? with_rounding<Param, Grad, true>(tensor, hyper, first, last)
-                         : with_rounding<Param, Grad, false>(tensor, hyper, first, last);
+    switch (tensor.momentum_bits) {
+        case 4: return with_rounding<Param, Grad, 4>(tensor, hyper, first, last);
+        case 8: return with_rounding<Param, Grad, 8>(tensor, hyper, first, last);
+        default: return with_rounding<Param, Grad, 32>(tensor, hyper, first, last);
+    }
 }
 
 template <class Param> int64_t with_param(const TensorRow& tensor, const Hyper& hyper, int64_t first, int64_t last) {

@@ -101,26 +101,50 @@ LION8BIT_FN void store(uint2* to, uint2 a) {
     *to = a;
 }
 
+LION8BIT_FN uint32_t load(const uint32_t* from) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(LION8BIT_LOAD) > 1) {
+        uint32_t a;
+        asm volatile("ld.global" LION8BIT_LOAD ".u32 %0, [%1];" : "=r"(a) : "l"(from));
+        return a;
+    }
+#endif
+    return *from;
+}
+LION8BIT_FN void store(uint32_t* to, uint32_t a) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(LION8BIT_STORE) > 1) {
+        asm volatile("st.global" LION8BIT_STORE ".u32 [%0], %1;" ::"l"(to), "r"(a) : "memory");
+        return;
+    }
+#endif
+    *to = a;
+}
+
 LION8BIT_FN void prefetch([[maybe_unused]] const void* address) {
 #if defined(__CUDA_ARCH__)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #endif
 }
 
-template <class T> struct Elements {
-    static constexpr int32_t kPerWord = 4 / sizeof(T);
+// `bits` of an element. T is how it is stored; with 4 bits two elements share a T, the first one in its low half.
+template <class T, int32_t bits = 8 * sizeof(T)> struct Elements {
+    static constexpr int32_t kPerWord = 32 / bits;
+    static constexpr int32_t kPerT = 8 * sizeof(T) / bits;
     static constexpr int32_t kWords = kPerLane / kPerWord;
     uint32_t words[kWords];
 
-    LION8BIT_FN uint32_t get(int32_t i) const { return words[i / kPerWord] >> (i % kPerWord * 8 * sizeof(T)); }
+    LION8BIT_FN uint32_t get(int32_t i) const { return words[i / kPerWord] >> (i % kPerWord * bits); }
     LION8BIT_FN void put(int32_t i, uint32_t pattern) {  // once per element; words start as zero
-        words[i / kPerWord] |= pattern << (i % kPerWord * 8 * sizeof(T));
+        words[i / kPerWord] |= pattern << (i % kPerWord * bits);
     }
 
     // Load and store all elements, at an address aligned to `kAlignment`.
-    static constexpr int32_t kAlignment = kWords == 2 ? 8 : 16;
+    static constexpr int32_t kAlignment = kWords < 4 ? 4 * kWords : 16;
     LION8BIT_FN void load_whole(const T* from) {
-        if constexpr (kWords == 2) {
+        if constexpr (kWords == 1) {
+            words[0] = load(reinterpret_cast<const uint32_t*>(from));
+        } else if constexpr (kWords == 2) {
             const uint2 a = load(reinterpret_cast<const uint2*>(from));
             words[0] = a.x, words[1] = a.y;
         } else {
@@ -132,7 +156,9 @@ template <class T> struct Elements {
         }
     }
     LION8BIT_FN void store_whole(T* to) const {
-        if constexpr (kWords == 2) {
+        if constexpr (kWords == 1) {
+            store(reinterpret_cast<uint32_t*>(to), words[0]);
+        } else if constexpr (kWords == 2) {
             store(reinterpret_cast<uint2*>(to), {words[0], words[1]});
         } else {
 #pragma unroll
@@ -142,19 +168,28 @@ template <class T> struct Elements {
         }
     }
 
-    // Load and store the first `count` elements, at most all, at any address. The others are loaded as `padding`.
-    LION8BIT_FN void load_part(const T* from, int32_t count, uint32_t padding) {
+    // Load and store the first `count` elements, at most all, at any address. The others are loaded as zero. Of two
+    // elements in one T both are stored, because a row does not share a T with the next one.
+    LION8BIT_FN void load_part(const T* from, int32_t count) {
         *this = {};
 #pragma unroll
-        for (int32_t i = 0; i < kPerLane; ++i) put(i, i < count ? from[i] : padding);
+        for (int32_t i = 0; i < kPerLane; i += kPerT) {
+            if (i < count) put(i, i + kPerT > count ? from[i / kPerT] & 0xfu : from[i / kPerT]);
+        }
     }
     LION8BIT_FN void store_part(T* to, int32_t count) const {
 #pragma unroll
-        for (int32_t i = 0; i < kPerLane; ++i) {
-            if (i < count) to[i] = static_cast<T>(get(i));
+        for (int32_t i = 0; i < kPerLane; i += kPerT) {
+            if (i < count) to[i / kPerT] = static_cast<T>(get(i));
         }
     }
 };
+
+// The code in the low bits of a word.
+template <int32_t bits> LION8BIT_FN float code_of(uint32_t word) {
+    return static_cast<float>(static_cast<int32_t>(word << (32 - bits)) >> (32 - bits));
+}
+template <> LION8BIT_FN float code_of<8>(uint32_t word) { return static_cast<float>(static_cast<int8_t>(word)); }
 
 template <int32_t dtype> LION8BIT_FN float to_float(uint32_t pattern) {
     if constexpr (dtype == kFloat32) return bit_cast<float>(pattern);
@@ -284,20 +319,21 @@ template <class Launch> LION8BIT_FN Decision decide(const Launch& launch, const 
 // ---- The kernel -----------------------------------------------------------------------------------------------------
 
 // Steps the share of one CUDA block. The template arguments are common to all tensors of a launch.
-template <int32_t param_dtype, int32_t grad_dtype, bool quantized, int32_t block_size, int32_t rounding, bool general,
-          bool on_device, class Launch>
+template <int32_t param_dtype, int32_t grad_dtype, int32_t momentum_bits, int32_t block_size, int32_t rounding,
+          bool general, bool on_device, class Launch>
 LION8BIT_FN void update_tile(const Launch& launch) {
     using Param = ElementOf<param_dtype>;
     using Grad = ElementOf<grad_dtype>;
     using Byte = typename PatternOf<1>::type;
-    using Momentum = typename PatternOf<quantized ? 1 : 4>::type;
+    using Momentum = typename PatternOf<momentum_bits == 32 ? 4 : 1>::type;
+    constexpr bool quantized = momentum_bits < 32;
     constexpr int32_t kLanes = block_size / kPerLane;
     constexpr int32_t kBlocksPerPass = kThreads / kLanes;
     constexpr int32_t kStride = kThreads * kPerLane;  // elements from one pass to the next
     struct Loaded {                                   // what a thread reads in one pass
         Elements<Param> params;
         Elements<Grad> grads;
-        Elements<Momentum> momenta;
+        Elements<Momentum, momentum_bits> momenta;
         Elements<Byte> residuals;
         float scale = 0.0f;
     };
@@ -342,11 +378,12 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     const int64_t first_element = row * cols + in_row * block_size + thread * kPerLane;
     auto* param = static_cast<Param*>(tensor.param) + first_element;
     const auto* grad = static_cast<const Grad*>(tensor.grad) + first_element;
-    auto* momentum = static_cast<Momentum*>(tensor.momentum) + first_element;
+    auto* momentum = static_cast<Momentum*>(tensor.momentum) +
+                     momentum_index<momentum_bits>(row, in_row * block_size + thread * kPerLane, cols);
     auto* residual = reinterpret_cast<Byte*>(tensor.residual) + first_element;
     float* scales = tensor.scales + first_block + thread_block;
     const bool vectors = (seamless || cols % kPerLane == 0) && aligned(tensor.param, 16) && aligned(tensor.grad, 16) &&
-                         aligned(tensor.momentum, Elements<Momentum>::kAlignment) &&
+                         aligned(tensor.momentum, Elements<Momentum, momentum_bits>::kAlignment) &&
                          (rounding != kCompensated || aligned(tensor.residual, Elements<Byte>::kAlignment));
     uint32_t key = random_key(tensor.seed, update);
     keep(key);
@@ -365,11 +402,18 @@ LION8BIT_FN void update_tile(const Launch& launch) {
     const uint32_t group = (kFullWarp >> (32 - kLanes)) << (threadIdx.x % 32 / kLanes * kLanes);  // lanes of a block
     // Below these limits, a step whose gradient and parameter are below 2^120 cannot give NaN.
     const uint32_t wild = magnitude(hyper.lr) < 2.0f && magnitude(hyper.decay) < 2.0f ? 0 : 1;
+    constexpr int32_t kHalve = momentum_bits == 4;  // two elements in a byte
     const auto load_whole = [&](Loaded& loaded, int32_t offset) {
         if constexpr (rounding == kCompensated) loaded.residuals.load_whole(residual + offset);
-        loaded.momenta.load_whole(momentum + offset);
+        loaded.momenta.load_whole(momentum + (offset >> kHalve));
         loaded.params.load_whole(param + offset);
         loaded.grads.load_whole(grad + offset);
+    };
+    // The same for momentum where vectors are not whole. Codes of 4 bits have half a byte more in each odd row.
+    const auto partial_offset = [&](int32_t pass_block, int32_t offset) {
+        if (momentum_bits != 4 || gap % 2 == 0) return offset >> kHalve;
+        const int32_t rows = (pass_block * block_size - offset) / gap;  // that ended since the first pass
+        return (offset + rows) >> kHalve;
     };
     int32_t nonfinite = 0;
     Loaded next;  // already loaded for this pass, if `is_ahead`
@@ -400,10 +444,10 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             if (whole) {
                 load_whole(now, offset);
             } else {
-                if constexpr (rounding == kCompensated) now.residuals.load_part(residual + offset, left, 0);
-                now.momenta.load_part(momentum + offset, left, 0);
-                now.params.load_part(param + offset, left, 0);
-                now.grads.load_part(grad + offset, left, 0);
+                if constexpr (rounding == kCompensated) now.residuals.load_part(residual + offset, left);
+                now.momenta.load_part(momentum + partial_offset(pass_block, offset), left);
+                now.params.load_part(param + offset, left);
+                now.grads.load_part(grad + offset, left);
             }
         }
         if constexpr (kAhead != kNothing) {
@@ -415,13 +459,13 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             } else if (is_ahead) {
                 prefetch(param + offset + kStride);
                 prefetch(grad + offset + kStride);
-                prefetch(momentum + offset + kStride);
+                prefetch(momentum + ((offset + kStride) >> kHalve));
                 if constexpr (rounding == kCompensated) prefetch(residual + offset + kStride);
                 is_ahead = false;
             }
         }
         Codec codec = {};
-        if constexpr (quantized) codec = decoder(now.scale);
+        if constexpr (quantized) codec = decoder<momentum_bits>(now.scale);
 
         // Ordinary: no element needs a test. A few instructions on whole words check this for all elements.
         constexpr bool nan_matters = param_dtype == kBfloat16 && !packs_nan<rounding>();
@@ -463,8 +507,11 @@ LION8BIT_FN void update_tile(const Launch& launch) {
                 } else {
                     p[i] = to_float<param_dtype>(now.params.get(i));
                 }
-                m[i] = quantized ? decode(static_cast<float>(static_cast<int8_t>(now.momenta.get(i))), codec)
-                                 : bit_cast<float>(now.momenta.get(i));
+                if constexpr (quantized) {
+                    m[i] = decode<momentum_bits>(code_of<momentum_bits>(now.momenta.get(i)), codec);
+                } else {
+                    m[i] = bit_cast<float>(now.momenta.get(i));
+                }
                 float g = to_float<grad_dtype>(now.grads.get(i));
                 const bool skipped = lion_step<general, trusted>(hyper, p[i], g, m[i]);
                 if constexpr (!trusted) (general ? bad : nonfinite) += skipped;
@@ -510,7 +557,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
             if constexpr (rounding == kCompensated) moved_residuals.store_part(residual + offset, left);
         }
 
-        Elements<Momentum> stored = {};
+        Elements<Momentum, momentum_bits> stored = {};
         bool idle = false;
         if constexpr (quantized) {
             float scale = decayed_scale(now.scale, hyper.beta);
@@ -520,10 +567,10 @@ LION8BIT_FN void update_tile(const Launch& launch) {
                 largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, distance));
             }
             if (!idle) scale = stored_scale(largest);
-            codec = encoder(scale);
+            codec = encoder<momentum_bits>(scale);
 #pragma unroll
             for (int32_t i = 0; i < kPerLane; ++i) {
-                stored.put(i, static_cast<uint32_t>(encode(root(m[i], codec), codec)) & 0xffu);
+                stored.put(i, static_cast<uint32_t>(encode(root(m[i], codec), codec)) & ((1u << momentum_bits) - 1));
             }
             if (lane == 0 && block < tile_blocks) scales[pass_block] = scale;
         } else {
@@ -532,9 +579,9 @@ LION8BIT_FN void update_tile(const Launch& launch) {
         }
         if (idle) continue;
         if (whole) {
-            stored.store_whole(momentum + offset);
+            stored.store_whole(momentum + (offset >> kHalve));
         } else {
-            stored.store_part(momentum + offset, left);
+            stored.store_part(momentum + partial_offset(pass_block, offset), left);
         }
     }
 
@@ -552,7 +599,7 @@ LION8BIT_FN void update_tile(const Launch& launch) {
 #if defined(LION8BIT_PARAM_DTYPE)
 extern "C" __global__ void __launch_bounds__(lion8bit::kThreads, LION8BIT_RESIDENT)
     lion8bit_update(const __grid_constant__ lion8bit::Launch<LION8BIT_TENSORS, LION8BIT_HYPERS> launch) {
-    lion8bit::update_tile<LION8BIT_PARAM_DTYPE, LION8BIT_GRAD_DTYPE, LION8BIT_QUANTIZED, LION8BIT_BLOCK_SIZE,
+    lion8bit::update_tile<LION8BIT_PARAM_DTYPE, LION8BIT_GRAD_DTYPE, LION8BIT_MOMENTUM_BITS, LION8BIT_BLOCK_SIZE,
                           LION8BIT_WEIGHT_ROUNDING, LION8BIT_GENERAL, LION8BIT_ON_DEVICE>(launch);
 }
 #endif

@@ -7,7 +7,7 @@ from lion8bit.checkpoints import convert_state_dict, export_state_dict
 from lion8bit.groups import keep_32bit
 from lion8bit.lion import Lion
 from lion8bit.optimizer import Lion8bit
-from lion8bit.reference import dequantize, quantize
+from lion8bit.quantization import dequantize, quantize
 from lion8bit.release import fuse_into_backward
 
 if TYPE_CHECKING:

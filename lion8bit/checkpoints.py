@@ -11,13 +11,14 @@ from torch import Tensor
 from lion8bit.layout import FORMAT_VERSION, blocks_per_row, memory_order
 from lion8bit.loading import check_numbers, check_structure, naming
 from lion8bit.options import group_hyper
-from lion8bit.reference import check_momentum
+from lion8bit.quantization import check_momentum
 from lion8bit.sharding import check_placement, local
 from lion8bit.state import (
     check_tensor,
     check_version,
     checked_state,
     fp32_momentum,
+    momentum_bits,
     momentum_of,
     new_state,
     quantized,
@@ -30,7 +31,7 @@ _NOT_MOMENTUM = {"step", "group", "kahan_comp", "error_bits"}
 _BITSANDBYTES_WRAPPER = "__bnb_optimizer_quant_state__"
 _BITSANDBYTES_BLOCKS = (256, 2048)  # now and formerly
 _FLASHOPTIM_BLOCK = 32
-SHAPED = ("codes", "momentum", "exp_avg", "state1", "exp_avg::quantized")  # as the parameter is
+SHAPED = ("codes", "momentum", "exp_avg", "state1", "exp_avg::quantized")  # as the parameter is, but for 4-bit codes
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -114,7 +115,9 @@ def _converted(
     if ours.keys() == theirs.keys() and same_blocks and _order(ours) == _order(theirs):
         ours = theirs  # to decode and encode it would round it again
     else:
-        momentum = _decode(theirs, param, saved)
+        own = "codes" in theirs
+        momentum = (momentum_of(theirs, param, saved["block_size"]) if own else _decode(theirs, param, saved)).float()
+        check_momentum(local(momentum))
         ours["step"] = step_count(theirs.get("step", 0))
         _fill(ours, momentum, group["block_size"])
     if residual is not None:
@@ -208,15 +211,17 @@ def _fill(state: dict[str, Any], momentum: Tensor, block_size: int) -> None:
     if "momentum" in state:
         state["momentum"].copy_(momentum)
         return
-    in_order = torch.empty_like(state["codes"], dtype=torch.float32).copy_(momentum)
-    state |= quantized(in_order, block_size)
+    bits = momentum_bits(state)
+    if bits == 8:
+        momentum = torch.empty_like(state["codes"], dtype=torch.float32).copy_(momentum)  # in the parameter's order
+    state |= quantized(momentum, block_size, bits)
 
 
 # ---- Formats of the momentum ---------------------------------------------------------------------------------------
 
 
 def _decode(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """The momentum of a parameter's saved state in fp32, on the device where it is."""
+    """The momentum of another library's state, on the device where it is."""
     names = frozenset(state) - _NOT_MOMENTUM
     if names not in _DECODERS:
         raise ValueError(
@@ -230,18 +235,12 @@ def _decode(state: dict[str, Any], param: Tensor, group: Mapping[str, Any]) -> T
             check_placement(name, state[name], param)
             if state[name].shape != param.shape:
                 raise ValueError(f"{name} must have the parameter's shape, got {tuple(state[name].shape)}")
-    momentum = _DECODERS[names](state, group).float()
-    check_momentum(local(momentum))
-    return momentum
+    return _DECODERS[names](state, group)
 
 
 def _plain(state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
     (name,) = state.keys() & {"exp_avg", "momentum", "state1"}
     return _of_dtype(name, state, *_FLOATS)
-
-
-def _own(state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
-    return momentum_of(state, group["block_size"])
 
 
 def _bitsandbytes(state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -297,7 +296,6 @@ def _scaled(values: Tensor, scales: Tensor, block_size: int) -> Tensor:
 _DECODERS: dict[frozenset[str], Callable[[dict[str, Any], Mapping[str, Any]], Tensor]] = {
     frozenset({"exp_avg"}): _plain,
     frozenset({"momentum"}): _plain,
-    frozenset({"codes", "scales"}): _own,
     frozenset({"state1"}): _bitsandbytes,
     frozenset({"state1", "qmap1", "absmax1"}): _bitsandbytes,
     frozenset({"exp_avg::quantized", "exp_avg::scales"}): _flashoptim,

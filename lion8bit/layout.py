@@ -13,6 +13,8 @@ import torch
 FORMAT_VERSION = 4
 LOADED_VERSIONS = (2, 3, FORMAT_VERSION)
 BLOCK_SIZES = (64, 128, 256)
+CODES: dict[int, torch.dtype] = {8: torch.int8, 4: torch.uint8}  # dtype of the codes by their bits; 4: two in a byte
+DEFAULT_BLOCK_SIZE = {4: 64, 8: 128, 32: 128}  # by bits
 MIN_SCALE = 2.0**-100  # a block whose largest magnitude is below it is stored as zeros
 MOMENTUM_LIMIT = 2.0**127  # magnitudes of the momentum and scales are below it
 
@@ -89,6 +91,7 @@ class TensorRow(ctypes.Structure):
     step: int
     param_dtype: int
     grad_dtype: int
+    momentum_bits: int
     hyper: int
 
     _fields_ = [
@@ -103,8 +106,9 @@ class TensorRow(ctypes.Structure):
         ("row_stride", ctypes.c_uint32),
         ("seed", ctypes.c_uint32),
         ("step", ctypes.c_uint32),
-        ("param_dtype", ctypes.c_int16),
-        ("grad_dtype", ctypes.c_int16),
+        ("param_dtype", ctypes.c_int8),
+        ("grad_dtype", ctypes.c_int8),
+        ("momentum_bits", ctypes.c_int16),
         ("hyper", ctypes.c_int32),
     ]
 
@@ -117,6 +121,12 @@ def check_block_size(block_size: Any) -> None:
     """Raises ValueError unless the format has this block size."""
     if not is_integer(block_size) or block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
+
+
+def check_bits(bits: Any) -> None:
+    """Raises ValueError unless codes can have so many bits."""
+    if not is_integer(bits) or bits not in CODES:
+        raise ValueError(f"bits must be one of {tuple(CODES)}, got {bits!r}")
 
 
 def blocks_per_row(cols: int, block_size: int) -> int:
@@ -144,6 +154,18 @@ def scales_shape(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
     rows, cols = rows_and_cols(shape, block_size)
     blocks = blocks_per_row(cols, block_size)
     return (blocks,) if is_narrow(shape, block_size) else (rows, blocks)
+
+
+def bytes_per_row(cols: int, bits: int) -> int:
+    """Bytes that the codes of a row take; with 4 bits an odd row ends with half a byte, which is 0."""
+    return -(-cols * bits // 8)
+
+
+def packed_shape(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
+    """The shape of 4-bit codes for a row-major shape: [rows, bytes], or [bytes] where narrow rows are joined."""
+    rows, cols = rows_and_cols(shape, block_size)
+    packed = bytes_per_row(cols, 4)
+    return (packed,) if is_narrow(shape, block_size) else (rows, packed)
 
 
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lion8bit.loading import check_structure, keeping_dtypes, naming, pair
 from lion8bit.options import check_decay, check_flag, check_rates
-from lion8bit.reference import check_momentum
+from lion8bit.quantization import check_momentum
 from lion8bit.sharding import local
 from lion8bit.state import check_tensor
 

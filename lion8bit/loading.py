@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lion8bit.layout import memory_order
 from lion8bit.sharding import is_dtensor
-from lion8bit.state import kind_of
+from lion8bit.state import kind_of, momentum_bits
 
 
 def check_structure(saved: Any) -> None:
@@ -112,7 +112,7 @@ def warn_of_copies(optimizer: torch.optim.Optimizer) -> None:
     copied = []
     for number, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
         state = optimizer.state.get(param)
-        if state and not is_dtensor(param):
+        if state and not is_dtensor(param) and momentum_bits(state) != 4:  # 4 bits have no other order
             order, kept = memory_order(param), state["codes" if "codes" in state else "momentum"]
             if order is not None and order != memory_order(kept):
                 copied.append(f"{number}, shape {tuple(param.shape)}")

@@ -24,6 +24,7 @@ from lion8bit.options import (
     group_hyper,
     peak_lr,
     plain,
+    with_block_size,
     without_adams,
 )
 from lion8bit.sharding import gradients
@@ -62,9 +63,10 @@ class Lion8bit(torch.optim.Optimizer):
             because warm-up starts there and checkpoint tools step with it.
         betas: (beta1, beta2), each in [0, 1).
         weight_decay: the lambda above, at least 0.
-        block_size: elements per scale: 64, 128 or 256.
+        block_size: elements per scale: 64, 128 or 256; None for 128, or 64 with 4 bits.
         min_8bit_size: parameters with fewer elements keep fp32 momentum.
-        optim_bits: 8, or 32 for fp32 momentum.
+        optim_bits: 8; or 4 for half of the state, 0.56 bytes per parameter: single signs then differ often from fp32
+            Lion's, but the momentum has no bias and the drift a bound, see docs/numerics.md; or 32 for fp32 momentum.
         weight_rounding: how the new value of a 16-bit parameter is rounded: "stochastic" (unbiased, reproducible;
             "auto" means the same) or "nearest". "compensated" keeps the next 8 bits of a bf16 parameter in an int8
             state tensor, ``residual``, and so trains 24-bit weights. fp32 parameters are not rounded.
@@ -105,7 +107,7 @@ class Lion8bit(torch.optim.Optimizer):
         betas: Sequence[float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
-        block_size: int = 128,
+        block_size: int | None = None,
         min_8bit_size: int = 4096,
         optim_bits: int = 8,
         weight_rounding: str = "stochastic",
@@ -139,7 +141,7 @@ class Lion8bit(torch.optim.Optimizer):
             "is_paged": is_paged,
             "seed": seed,
         }
-        check_options(defaults)
+        check_options(with_block_size(defaults))
         check_torch_options(foreach, differentiable)
         forget_missing()
         self._stepper = Stepper()
@@ -179,13 +181,13 @@ class Lion8bit(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters with separate options; see `torch.optim.Optimizer.add_param_group`."""
         if isinstance(param_group, dict):
-            options = {**self.defaults, **param_group}
+            options = with_block_size({**self.defaults, **param_group})
             check_options(options)
             device_lr(options)
         given = {*param_group}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group |= {name: plain(group[name]) for name in self.defaults}
+        group |= {name: plain(value) for name, value in with_block_size(group).items() if name in self.defaults}
         group.setdefault("format_version", FORMAT_VERSION)
         if group["seed"] is None:
             group["seed"] = _first_number(len(group["params"]))

@@ -16,6 +16,7 @@ from lion8bit.device_scalars import DeviceRate
 from lion8bit.layout import (
     CAUTIOUS,
     COUPLED_DECAY,
+    DEFAULT_BLOCK_SIZE,
     MAXIMIZE,
     WEIGHT_ROUNDING,
     Hyper,
@@ -128,8 +129,8 @@ def check_options(options: Mapping[str, Any]) -> float:
     size, bits = options["min_8bit_size"], options["optim_bits"]
     if not is_integer(size) or size < 0:
         raise ValueError(f"min_8bit_size must be an integer of at least 0, got {size!r}")
-    if not is_integer(bits) or bits not in (8, 32):
-        raise ValueError(f"optim_bits must be 8 or 32, got {bits!r}")
+    if not is_integer(bits) or bits not in (4, 8, 32):
+        raise ValueError(f"optim_bits must be 4, 8 or 32, got {bits!r}")
     seed = options["seed"]
     if seed is not None and (not is_integer(seed) or seed < 0):
         raise ValueError(f"seed must be an integer of at least 0 or None, got {seed!r}")
@@ -139,6 +140,12 @@ def check_options(options: Mapping[str, Any]) -> float:
     if rounding not in ("auto", *WEIGHT_ROUNDING):
         raise ValueError(f"weight_rounding must be 'auto' or one of {(*WEIGHT_ROUNDING,)}, got {rounding!r}")
     return lr
+
+
+def with_block_size(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the default ``block_size`` of their ``optim_bits`` in place of None."""
+    size, bits = options["block_size"], options["optim_bits"]
+    return {**options, "block_size": DEFAULT_BLOCK_SIZE[4 if bits == 4 else 8] if size is None else size}
 
 
 def check_torch_options(foreach: bool | None, differentiable: bool) -> None:

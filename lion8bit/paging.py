@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lion8bit.layout import Hyper, TensorRow, blocks_per_row, in_memory_order
+from lion8bit.layout import Hyper, TensorRow, blocks_per_row, bytes_per_row, in_memory_order
 from lion8bit.table import DeviceTable, Entry
 
 SLOTS = 3  # one comes in, one is updated, one goes back
@@ -209,7 +209,13 @@ class Load:
             blocks = slice(segment.first_block, segment.first_block + segment.blocks)
             shape = (segment.rows, segment.cols)
             param = _flat(whole.param, whole)[elements].view(shape)
-            momentum = self._copied_to(_flat(whole.momentum, whole)[elements], slot).view(shape)
+            if whole.momentum_bits == 4:
+                above, left = divmod(segment.start, whole.cols)
+                start, wide = above * bytes_per_row(whole.cols, 4) + left // 2, bytes_per_row(segment.cols, 4)
+                codes = whole.momentum.view(-1)[start : start + segment.rows * wide]
+                momentum = self._copied_to(codes, slot).view(segment.rows, wide)
+            else:
+                momentum = self._copied_to(_flat(whole.momentum, whole)[elements], slot).view(shape)
             residual = scales = None
             if whole.residual is not None:
                 residual = self._copied_to(_flat(whole.residual, whole)[elements], slot).view(shape)
@@ -401,8 +407,8 @@ class Pager:
         block_sizes = [hypers[entry.hyper].block_size for entry in table.entries]
         block_bytes = []
         for entry, block_size in zip(table.entries, block_sizes, strict=True):
-            each = entry.momentum.element_size() + (entry.residual is not None)
-            block_bytes.append(block_size * each + 4 * (entry.scales is not None))
+            bits = entry.momentum_bits + 8 * (entry.residual is not None)
+            block_bytes.append(block_size * bits // 8 + 4 * (entry.scales is not None))
         tensors = [t for e in table.entries for t in (e.momentum, e.scales, e.residual) if t is not None]
         memory = frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
         loads = []

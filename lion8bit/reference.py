@@ -6,8 +6,6 @@ order of operations written here defines the result.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,26 +15,20 @@ from torch import Tensor
 
 from lion8bit.layout import (
     CAUTIOUS,
+    CODES,
     COUPLED_DECAY,
     MAXIMIZE,
     MIN_SCALE,
-    MOMENTUM_LIMIT,
     UNSCALE,
     WEIGHT_ROUNDING,
     Hyper,
     blocks_per_row,
-    check_block_size,
-    in_memory_order,
-    memory_order,
-    rows_and_cols,
-    scales_shape,
 )
 
-RANGE_SQUARED = 126.5 * 126.5  # A * A; |A + dither| rounds to at most 127
+RANGE_SQUARED = {4: 7.0 * 7.0, 8: 126.5 * 126.5}  # A * A by bits; |A + dither| rounds to at most 7 and 127
 DITHER_MASK = 0xFF  # the scale's bits that hold the dither
-RECIPROCAL_RANGE = float(np.float32(1 / RANGE_SQUARED))
+RECIPROCAL_RANGE = {bits: float(np.float32(1 / squared)) for bits, squared in RANGE_SQUARED.items()}
 OVERFLOW = 2.0**120  # gradients of this magnitude and above are treated as infinite
-_CHUNK = 1 << 20  # elements that are checked at a time
 
 _STOCHASTIC = WEIGHT_ROUNDING["stochastic"]
 _MASK32 = 0xFFFFFFFF
@@ -98,42 +90,73 @@ def decayed_scale(scales: Tensor, beta: float) -> Tensor:
     return ((wanted & ~DITHER_MASK) | byte).view(torch.float32)
 
 
-def encode(momentum: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def encode(momentum: Tensor, block_size: int, bits: int = 8) -> tuple[Tensor, Tensor]:
     """Quantizes rows: ``s = max|m|`` and ``code = rint(copysign(sqrt(|m| * A*A/s), m) + u)``.
 
     Args:
         momentum: [rows, cols] fp32.
         block_size: 64, 128 or 256.
+        bits: of a code, 8 (A = 126.5) or 4 (A = 7).
 
     Returns:
-        codes [rows, cols] int8 and scales [rows, blocks_per_row] fp32.
+        codes [rows, cols] int8, or `packed` ones; and scales [rows, blocks_per_row] fp32.
     """
     blocks = to_blocks(momentum, block_size)
     magnitudes = blocks.abs()
     scales = largest(magnitudes)
     scales = torch.where(scales < MIN_SCALE, torch.zeros_like(scales), scales)
     # By a tensor: torch divides a number by multiplying with a reciprocal, which rounds twice.
-    gain = torch.where(scales == 0, torch.zeros_like(scales), torch.full_like(scales, RANGE_SQUARED) / scales)
+    squared = torch.full_like(scales, RANGE_SQUARED[bits])
+    gain = torch.where(scales == 0, torch.zeros_like(scales), squared / scales)
     scaled = magnitudes * gain[..., None]
     level = torch.copysign(square_root(scaled), blocks) + dither(scales)[..., None]
-    return from_blocks(level.round().to(torch.int8), momentum.shape[1]), scales
+    codes = from_blocks(level.round().to(torch.int8), momentum.shape[1])
+    return codes if bits == 8 else packed(codes), scales
 
 
-def decode(codes: Tensor, scales: Tensor, block_size: int) -> Tensor:
-    """The momentum that codes and scales stand for: ``t = code - u; m = t*|t| * (s * 1/(A*A))``; 0 for the code 0.
+def decode(codes: Tensor, scales: Tensor, block_size: int, cols: int | None = None) -> Tensor:
+    """The momentum that codes and scales stand for::
+
+        8 bits:  t = code - u;  m = t*|t| * (s * 1/(A*A)), and 0 for the code 0
+        4 bits:  m = code*|code - 2*u| * (s * 1/(A*A))
+
+    Over the dither, the mean of the second is the momentum that was encoded, exactly; that of the first is s/(12*A*A)
+    larger in magnitude, which 4 bits could not afford.
 
     Args:
-        codes: [rows, cols] int8.
+        codes: [rows, cols] int8, or `packed` ones.
         scales: [rows, blocks_per_row] fp32.
         block_size: the one that `encode` was given.
+        cols: of packed codes, which do not say whether it is odd.
 
     Returns:
         [rows, cols] fp32.
     """
+    cols = codes.shape[1] if cols is None else cols
+    u = dither(scales)[..., None]
+    if codes.dtype == CODES[4]:
+        blocks = to_blocks(unpacked(codes, cols), block_size).float()
+        return from_blocks(blocks * (blocks - 2 * u).abs() * (scales * RECIPROCAL_RANGE[4])[..., None], cols)
     blocks = to_blocks(codes, block_size)
-    t = blocks.float() - dither(scales)[..., None]
-    value = t * t.abs() * (scales * RECIPROCAL_RANGE)[..., None]
-    return from_blocks(torch.where(blocks == 0, torch.zeros_like(value), value), codes.shape[1])
+    t = blocks.float() - u
+    value = t * t.abs() * (scales * RECIPROCAL_RANGE[8])[..., None]
+    return from_blocks(torch.where(blocks == 0, torch.zeros_like(value), value), cols)
+
+
+def packed(codes: Tensor) -> Tensor:
+    """Codes in [-7, 7], two in a byte: [rows, cols] int8 -> [rows, ceil(cols/2)] uint8.
+
+    The first of two is in the low half, in two's complement. The last byte of an odd row has 0 in the high half.
+    """
+    pairs = F.pad(codes, (0, codes.shape[1] % 2)).view(codes.shape[0], (codes.shape[1] + 1) // 2, 2)
+    both: Tensor = pairs[..., 0] & 0xF | pairs[..., 1] << 4
+    return both.view(torch.uint8)
+
+
+def unpacked(codes: Tensor, cols: int) -> Tensor:
+    """Inverse of `packed`: [rows, ceil(cols/2)] uint8 -> [rows, cols] int8."""
+    pairs = codes.view(torch.int8)
+    return torch.stack((pairs << 4 >> 4, pairs >> 4), -1).flatten(1)[:, :cols]
 
 
 # ---- 16-bit weights ------------------------------------------------------------------------------------------------
@@ -258,7 +281,7 @@ def lion_step(
     Args:
         param: [rows, cols] fp32, bf16 or fp16.
         grad: [rows, cols] fp32, bf16 or fp16.
-        momentum: [rows, cols] int8 codes, or fp32 where ``scales`` is None.
+        momentum: [rows, cols] int8 codes, `packed` ones, or fp32 where ``scales`` is None.
         scales: [rows, blocks_per_row] fp32 or None.
         hyper: the group's constants.
         residual: [rows, cols] int8, what compensated weights hold below a bf16 ``param``.
@@ -270,7 +293,8 @@ def lion_step(
         order their new values, which `torch.Tensor.copy_` is to write.
     """
     p, g = param.float() if residual is None else from_compensated(param, residual), grad.float()
-    m = momentum if scales is None else decode(momentum, scales, hyper.block_size)
+    cols = param.shape[1]
+    m = momentum if scales is None else decode(momentum, scales, hyper.block_size, cols)
     if hyper.flags & UNSCALE:
         g = g * hyper.unscale
     if hyper.flags & MAXIMIZE:
@@ -298,141 +322,19 @@ def lion_step(
     elif param.dtype != torch.float32:
         random = None
         if hyper.weight_rounding == _STOCHASTIC:
-            rows, cols = param.shape
             stride = cols if row_stride is None else row_stride
-            random = random_bits(
-                (rows, cols), seed=seed, step=step, first=first, row_stride=stride, device=param.device
-            )
+            shape = (param.shape[0], cols)
+            random = random_bits(shape, seed=seed, step=step, first=first, row_stride=stride, device=param.device)
         values = [(to_bfloat16 if param.dtype == torch.bfloat16 else to_float16)(moved, random)]
     if scales is None:
         targets, values = [*targets, momentum], [*values, averaged]
     else:
-        new_codes, new_scales = encode(averaged, hyper.block_size)
+        bits = 8 if momentum.dtype == CODES[8] else 4
+        new_codes, new_scales = encode(averaged, hyper.block_size, bits)
         decayed = decayed_scale(scales, hyper.beta)
         idle = (steepest == 0) & (decayed >= MIN_SCALE)
         if bool(idle.any()):
-            spread = idle.repeat_interleave(hyper.block_size, dim=1)[:, : momentum.shape[1]]
+            spread = idle.repeat_interleave(hyper.block_size * bits // 8, dim=1)[:, : momentum.shape[1]]
             new_codes = torch.where(spread, momentum, new_codes)
         targets, values = [*targets, momentum, scales], [*values, new_codes, torch.where(idle, decayed, new_scales)]
     return skipped, targets, values
-
-
-# ---- Public faces of the format -------------------------------------------------------------------------------------
-
-
-def quantize(momentum: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
-    """Quantizes a tensor to int8 codes with one fp32 scale per block::
-
-        s    = max |m| over the block                 (0 if below 2^-100)
-        u    = (low byte of s + 1/2)/256 - 1/2
-        code = rint(sign(m) * sqrt(|m| * A*A/s) + u)  A = 126.5
-
-    Blocks run along the memory order of each row, ``momentum[i]``, and do not cross it. A vector is one row. Where rows
-    are shorter than a block, all of them are one row.
-
-    Args:
-        momentum: any dense shape, floating point; computed in fp32.
-        block_size: 64, 128 or 256 elements.
-
-    Returns:
-        codes: int8, the shape and strides of ``momentum``.
-        scales: fp32, [rows, blocks_per_row], or [blocks] where rows are shorter than a block.
-
-    Raises:
-        ValueError: ``momentum`` is not dense, or has values that are not finite or reach 2^127.
-        TypeError: ``momentum`` is not of a real floating-point dtype.
-    """
-    check_block_size(block_size)
-    if not momentum.is_floating_point():
-        raise TypeError(f"momentum must be of a floating-point dtype, got {momentum.dtype}")
-    check_momentum(momentum)
-    order = memory_order(momentum)
-    if order is None:
-        raise ValueError(
-            f"momentum must be dense, got shape {tuple(momentum.shape)} with strides {momentum.stride()}; "
-            "pass momentum.contiguous()"
-        )
-    codes = torch.empty_like(momentum, dtype=torch.int8)
-    shape = [momentum.shape[dim] for dim in order]
-    rows = in_memory_order(momentum.float(), order).view(rows_and_cols(shape, block_size))
-    row_codes, scales = encode(rows, block_size)
-    in_memory_order(codes, order).copy_(row_codes.flatten())
-    return codes, scales.view(scales_shape(shape, block_size))
-
-
-def dequantize(codes: Tensor, scales: Tensor, block_size: int = 128) -> Tensor:
-    """Inverse of `quantize`, up to its rounding::
-
-        t = code - u
-        m = t*|t| * s/(A*A)          0 for the code 0
-
-    Args:
-        codes: int8, dense.
-        scales: fp32, of the shape that `quantize` gives. Two dimensions mean that blocks do not cross rows, even where
-            these are shorter than a block, as in state of format version 2.
-        block_size: the one that the codes were made with.
-
-    Returns:
-        fp32, the shape and strides of ``codes``.
-
-    Raises:
-        ValueError: the shapes of ``codes`` and ``scales`` do not belong together at this block size.
-        TypeError: ``codes`` is not int8 or ``scales`` not fp32.
-    """
-    check_block_size(block_size)
-    if codes.dtype != torch.int8 or scales.dtype != torch.float32:
-        raise TypeError(f"codes must be int8 and scales float32, got {codes.dtype} and {scales.dtype}")
-    order = memory_order(codes)
-    if order is None:
-        raise ValueError(f"codes must be dense, got shape {tuple(codes.shape)} with strides {codes.stride()}")
-    shape = [codes.shape[dim] for dim in order]
-    (rows, cols), expected = rows_and_cols(shape, block_size), scales_shape(shape, block_size)
-    if scales.dim() == 2 and len(expected) == 1:
-        rows, cols = shape[0], math.prod(shape[1:])
-        expected = (rows, blocks_per_row(cols, block_size))
-    if tuple(scales.shape) != expected:
-        raise ValueError(
-            f"scales must be {expected} for codes {tuple(codes.shape)} at block_size {block_size}, "
-            f"got {tuple(scales.shape)}"
-        )
-    momentum = torch.empty_like(codes, dtype=torch.float32)
-    row_codes = in_memory_order(codes, order).view(rows, cols)
-    decoded = decode(row_codes, scales.view(rows, blocks_per_row(cols, block_size)), block_size)
-    in_memory_order(momentum, order).copy_(decoded.flatten())
-    return momentum
-
-
-# ---- Legal values of the format --------------------------------------------------------------------------------------
-
-
-def check_momentum(momentum: Tensor) -> None:
-    """Raises ValueError unless all of a tensor is finite and in the range of the format."""
-    bad = _first_not(lambda piece: piece.abs() < MOMENTUM_LIMIT, momentum)
-    if bad is not None:
-        raise ValueError(f"momentum must be finite and below 2^127 in magnitude, got {bad}")
-
-
-def check_scales(scales: Tensor) -> None:
-    """Raises ValueError unless all scales are such as the format has: 0, or in [2^-100, 2^127), with any dither."""
-    bad = _first_not(lambda piece: (piece == 0) | (piece >= MIN_SCALE) & (piece < MOMENTUM_LIMIT), scales)
-    if bad is not None:
-        raise ValueError(f"scales must be 0 or in [2^-100, 2^127), got {bad}")
-
-
-def check_codes(codes: Tensor) -> None:
-    """Raises ValueError where codes are none of the format, which has those from -127 to 127."""
-    bad = _first_not(lambda piece: piece >= -127, codes)
-    if bad is not None:
-        raise ValueError(f"codes must be in [-127, 127], got {bad:.0f}")
-
-
-def _first_not(legal: Callable[[Tensor], Tensor], tensor: Tensor) -> float | None:
-    """The first element that is not legal, or None."""
-    order = memory_order(tensor)
-    flat = (tensor if order is None or tensor.dim() < 2 else tensor.permute(*order)).detach().reshape(-1)
-    for start in range(0, flat.numel(), _CHUNK):
-        piece = flat[start : start + _CHUNK].float()
-        passed = legal(piece)
-        if not bool(passed.all()):
-            return float(piece[~passed][0])
-    return None

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from lion8bit.layout import (
+    CODES,
     DTYPES,
     FORMAT_VERSION,
     LOADED_VERSIONS,
     is_narrow,
     mark_order,
     memory_order,
+    packed_shape,
     rows_and_cols,
     scales_shape,
     unmark_order,
 )
-from lion8bit.reference import check_codes, check_momentum, check_scales, dequantize, quantize
+from lion8bit.quantization import check_codes, check_momentum, check_scales, dequantize, quantize
 from lion8bit.sharding import as_part_of, is_dtensor, is_flattened, keeps_blocks_whole, local, local_state
 
 STATE_TENSORS = ("codes", "scales", "momentum", "residual")
@@ -74,30 +76,43 @@ def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     # All ranks must choose alike, so the choice depends on the whole parameter. Rows of a DTensor run along shape[0].
     shard, block_size, place = local(param), group["block_size"], _place(param, group)
     like = {"memory_format": torch.contiguous_format, **place} if is_dtensor(param) else place
-    if _keeps_fp32(param, group):
+    bits = _wanted_bits(param, group)
+    if bits == 32:
         momentum = torch.zeros_like(shard, dtype=torch.float32, requires_grad=False, **like)
         return with_residual({"step": 0, "momentum": as_part_of(param, momentum, param.shape)}, param, group)
-    codes = torch.zeros_like(shard, dtype=torch.int8, requires_grad=False, **like)
-    order = memory_order(codes)
-    assert order is not None  # zeros_like makes dense tensors
-    shape = scales_shape([shard.shape[dim] for dim in order], block_size)
-    scales = mark_order(torch.zeros(shape, dtype=torch.float32, **place), order)
-    state = {
-        "step": 0,
-        "codes": as_part_of(param, codes, param.shape),
-        "scales": as_part_of(param, scales, scales_shape(param.shape, block_size)),
-    }
-    return with_residual(state, param, group)
+    if bits == 4:
+        codes = torch.zeros(packed_shape(shard.shape, block_size), dtype=CODES[4], **place)
+        scales = torch.zeros(scales_shape(shard.shape, block_size), dtype=torch.float32, **place)
+    else:
+        codes = torch.zeros_like(shard, dtype=CODES[8], requires_grad=False, **like)
+        order = memory_order(codes)
+        assert order is not None  # zeros_like makes dense tensors
+        shape = scales_shape([shard.shape[dim] for dim in order], block_size)
+        scales = mark_order(torch.zeros(shape, dtype=torch.float32, **place), order)
+    return with_residual({"step": 0, **_placed(codes, scales, param, block_size)}, param, group)
+
+
+def _placed(codes: Tensor, scales: Tensor, param: Tensor, block_size: int) -> dict[str, Any]:
+    """Codes and scales of the local part of a parameter as its state, placed as it is."""
+    placed_scales = as_part_of(param, scales, scales_shape(param.shape, block_size))
+    if codes.dtype == CODES[8]:
+        return {"codes": as_part_of(param, codes, param.shape), "scales": placed_scales}
+    whole_codes = as_part_of(param, codes, packed_shape(param.shape, block_size))
+    return {"codes": whole_codes, "scales": placed_scales, "shape": tuple(param.shape)}
 
 
 def as_group_asks(state: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
     """The state with the tensors that the group's present options ask for: bits, residual, memory."""
     state = with_residual(state, param, group)
     block_size = group["block_size"]
-    if "codes" in state and _asks_fp32(param, group):
-        state = {"momentum": momentum_of(state, block_size), **_without_momentum(state)}
-    elif "momentum" in state and not _keeps_fp32(param, group):
-        state = {**quantized(state["momentum"], block_size), **_without_momentum(state)}
+    bits = momentum_bits(state)
+    if bits != 32 and bits != _asked_bits(param, group):
+        state, bits = {"momentum": momentum_of(state, param, block_size), **_without_momentum(state)}, 32
+    wanted = _wanted_bits(param, group)
+    if bits == 32 and wanted != 32:
+        state = {**quantized(state["momentum"], block_size, wanted), **_without_momentum(state)}
+        if wanted == 4 and "residual" in state:
+            state["residual"] = state["residual"].contiguous()
     paged = is_paged(param, group)
     tensors = {name: state[name] for name in STATE_TENSORS if isinstance(state.get(name), Tensor)}
     tensors = {name: tensor for name, tensor in tensors.items() if paged or tensor.device.type == "cpu"}
@@ -106,15 +121,22 @@ def as_group_asks(state: Mapping[str, Any], param: Tensor, group: Mapping[str, A
 
 
 def _without_momentum(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if name not in ("codes", "scales", "momentum")}
+    return {name: value for name, value in state.items() if name not in ("codes", "scales", "shape", "momentum")}
 
 
-def _asks_fp32(param: Tensor, group: Mapping[str, Any]) -> bool:
-    return bool(group["optim_bits"] == 32 or param.numel() < group["min_8bit_size"])
+def momentum_bits(state: Mapping[str, Any]) -> int:
+    """How many bits the momentum of a parameter's state has: 4, 8 or 32."""
+    if "codes" not in state:
+        return 32
+    return 4 if state["codes"].dtype == CODES[4] else 8
 
 
-def _keeps_fp32(param: Tensor, group: Mapping[str, Any]) -> bool:
-    return _asks_fp32(param, group) or not keeps_blocks_whole(param, group["block_size"])
+def _asked_bits(param: Tensor, group: Mapping[str, Any]) -> int:
+    return 32 if param.numel() < group["min_8bit_size"] else int(group["optim_bits"])
+
+
+def _wanted_bits(param: Tensor, group: Mapping[str, Any]) -> int:
+    return _asked_bits(param, group) if keeps_blocks_whole(param, group["block_size"]) else 32
 
 
 def is_compensated(param: Tensor, group: Mapping[str, Any]) -> bool:
@@ -134,16 +156,23 @@ def with_residual(state: Mapping[str, Any], param: Tensor, group: Mapping[str, A
     if compensated == ("residual" in state):
         return state if type(state) is dict else dict(state)
     if compensated:
-        like = state["codes"] if "codes" in state else state["momentum"]  # and the momentum's order in memory
-        return {**state, "residual": torch.zeros_like(like, dtype=torch.int8)}
+        return {**state, "residual": _zero_residual(state, param)}
     return {name: value for name, value in state.items() if name != "residual"}
 
 
-def momentum_of(state: Mapping[str, Any], block_size: int) -> Tensor:
-    """The fp32 momentum that codes and scales stand for, placed as the codes."""
-    codes = state["codes"]
-    decoded = dequantize(local(codes), unmark_order(local(state["scales"])), block_size)
-    return as_part_of(codes, decoded, codes.shape)
+def _zero_residual(state: Mapping[str, Any], param: Tensor) -> Tensor:
+    """With the order in memory, the device and the placement of the momentum."""
+    if momentum_bits(state) != 4:
+        return torch.zeros_like(state["codes"] if "codes" in state else state["momentum"], dtype=torch.int8)
+    codes = local(state["codes"])
+    residual = torch.zeros(local(param).shape, dtype=torch.int8, device=codes.device, pin_memory=codes.is_pinned())
+    return as_part_of(param, residual, param.shape)
+
+
+def momentum_of(state: Mapping[str, Any], param: Tensor, block_size: int) -> Tensor:
+    """The fp32 momentum that codes and scales stand for, placed as the parameter and on the device of the codes."""
+    codes, scales = local(state["codes"]), unmark_order(local(state["scales"]))
+    return as_part_of(param, dequantize(codes, scales, block_size, local(param).shape), param.shape)
 
 
 def fp32_momentum(state: Mapping[str, Any], param: Tensor, block_size: int) -> Tensor:
@@ -151,26 +180,25 @@ def fp32_momentum(state: Mapping[str, Any], param: Tensor, block_size: int) -> T
     if "codes" not in state:
         momentum: Tensor = state["momentum"]
         return momentum.to(param.device, copy=True)
-    codes, scales = (local(state[name]).to(local(param).device) for name in ("codes", "scales"))
-    return as_part_of(param, dequantize(codes, unmark_order(scales), block_size), param.shape)
+    here = {name: local(state[name]).to(local(param).device) for name in ("codes", "scales")}
+    return momentum_of(here, param, block_size)
 
 
-def quantized(momentum: Tensor, block_size: int) -> dict[str, Tensor]:
-    """The codes and scales of an fp32 momentum, in its memory order and placed as it is."""
-    codes, scales = quantize(local(momentum), block_size)
-    order = memory_order(codes)
-    assert order is not None  # `quantize` accepts no others
-    return {
-        "codes": as_part_of(momentum, codes, momentum.shape),
-        "scales": as_part_of(momentum, mark_order(scales, order), scales_shape(momentum.shape, block_size)),
-    }
+def quantized(momentum: Tensor, block_size: int, bits: int = 8) -> dict[str, Any]:
+    """The codes and scales of an fp32 momentum, placed as it is; those of 8 bits in its memory order."""
+    codes, scales = quantize(local(momentum), block_size, bits)
+    if bits == 8:
+        order = memory_order(codes)
+        assert order is not None  # `quantize` accepts no others
+        scales = mark_order(scales, order)
+    return _placed(codes, scales, momentum, block_size)
 
 
 def check_param(param: Tensor, group: Mapping[str, Any]) -> None:
     """Raises TypeError or ValueError if a parameter cannot be in a group with these options."""
-    if is_flattened(param) and group["optim_bits"] == 8:
+    if is_flattened(param) and group["optim_bits"] != 32:
         raise TypeError(
-            "parameters must not be flattened to have 8-bit state, got those of FullyShardedDataParallel "
+            "parameters must not be flattened to have quantized state, got those of FullyShardedDataParallel "
             "(FSDP1), which cannot save it; use FSDP2's fully_shard, or optim_bits=32"
         )
     if not param.requires_grad:  # of any dtype, as in QLoRA; `step` checks what has a gradient
@@ -188,7 +216,8 @@ def check_state(state: Mapping[str, Any], param: Tensor, block_size: int) -> tup
     """Checks that a parameter's state is complete and has the dtypes and shapes of the format.
 
     Returns:
-        The memory order of the momentum in this process, and its [rows, cols] as `rows_and_cols` defines them.
+        The memory order of the momentum in this process, for 4 bits row-major, and its [rows, cols] as `rows_and_cols`
+        defines them.
 
     Raises:
         ValueError: it does not; the message says what differs.
@@ -197,8 +226,14 @@ def check_state(state: Mapping[str, Any], param: Tensor, block_size: int) -> tup
     known = names - {"residual"} in ({"codes", "scales"}, {"momentum"}) and "step" in state
     if not known or not all(isinstance(state[name], Tensor) for name in names):
         raise ValueError(f"state must hold step with codes and scales, or with momentum; got {sorted(map(str, state))}")
+    shape = tuple(param.shape)
     tensors, param = local_state(state, STATE_TENSORS, param, block_size), local(param)
-    name, dtype = ("codes", torch.int8) if "codes" in state else ("momentum", torch.float32)
+    if momentum_bits(state) == 4:
+        _check_4_bits(tensors, param, block_size)
+        if not isinstance(state.get("shape"), (tuple, list)) or tuple(state["shape"]) != shape:
+            raise ValueError(f"shape must be the parameter's, {shape}, got {state.get('shape')}")
+        return (*range(param.dim()),), rows_and_cols(param.shape, block_size)
+    name, dtype = ("codes", CODES[8]) if "codes" in state else ("momentum", torch.float32)
     momentum = tensors[name]
     order = memory_order(momentum)
     if momentum.dtype != dtype or momentum.shape != param.shape or order is None:
@@ -210,6 +245,18 @@ def check_state(state: Mapping[str, Any], param: Tensor, block_size: int) -> tup
     if "scales" in tensors:
         _check_scales_shape(tensors["scales"], order, scales_shape(ordered_shape, block_size), block_size)
     return order, rows_and_cols(ordered_shape, block_size)
+
+
+def _check_4_bits(tensors: Mapping[str, Tensor], param: Tensor, block_size: int) -> None:
+    codes, wanted = tensors["codes"], packed_shape(param.shape, block_size)
+    if tuple(codes.shape) != wanted or not codes.is_contiguous():
+        raise ValueError(
+            f"codes must be contiguous {CODES[4]} {wanted} at block_size {block_size}, got {tuple(codes.shape)}"
+        )
+    order = (*range(param.dim()),)
+    if "residual" in tensors:
+        _check_residual(tensors["residual"], param, "a contiguous tensor", order)
+    _check_scales_shape(tensors["scales"], order, scales_shape(param.shape, block_size), block_size)
 
 
 def _check_residual(residual: Tensor, param: Tensor, name: str, order: tuple[int, ...]) -> None:
@@ -259,7 +306,8 @@ def checked_state(state: Mapping[str, Any], param: Tensor, saved_group: Mapping[
     if "momentum" in checked:
         check_momentum(local(checked["momentum"]))
     else:
-        check_codes(local(checked["codes"]))
+        shape = local(param).shape
+        check_codes(local(checked["codes"]), rows_and_cols(shape, saved_group["block_size"])[1])
         check_scales(local(checked["scales"]))
         checked["scales"] = mark_order(checked["scales"].contiguous(), order)
     return checked
@@ -280,7 +328,7 @@ def _in_present_format(state: dict[str, Any], block_size: int) -> dict[str, Any]
     if not narrow or unmark_order(scales).dim() != 2:
         return state
     check_scales(scales)
-    momentum, others = momentum_of(state, block_size), _without_momentum(state)
+    momentum, others = momentum_of(state, state["codes"], block_size), _without_momentum(state)
     if keeps_blocks_whole(momentum, block_size):
         return {**others, **quantized(momentum, block_size)}
     return {**others, "momentum": momentum}

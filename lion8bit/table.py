@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lion8bit.device_scalars import UpdateCounts
-from lion8bit.layout import DTYPES, Hyper, TensorRow, memory_order, unmark_order
+from lion8bit.layout import CODES, DTYPES, Hyper, TensorRow, memory_order, unmark_order
 from lion8bit.sharding import is_dtensor, local, local_state, place_in_whole
 from lion8bit.state import STATE_TENSORS, check_state, step_count
 
@@ -24,14 +24,15 @@ _STEP = itemgetter("step")
 class Entry:
     """One parameter of a step, the part of it that is in this process.
 
-    Its tensors except ``scales`` are dense with the memory order of ``momentum``, on the same device unless ``paged``.
+    Its tensors are dense with the same memory order of dimensions, except for scales and 4-bit codes, which are
+    [rows, ...] and contiguous. They are on the same device unless ``paged``.
     """
 
     param: Tensor  # fp32, bf16 or fp16; outside of a step the optimizer's own, also where `is_copied`
-    momentum: Tensor  # int8 codes, or fp32 where scales is None
+    momentum: Tensor  # int8 codes, uint8 codes with two in a byte, or fp32 where scales is None
     scales: Tensor | None  # fp32, one for each block of [rows, cols]
     residual: Tensor | None  # int8, below a compensated bf16 parameter
-    order: tuple[int, ...]  # memory order of the dimensions
+    order: tuple[int, ...]  # memory order of the dimensions; row-major with 4-bit codes
     rows: int
     cols: int
     first: int  # index of the first element within the whole parameter, of which this may be a shard
@@ -43,6 +44,12 @@ class Entry:
     source: Tensor  # the optimizer's own parameter
     is_copied: bool  # the parameter's memory has gaps or another order: each step works on a copy
     paged: bool  # the state is in host memory, and the parameter is not
+
+    @property
+    def momentum_bits(self) -> int:
+        if self.scales is None:
+            return 32
+        return 4 if self.momentum.dtype == CODES[4] else 8
 
 
 def make_entry(
@@ -148,7 +155,9 @@ def _is_in_order(tensor: Tensor, order: tuple[int, ...]) -> bool:
 
 
 def _copy_in_order(tensor: Tensor, entry: Entry) -> Tensor:
-    return torch.empty_like(entry.momentum, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    sizes = [tensor.shape[dim] for dim in entry.order]
+    places = sorted(range(len(sizes)), key=entry.order.__getitem__)
+    return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device).permute(places).copy_(tensor)
 
 
 def turns(entries: Sequence[Entry]) -> list[int]:
@@ -235,6 +244,7 @@ class DeviceTable:
             row.first, row.row_stride = entry.first & 0xFFFFFFFF, entry.row_stride & 0xFFFFFFFF
             row.seed, row.hyper = entry.seed, entry.hyper
             row.param_dtype, row.grad_dtype = DTYPES[entry.param.dtype], DTYPES[grad.dtype]
+            row.momentum_bits = entry.momentum_bits
         self.columns = np.frombuffer(memoryview(self.rows).cast("B"), dtype=np.dtype(TensorRow))
         self._tensors = self._held(self._params)
         self._memory = _memory_of(self._tensors)

@@ -37,7 +37,8 @@ SHAPES = (
     (7, 1000),
 )
 
-HALF_STEP = 0.5 / 126.5  # of codes, see docs/numerics.md
+HALF_STEP = {4: 0.5 / 7.0, 8: 0.5 / 126.5}  # of codes by their bits, see docs/numerics.md
+MOMENTUM_BITS = (4, 8, 32)
 ROUNDING = 16 * 2.0**-24
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -102,11 +103,12 @@ def scale_of_each(scales: torch.Tensor, shape: torch.Size, block_size: int) -> t
     return by_row.repeat_interleave(block_size, 1)[:, :cols].reshape(shape)
 
 
-def error_bound(momentum: torch.Tensor, scales: torch.Tensor, block_size: int) -> torch.Tensor:
+def error_bound(momentum: torch.Tensor, scales: torch.Tensor, block_size: int, bits: int = 8) -> torch.Tensor:
     """Per element, in double: [rows, cols]."""
     wide = scale_of_each(scales, momentum.shape, block_size).double()
     root = torch.where(wide > 0, momentum.double().abs() / wide, torch.zeros_like(wide)).sqrt()
-    return wide * (2 * root * HALF_STEP + HALF_STEP**2 + ROUNDING) + reference.MIN_SCALE * (wide == 0)
+    half = HALF_STEP[bits]
+    return wide * (2 * root * half + half**2 + ROUNDING) + reference.MIN_SCALE * (wide == 0)
 
 
 def make_gradient(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator, bad: bool) -> torch.Tensor:
@@ -135,7 +137,7 @@ class RowsState:
         shape: tuple[int, int],
         dtype: torch.dtype,
         block_size: int,
-        quantized: bool,
+        bits: int,
         seed: int,
         rounding: str = "",
     ) -> None:
@@ -146,8 +148,9 @@ class RowsState:
             self.residual = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
             self.param[self.residual % 16 == 0] = 0.0  # where it must not be read
         self.scales: torch.Tensor | None = None
-        if quantized:
-            codes, self.scales = reference.encode(torch.zeros(shape), block_size)
+        self.bits = bits
+        if bits < 32:
+            codes, self.scales = reference.encode(torch.zeros(shape), block_size, bits)
             self.momentum = codes.contiguous()
         else:
             self.momentum = torch.zeros(shape)
@@ -181,6 +184,7 @@ class RowsState:
             step=step,
             param_dtype=DTYPES[self.param.dtype],
             grad_dtype=DTYPES[grad.dtype],
+            momentum_bits=self.bits,
             hyper=hyper,
         )
 

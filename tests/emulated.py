@@ -153,12 +153,10 @@ class Pair:
 
     def __init__(
         self, shape: tuple[int, int], param_dtype: torch.dtype, grad_dtype: torch.dtype, block_size: int, *,
-        quantized: bool = True, hyper: int = 0, seed: int = 0, shifts: tuple[int, int, int] = (0, 0, 0),
+        bits: int = 8, hyper: int = 0, seed: int = 0, shifts: tuple[int, int, int] = (0, 0, 0),
         device: str = "cpu", bad: bool = True, rounding: str = "",
     ) -> None:  # fmt: skip
-        self.expected, self.actual = (
-            RowsState(shape, param_dtype, block_size, quantized, seed, rounding) for _ in range(2)
-        )
+        self.expected, self.actual = (RowsState(shape, param_dtype, block_size, bits, seed, rounding) for _ in range(2))
         self.actual.param = shifted(self.actual.param.to(device), shifts[0])
         self.actual.momentum = shifted(self.actual.momentum.to(device), shifts[1])
         if self.actual.scales is not None:
@@ -211,12 +209,12 @@ LONG_SHAPES = (*SHAPES, (1, 2048), (1, 6007), (5, 2 * 256 + 24), (300, 12), (33,
 def many_pairs(
     param_dtype: torch.dtype, grad_dtype: torch.dtype, block_size: int, rounding: str = "", device: str = "cpu"
 ) -> list[Pair]:
-    """Every shape, quantized and not, with pointers aligned in every way, for two hypers."""
+    """Every shape with momentum of 8, 4 and 32 bits, with pointers aligned in every way, for two hypers."""
     shifts = itertools.cycle(SHIFTS)
     return [
-        Pair(shape, param_dtype, grad_dtype, block_size, quantized=quantized, hyper=i % 2, seed=17 * i,
+        Pair(shape, param_dtype, grad_dtype, block_size, bits=bits, hyper=i % 2, seed=17 * i,
              shifts=next(shifts), rounding=rounding, device=device)
-        for i, (shape, quantized) in enumerate(itertools.product(LONG_SHAPES, (True, True, False)))
+        for i, (shape, bits) in enumerate(itertools.product(LONG_SHAPES, (8, 4, 8, 4, 32)))
     ]  # fmt: skip
 
 

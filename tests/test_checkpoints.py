@@ -32,13 +32,14 @@ from peers import (
 from torch import nn
 
 from lion8bit import Lion, Lion8bit, convert_state_dict, export_state_dict, quantize
-from lion8bit.reference import _CHUNK, RANGE_SQUARED
+from lion8bit.quantization import _CHUNK
+from lion8bit.reference import RANGE_SQUARED
 
 
 def assert_within_bound(actual: torch.Tensor, momentum: torch.Tensor, block_size: int = 128) -> None:
     """docs/numerics.md, "Error bounds": s*(2*h*sqrt(m/s) + h^2) with h = 1/(2A), and fp32 rounding."""
     s = scale_of_each(quantize(momentum, block_size)[1], momentum.shape, block_size).double()
-    h = 0.5 / RANGE_SQUARED**0.5
+    h = 0.5 / RANGE_SQUARED[8] ** 0.5
     bound = s * (2 * h * (momentum.double().abs() / s).sqrt() + h * h + 16 * 2.0**-24)
     assert ((actual.double() - momentum.double()).abs() <= bound).all()
 

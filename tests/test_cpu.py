@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    MOMENTUM_BITS,
     OPTIONS,
     PARAM_DTYPES,
     SHAPES,
@@ -65,11 +66,11 @@ def native_update(rows: list[TensorRow], hypers: list[Hyper], kernel: str, threa
 
 
 def check(shape: tuple[int, int], param_dtype: torch.dtype, grad_dtype: torch.dtype, block_size: int, *,
-          option: str, rounding: str, quantized: bool, kernels: Sequence[str] = AVAILABLE, threads: int = 1,
+          option: str, rounding: str, bits: int, kernels: Sequence[str] = AVAILABLE, threads: int = 1,
           steps: int = 3, seed: int = 0, lr: float = 1e-3) -> None:  # fmt: skip
     """Steps by each kernel equal those of the reference."""
     hyper = hyper_for(option, block_size, rounding, lr)
-    states = [RowsState(shape, param_dtype, block_size, quantized, seed, rounding) for _ in range(1 + len(kernels))]
+    states = [RowsState(shape, param_dtype, block_size, bits, seed, rounding) for _ in range(1 + len(kernels))]
     generator, (expected, *ours) = torch.Generator().manual_seed(seed), states
     for step in range(1, steps + 1):
         grad = make_gradient(shape, grad_dtype, generator, bad=True)
@@ -80,15 +81,15 @@ def check(shape: tuple[int, int], param_dtype: torch.dtype, grad_dtype: torch.dt
                 assert_same(tensor, expected.tensors()[name], f"{name} after step {step}, {kernel}")
 
 
-@pytest.mark.parametrize("quantized", [True, False], ids=["int8", "fp32"])
+@pytest.mark.parametrize("bits", MOMENTUM_BITS)
 @pytest.mark.parametrize("param_dtype", PARAM_DTYPES, ids=str)
 @pytest.mark.parametrize("grad_dtype", PARAM_DTYPES, ids=str)
-def test_kernels_equal_reference(quantized: bool, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
-    cases = itertools.product(SHAPES, BLOCK_SIZES if quantized else [128], roundings(param_dtype))
+def test_kernels_equal_reference(bits: int, param_dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    cases = itertools.product(SHAPES, BLOCK_SIZES if bits < 32 else [128], roundings(param_dtype))
     options = itertools.cycle(OPTIONS)  # every option meets every shape over the parametrised runs
     for seed, (shape, block_size, rounding) in enumerate(cases):
         check(shape, param_dtype, grad_dtype, block_size, option=next(options), rounding=rounding,
-              quantized=quantized, seed=seed, steps=2)  # fmt: skip
+              bits=bits, seed=seed, steps=2)  # fmt: skip
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -98,8 +99,8 @@ def test_options_equal_reference(option: str) -> None:
         (torch.bfloat16, "stochastic"),
         (torch.bfloat16, "compensated"),
     ]:
-        check((5, 300), param_dtype, param_dtype, 128, option=option, rounding=rounding, quantized=True,
-              steps=6)  # fmt: skip
+        for bits in (4, 8):
+            check((5, 301), param_dtype, param_dtype, 128, option=option, rounding=rounding, bits=bits, steps=6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -111,7 +112,7 @@ def test_options_equal_reference(option: str) -> None:
     block_size=st.sampled_from(BLOCK_SIZES),
     option=st.sampled_from(list(OPTIONS)),
     rounding=st.sampled_from(list(WEIGHT_ROUNDING)),
-    quantized=st.booleans(),
+    bits=st.sampled_from(MOMENTUM_BITS),
     kernels=st.sampled_from(AVAILABLE).map(lambda kernel: [kernel]),
     threads=st.integers(1, 3),
     seed=st.integers(0, 2**31 - 1),
@@ -133,7 +134,7 @@ def test_blocks_at_the_border_of_the_ordinary(dtype: torch.dtype) -> None:
         (-99, -75, -57, -56, -55, 7, 8), (0.0, 1e-42, 1e-4, 1.0, 2.0**40), (0.5, 0.0, 2.0**-6, 0.9), (0.5, 0.99)
     ):
         hyper = make_hyper(lr=lr, betas=(beta1, beta2), weight_decay=0.5, weight_rounding="nearest")
-        expected, *ours = (RowsState((rows, 128), dtype, 128, True, 0) for _ in range(1 + len(AVAILABLE)))
+        expected, *ours = (RowsState((rows, 128), dtype, 128, 8, 0) for _ in range(1 + len(AVAILABLE)))
         momentum = torch.randn(rows, 128, generator=generator).clamp(-1, 1) * 2.0**power
         momentum[0, 5] = 0.0
         codes, scales = reference.encode(momentum, 128)
@@ -167,7 +168,7 @@ def test_many_tensors_over_threads() -> None:
     for seed, (shape, dtype) in enumerate(itertools.product([(1, 1), (0, 0), (300, 130), (1, 70000)], PARAM_DTYPES)):
         group = seed % 2
         for states in (expected, *ours.values()):
-            states.append(RowsState(shape, dtype, hypers[group].block_size, seed % 3 > 0, seed))
+            states.append(RowsState(shape, dtype, hypers[group].block_size, MOMENTUM_BITS[seed % 3], seed))
         grads.append(make_gradient(shape, dtype, generator, bad=True))
         groups.append(group)
     for threads in (1, 2, 5):
@@ -189,20 +190,25 @@ def test_a_shard_is_the_part_of_the_whole(kernel: str) -> None:
     """Stepping rows [3:], or columns, from where they lie in the whole gives what stepping the whole gives there."""
     hyper, shape = hyper_for("decay", 64, "stochastic", lr=1e-4), (8, 200)
     grad = make_gradient(shape, torch.bfloat16, torch.Generator().manual_seed(1), bad=False)
-    parts = [(True, slice(3, 8), slice(0, 200)), (True, slice(0, 8), slice(64, 128)),
-             (False, slice(2, 8), slice(33, 142)), (False, slice(7, 8), slice(199, 200))]  # fmt: skip
-    for quantized, rows, cols in parts:
-        whole, shard = (RowsState(shape, torch.bfloat16, 64, quantized, 5) for _ in range(2))
+    parts = [(bits, slice(3, 8), slice(0, 200)) for bits in (4, 8)]
+    parts += [(bits, slice(0, 8), slice(64, 128)) for bits in (4, 8)]
+    parts += [(32, slice(2, 8), slice(33, 142)), (32, slice(7, 8), slice(199, 200))]
+    for bits, rows, cols in parts:
+        whole, shard = (RowsState(shape, torch.bfloat16, 64, bits, 5) for _ in range(2))
         whole.first, whole.row_stride = 0, shape[1]
         shard.first, shard.row_stride = rows.start * shape[1] + cols.start, shape[1]
-        shard.param, shard.momentum = (t[rows, cols].contiguous() for t in (shard.param, shard.momentum))
+        codes_cols = slice(cols.start // 2, cols.stop // 2) if bits == 4 else cols
+        shard.param, shard.momentum = (
+            shard.param[rows, cols].contiguous(),
+            shard.momentum[rows, codes_cols].contiguous(),
+        )
         if shard.scales is not None:
             shard.scales = shard.scales[rows, cols.start // 64 : -(-cols.stop // 64)].contiguous()
         part = grad[rows, cols].contiguous()
         native_update([whole.descriptor(grad, 1)], [hyper], kernel, 1)
         native_update([shard.descriptor(part, 1)], [hyper], kernel, 1)
         assert_same(shard.param, whole.param[rows, cols].contiguous(), "param")
-        assert_same(shard.momentum, whole.momentum[rows, cols].contiguous(), "momentum")
+        assert_same(shard.momentum, whole.momentum[rows, codes_cols].contiguous(), "momentum")
 
 
 def test_environment_variable_selects_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +279,7 @@ def test_the_library_takes_the_openmp_that_torch_has_loaded(tmp_path: Path) -> N
 def test_padding_of_a_short_block_counts_as_zero(kernel: str, cols: int) -> None:
     """Gradients cancel the momentum: whatever stood in a vector's padding would be the largest element of the block."""
     hyper, shape = hyper_for("plain", 128), (50, cols)
-    ours, expected = (RowsState(shape, torch.float32, 128, True, 0) for _ in range(2))
+    ours, expected = (RowsState(shape, torch.float32, 128, 8, 0) for _ in range(2))
     grad = make_gradient(shape, torch.float32, torch.Generator().manual_seed(0), bad=False)
     for step in (1, 2):
         native_update([ours.descriptor(grad, step)], [hyper], kernel, 1)
@@ -289,8 +295,8 @@ def test_padding_of_a_short_block_counts_as_zero(kernel: str, cols: int) -> None
 @pytest.mark.parametrize(("dtype", "rounding"), MIXED, ids=str)
 def test_padding_of_a_short_block_is_not_counted(dtype: torch.dtype, rounding: str, cols: int) -> None:
     """Where factors are infinite or NaN, zeros times them are bad gradients; only those of elements are counted."""
-    for quantized, (name, hyper) in itertools.product((True, False), extreme_hypers(128, rounding)):
-        expected, *ours = (RowsState((7, cols), dtype, 128, quantized, 0, rounding) for _ in range(1 + len(AVAILABLE)))
+    for bits, (name, hyper) in itertools.product(MOMENTUM_BITS, extreme_hypers(128, rounding)):
+        expected, *ours = (RowsState((7, cols), dtype, 128, bits, 0, rounding) for _ in range(1 + len(AVAILABLE)))
         generator = torch.Generator().manual_seed(0)
         for step, constants in ((1, hyper_for("plain", 128, rounding)), (2, hyper)):
             grad = make_gradient((7, cols), dtype, generator, bad=False)
@@ -353,9 +359,9 @@ def test_kernels_do_not_depend_on_the_float_environment(environment: str) -> Non
     """Neither on the caller's nor on that of the team's threads, down to the smallest subnormal numbers."""
     shape, threads, generator = (100, 141), 3, torch.Generator().manual_seed(0)
     grads = torch.randn(2, *shape, generator=generator) * 10.0 ** -torch.randint(46, (shape[0], 1), generator=generator)
-    for (dtype, rounding), quantized, option in itertools.product(ROUNDINGS, (True, False), ("plain", "everything")):
+    for (dtype, rounding), bits, option in itertools.product(ROUNDINGS, MOMENTUM_BITS, ("plain", "everything")):
         hyper = hyper_for(option, 128, rounding)
-        expected, *ours = (RowsState(shape, dtype, 128, quantized, 0, rounding) for _ in range(1 + len(AVAILABLE)))
+        expected, *ours = (RowsState(shape, dtype, 128, bits, 0, rounding) for _ in range(1 + len(AVAILABLE)))
         first, second = (grad.to(dtype) for grad in grads)
         for state in (expected, *ours):
             state.param.copy_(first)
@@ -412,7 +418,7 @@ from lion8bit.backends import cpu, native_library
 from lion8bit.table import hyper_array
 library, shape = cpu.load_library(), (300, 141)
 for kernel in range(library.lion8bit_kernels()):
-    state, hyper = RowsState(shape, torch.float32, 128, True, 0), hyper_for("everything", 128)
+    state, hyper = RowsState(shape, torch.float32, 128, 8, 0), hyper_for("everything", 128)
     grad = make_gradient(shape, torch.float32, torch.Generator().manual_seed(0), bad=True)
     arguments = (ctypes.pointer(state.descriptor(grad, 1)), 1, hyper_array([hyper]), kernel, 2)
     native_library._locked(library).lion8bit_set_environment(0)  # every exception traps

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import (
+    MOMENTUM_BITS,
     OPTIONS,
     PARAM_DTYPES,
     assert_same,
@@ -86,8 +87,7 @@ def test_every_option_equals_reference(library: ctypes.CDLL, option: str) -> Non
         (torch.bfloat16, "compensated"),
     ]:
         pairs = [
-            Pair((3, 1000), param_dtype, torch.float32, 128, quantized=quantized, rounding=rounding)
-            for quantized in (True, False)
+            Pair((3, 1001), param_dtype, torch.float32, 128, bits=bits, rounding=rounding) for bits in MOMENTUM_BITS
         ]
         run_steps(pairs, [hyper_for(option, 128, rounding)], on(Emulated(library)), steps=6)
 
@@ -143,10 +143,10 @@ def test_padding_of_a_short_block_counts_as_zero(library: ctypes.CDLL, cols: int
 @pytest.mark.parametrize("cols", [5, 200])
 def test_padding_of_a_short_block_is_not_counted(library: ctypes.CDLL, cols: int) -> None:
     """Where factors are infinite or NaN, zeros times them are bad gradients; only those of elements are counted."""
-    for (dtype, rounding), quantized in itertools.product(
-        [(torch.float32, "nearest"), (torch.bfloat16, "compensated"), (torch.float16, "stochastic")], (True, False)
+    for (dtype, rounding), bits in itertools.product(
+        [(torch.float32, "nearest"), (torch.bfloat16, "compensated"), (torch.float16, "stochastic")], MOMENTUM_BITS
     ):
-        first = Pair((7, cols), dtype, dtype, 128, quantized=quantized, bad=False, rounding=rounding)
+        first = Pair((7, cols), dtype, dtype, 128, bits=bits, bad=False, rounding=rounding)
         run_steps([first], [hyper_for("plain", 128, rounding)], on(Emulated(library)), steps=1)
         for _, hyper in extreme_hypers(128, rounding):
             run_steps([copy.deepcopy(first)], [hyper], on(Emulated(library)), steps=1)
@@ -224,7 +224,7 @@ def test_one_call_takes_every_kind_of_tensor(library: ctypes.CDLL) -> None:
     for i, (param, grad) in enumerate(itertools.islice(dtypes, 60)):
         hyper = i % len(hypers)
         options = {"rounding": [*WEIGHT_ROUNDING][hypers[hyper].weight_rounding], "hyper": hyper, "seed": i}
-        pairs.append(Pair((2, 300), param, grad, hypers[hyper].block_size, quantized=i % 5 > 0, **options))
+        pairs.append(Pair((2, 300), param, grad, hypers[hyper].block_size, bits=(32, 8, 8, 4, 4)[i % 5], **options))
     run_steps(pairs, hypers, on(Emulated(library)))
 
 
@@ -301,6 +301,7 @@ def test_tensors_beyond_32_bits(library: ctypes.CDLL, cols: int) -> None:
     tensor = TensorRow(
         param=param.data_ptr(), grad=grad.data_ptr(), momentum=codes.data_ptr(), scales=scales.data_ptr(), rows=rows,
         cols=cols, first=2**31 + 9, row_stride=cols, seed=3, step=5, param_dtype=1, grad_dtype=1,
+        momentum_bits=8,
     )  # fmt: skip
     batch, hyper = Batch(torch.device("cpu"), (TensorRow * 1)(tensor)), hyper_for("decay", 128, "stochastic")
     grid = -(-blocks // 16)

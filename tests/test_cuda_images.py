@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import MOMENTUM_BITS
 from emulated import COMBINATIONS, needs_nvrtc
 
 from lion8bit.backends import cuda, nvrtc
@@ -24,9 +25,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @needs_nvrtc
 def test_nvrtc_compiles_every_dtype_and_rounding() -> None:
-    for (param, grad, rounding), quantized in itertools.product(COMBINATIONS, (True, False)):
-        shape = (DTYPES[param], DTYPES[grad], quantized, 128, WEIGHT_ROUNDING[rounding])
-        kernel = nvrtc.Kernel(*shape, general=quantized, capacity=nvrtc.SMALL)
+    for (param, grad, rounding), bits in itertools.product(COMBINATIONS, MOMENTUM_BITS):
+        shape = (DTYPES[param], DTYPES[grad], bits, 128, WEIGHT_ROUNDING[rounding])
+        kernel = nvrtc.Kernel(*shape, general=bits < 32, capacity=nvrtc.SMALL)
         assert nvrtc.compile_kernel(kernel, "sm_90").startswith(b"\x7fELF")
 
 
@@ -36,12 +37,15 @@ def test_nvrtc_compiles_for_every_architecture(arch: str) -> None:
     if int(arch.partition("_")[2]) not in nvrtc.toolchain()[1]:
         pytest.skip(f"this NVRTC does not know {arch}")
     for kernel in (
-        nvrtc.Kernel(0, 0, True, 64, 0, False, nvrtc.LARGE),
-        nvrtc.Kernel(1, 1, True, 128, 0, False, nvrtc.LARGE),
-        nvrtc.Kernel(1, 0, True, 256, 1, True, nvrtc.SMALL),
-        nvrtc.Kernel(1, 1, True, 128, 2, False, nvrtc.LARGE),
-        nvrtc.Kernel(1, 1, True, 128, 1, True, nvrtc.LARGE, on_device=True),
-        nvrtc.Kernel(2, 2, False, 128, 1, False, nvrtc.SMALL),
+        nvrtc.Kernel(0, 0, 8, 64, 0, False, nvrtc.LARGE),
+        nvrtc.Kernel(1, 1, 8, 128, 0, False, nvrtc.LARGE),
+        nvrtc.Kernel(1, 0, 8, 256, 1, True, nvrtc.SMALL),
+        nvrtc.Kernel(1, 1, 8, 128, 2, False, nvrtc.LARGE),
+        nvrtc.Kernel(1, 1, 8, 128, 1, True, nvrtc.LARGE, on_device=True),
+        nvrtc.Kernel(2, 2, 32, 128, 1, False, nvrtc.SMALL),
+        nvrtc.Kernel(0, 0, 4, 64, 0, False, nvrtc.LARGE),
+        nvrtc.Kernel(1, 1, 4, 64, 1, False, nvrtc.LARGE),
+        nvrtc.Kernel(1, 1, 4, 64, 2, True, nvrtc.LARGE, on_device=True),
     ):
         assert nvrtc.compile_kernel(kernel, arch)[:4] == (b"\x7fELF" if arch.startswith("sm") else b"//\n/")
 
@@ -83,13 +87,13 @@ def test_compile_error_shows_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = {"cuda_kernel.cu": b'#include "block_math.h"\nnonsense;', "block_math.h": b""}
     monkeypatch.setattr(nvrtc, "sources", lambda: broken)
     with pytest.raises(RuntimeError, match=r"(?s)compiling cuda_kernel.cu .*nonsense"):
-        nvrtc.compile_kernel(nvrtc.Kernel(0, 0, True, 128, 0, False, nvrtc.SMALL), "sm_90")
+        nvrtc.compile_kernel(nvrtc.Kernel(0, 0, 8, 128, 0, False, nvrtc.SMALL), "sm_90")
 
 
 @needs_nvrtc
 def test_images_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "deep" / "cache"))
-    kernel = nvrtc.Kernel(0, 0, False, 128, 0, False, nvrtc.SMALL)
+    kernel = nvrtc.Kernel(0, 0, 32, 128, 0, False, nvrtc.SMALL)
     compiled = nvrtc.image(kernel, "sm_90")
     (stored,) = (tmp_path / "deep" / "cache").iterdir()
     with monkeypatch.context() as patch:
@@ -108,10 +112,10 @@ def test_unusable_cache_is_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     blocked.write_bytes(b"")
     monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(blocked))
     monkeypatch.setattr(nvrtc, "compile_kernel", lambda *_: b"image")
-    assert nvrtc.image(nvrtc.Kernel(0, 0, True, 128, 0, False, nvrtc.SMALL), "sm_90") == b"image"
+    assert nvrtc.image(nvrtc.Kernel(0, 0, 8, 128, 0, False, nvrtc.SMALL), "sm_90") == b"image"
 
 
-CACHE_KERNEL = nvrtc.Kernel(0, 0, True, 128, 0, False, nvrtc.SMALL)
+CACHE_KERNEL = nvrtc.Kernel(0, 0, 8, 128, 0, False, nvrtc.SMALL)
 
 
 @pytest.fixture

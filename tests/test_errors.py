@@ -81,7 +81,7 @@ def test_all_bad_keeps_everything_finite() -> None:
         ({"weight_decay": -0.1}, "Invalid weight_decay"),
         ({"block_size": 100}, "block_size must be one of"),
         ({"min_8bit_size": -1}, "min_8bit_size"),
-        ({"optim_bits": 4}, "optim_bits must be 8 or 32"),
+        ({"optim_bits": 16}, "optim_bits must be 4, 8 or 32"),
         ({"weight_rounding": "up"}, "weight_rounding must be"),
         # Finite in double, infinite in float32.
         ({"lr": 1e39}, "Invalid learning rate: 1e\\+39"),
@@ -113,8 +113,8 @@ def test_all_bad_keeps_everything_finite() -> None:
         ({"block_size": "128"}, "block_size must be one of .* got '128'"),
         ({"min_8bit_size": "4096"}, "min_8bit_size must be an integer of at least 0, got '4096'"),
         ({"min_8bit_size": None}, "min_8bit_size must be an integer"),
-        ({"optim_bits": "8"}, "optim_bits must be 8 or 32, got '8'"),
-        ({"optim_bits": 8.0}, "optim_bits must be 8 or 32, got 8.0"),
+        ({"optim_bits": "8"}, "optim_bits must be 4, 8 or 32, got '8'"),
+        ({"optim_bits": 8.0}, "optim_bits must be 4, 8 or 32, got 8.0"),
         ({"weight_rounding": None}, "weight_rounding must be"),
     ],
 )

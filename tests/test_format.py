@@ -104,7 +104,7 @@ def test_error_is_unbiased() -> None:
         codes, scales = reference.encode(momentum, 64)
         error = ((reference.decode(codes, scales, 64) - momentum) / scales)[:, 1].double()
         # In the root domain the error is uniform; squaring adds its variance, s/(12 A^2), which is far below a step.
-        expected = HALF_STEP**2 / 3 if fraction > HALF_STEP**2 else 0.0
+        expected = HALF_STEP[8] ** 2 / 3 if fraction > HALF_STEP[8] ** 2 else 0.0
         assert abs(float(error.mean()) - expected) < 5 * float(error.std()) / math.sqrt(len(error))
 
 
@@ -230,7 +230,7 @@ def test_quantize_keeps_shape_and_memory_order(tensor: torch.Tensor, scales_shap
     assert codes.shape == tensor.shape and codes.stride() == tensor.stride()
     assert scales.shape == scales_shape
     largest = float(tensor.float().abs().amax()) if tensor.numel() else 0.0
-    assert torch.allclose(decoded, tensor.float(), rtol=0, atol=1.01 * largest * (2 * HALF_STEP + HALF_STEP**2))
+    assert torch.allclose(decoded, tensor.float(), rtol=0, atol=1.01 * largest * (2 * HALF_STEP[8] + HALF_STEP[8] ** 2))
 
 
 def test_quantize_refuses() -> None:

@@ -15,6 +15,7 @@ LAYERS = (
     ("layout", "files"),
     ("sharding",),
     ("reference",),
+    ("quantization",),
     ("state",),
     ("device_scalars",),
     ("table",),

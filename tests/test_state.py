@@ -329,7 +329,7 @@ def test_a_parameter_transposed_in_place_is_noticed() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("block_size", 512), ("betas", (0.9, 1.5)), ("optim_bits", 4), ("weight_rounding", "up"), ("lr", "1e-4")],
+    [("block_size", 512), ("betas", (0.9, 1.5)), ("optim_bits", 16), ("weight_rounding", "up"), ("lr", "1e-4")],
 )
 @pytest.mark.parametrize("warm", [False, True])
 def test_an_option_spoilt_after_construction_changes_nothing(option, value, warm: bool) -> None:

@@ -156,12 +156,12 @@ def test_kernels_that_need_the_most_registers_spill_little(capability: int) -> N
     """Flags, device memory, mixed dtypes, residuals beside fp32 momentum: what `Kernel.resident` is about."""
     tuning = nvrtc.tunings_for(capability).half
     for kernel in (
-        nvrtc.Kernel(1, 0, True, 128, 1, True, nvrtc.LARGE, True, tuning),
-        nvrtc.Kernel(1, 1, True, 128, 2, True, nvrtc.LARGE, True, tuning),
-        nvrtc.Kernel(1, 0, True, 256, 1, True, nvrtc.LARGE, False, tuning),
-        nvrtc.Kernel(1, 2, True, 256, 2, False, nvrtc.LARGE, True, tuning),
-        nvrtc.Kernel(1, 1, False, 128, 1, False, nvrtc.LARGE, False, tuning),
-        nvrtc.Kernel(1, 2, False, 128, 2, True, nvrtc.LARGE, True, tuning),
+        nvrtc.Kernel(1, 0, 8, 128, 1, True, nvrtc.LARGE, True, tuning),
+        nvrtc.Kernel(1, 1, 8, 128, 2, True, nvrtc.LARGE, True, tuning),
+        nvrtc.Kernel(1, 0, 8, 256, 1, True, nvrtc.LARGE, False, tuning),
+        nvrtc.Kernel(1, 2, 8, 256, 2, False, nvrtc.LARGE, True, tuning),
+        nvrtc.Kernel(1, 1, 32, 128, 1, False, nvrtc.LARGE, False, tuning),
+        nvrtc.Kernel(1, 2, 32, 128, 2, True, nvrtc.LARGE, True, tuning),
     ):
         image = nvrtc.compile_kernel(kernel, f"sm_{capability}")
         assert gpu_tune.sass.resources(image)["spilled_bytes"] <= SPILLED[capability], kernel

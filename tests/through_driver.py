@@ -29,7 +29,7 @@ LAUNCHED = ctypes.CFUNCTYPE(
 def main() -> None:
     """Raises where a call does not arrive as it must, or the steps differ from the reference's."""
     # NVRTC breaks off where it meets a driver that has nothing else, so the images are made before.
-    for kind in [(1, 1, True), (1, 1, False), (0, 0, True)]:
+    for kind in [(1, 1, 8), (1, 1, 32), (0, 0, 4)]:
         nvrtc.image(nvrtc.Kernel(*kind, 128, 0, False, nvrtc.SMALL), "sm_90")
     driver = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
     emulated = Emulated(ctypes.CDLL(sys.argv[2]), large=False)
@@ -59,9 +59,9 @@ def main() -> None:
     ctypes.c_void_p.in_dll(driver, "fake_launched").value = ctypes.cast(launched, ctypes.c_void_p).value
     modules = ctypes.c_int32.in_dll(driver, "fake_modules")
     pairs = [
-        Pair(shape, dtype, dtype, 128, quantized=quantized, seed=i)
-        for i, (shape, dtype, quantized) in enumerate(
-            [((3, 1000), torch.bfloat16, True), ((1, 70), torch.bfloat16, False), ((64, 256), torch.float32, True)] * 20
+        Pair(shape, dtype, dtype, 128, bits=bits, seed=i)
+        for i, (shape, dtype, bits) in enumerate(
+            [((3, 1000), torch.bfloat16, 8), ((1, 70), torch.bfloat16, 32), ((64, 256), torch.float32, 4)] * 20
         )
     ]
     run_steps(pairs, [hyper_for("decay", 128)], cuda.update_, steps=2)

@@ -128,7 +128,7 @@ def _pack(rows: Any, hypers: ctypes.Array[Hyper], runner: Runner, on_device: boo
             continue
         hyper = hypers[tensor.hyper]
         rounding = hyper.weight_rounding if tensor.param_dtype else 0  # fp32 parameters are not rounded
-        shape = (tensor.param_dtype, tensor.grad_dtype, bool(tensor.scales))
+        shape = (tensor.param_dtype, tensor.grad_dtype, tensor.momentum_bits)
         key = (*shape, hyper.block_size, rounding, hyper.flags != 0)
         blocks = tensor.rows * blocks_per_row(tensor.cols, hyper.block_size)
         tuning = runner.tunings.of(tensor.param_dtype)

@@ -93,7 +93,7 @@ class Kernel(NamedTuple):
 
     param_dtype: int
     grad_dtype: int
-    quantized: bool
+    momentum_bits: int
     block_size: int
     weight_rounding: int
     general: bool  # some flag of the Hyper is set
@@ -104,7 +104,9 @@ class Kernel(NamedTuple):
     @property
     def resident(self) -> int:
         """The tuning's, or fewer for kernels that need more registers and would spill some."""
-        fewer = self.general + (self.general and (self.on_device or self.block_size == 256)) + (not self.quantized)
+        fewer = (
+            self.general + (self.general and (self.on_device or self.block_size == 256)) + (self.momentum_bits == 32)
+        )
         return max(1, self.tuning.resident - fewer)
 
     def macros(self) -> list[str]:
@@ -112,7 +114,7 @@ class Kernel(NamedTuple):
         values: dict[str, int | str] = {
             "PARAM_DTYPE": self.param_dtype,
             "GRAD_DTYPE": self.grad_dtype,
-            "QUANTIZED": int(self.quantized),
+            "MOMENTUM_BITS": self.momentum_bits,
             "BLOCK_SIZE": self.block_size,
             "WEIGHT_ROUNDING": self.weight_rounding,
             "GENERAL": int(self.general),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lion8bit.layout import Hyper, blocks_per_row, in_memory_order
+from lion8bit.layout import Hyper, blocks_per_row, bytes_per_row, in_memory_order
 from lion8bit.reference import lion_step
 from lion8bit.table import Work
 
@@ -36,9 +36,12 @@ def update_(table: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> 
         writes = 3 + (entry.scales is not None) + (entry.residual is not None)  # of a piece
         hyper = hypers[entry.hyper]
         shape = (entry.rows, entry.cols)
-        param, grad, momentum = (
-            in_memory_order(t, entry.order).view(shape) for t in (entry.param, grad_of_entry, entry.momentum)
-        )
+        param, grad = (in_memory_order(t, entry.order).view(shape) for t in (entry.param, grad_of_entry))
+        packing = 2 if entry.momentum_bits == 4 else 1  # codes in a byte
+        if packing == 2:
+            momentum = entry.momentum.view(entry.rows, bytes_per_row(entry.cols, 4))
+        else:
+            momentum = in_memory_order(entry.momentum, entry.order).view(shape)
         residual = None if entry.residual is None else in_memory_order(entry.residual, entry.order).view(shape)
         scales = entry.scales
         if scales is not None:
@@ -52,7 +55,7 @@ def update_(table: Work, hypers: ctypes.Array[Hyper], counter: torch.Tensor) -> 
             skipped, targets, values = lion_step(
                 param[vertical, horizontal],
                 grad[vertical, horizontal],
-                momentum[vertical, horizontal],
+                momentum[vertical, horizontal.start // packing : -(-horizontal.stop // packing)],
                 None if scales is None else scales[vertical, blocks],
                 hyper,
                 residual=None if residual is None else residual[vertical, horizontal],

@@ -21,7 +21,8 @@ from lion8bit.backends import cpu, cuda, nvrtc, portable
 from lion8bit.backends.native_library import REINSTALL, BackendError
 from lion8bit.layout import Hyper
 from lion8bit.options import make_hyper
-from lion8bit.reference import encode, lion_step_
+from lion8bit.reference import lion_step_
+from lion8bit.state import STATE_TENSORS, quantized
 from lion8bit.table import DeviceTable, hyper_array, make_entry
 
 OLDEST_TORCH = (2, 6)
@@ -143,7 +144,7 @@ def _cuda() -> Iterator[Finding]:
             yield from _gpu(index)
     else:
         arch = f"sm_{architectures[-1]}"
-        kernel = nvrtc.Kernel(0, 0, True, BLOCK_SIZE, 0, False, nvrtc.SMALL)
+        kernel = nvrtc.Kernel(0, 0, 8, BLOCK_SIZE, 0, False, nvrtc.SMALL)
 
         def compiles() -> None:
             nvrtc.compile_kernel(kernel, arch)
@@ -208,7 +209,7 @@ DTYPES = (  # of parameter and gradient, and how weights are rounded
     (torch.bfloat16, torch.float32, ("nearest", "stochastic", "compensated")),
     (torch.float16, torch.float16, ("nearest", "stochastic")),
 )
-CASES = [(param, grad, how, bits) for param, grad, roundings in DTYPES for how in roundings for bits in (8, 32)]
+CASES = [(param, grad, how, bits) for param, grad, roundings in DTYPES for how in roundings for bits in (4, 8, 32)]
 
 
 class _Case(NamedTuple):
@@ -230,14 +231,14 @@ def _cases(device: torch.device) -> list[_Case]:
             grad[0] = 0.0  # idle blocks
             grad[1, :2] = torch.tensor([torch.nan, torch.inf])
         state = {"momentum": torch.zeros(ROWS, COLS)}
-        if bits == 8:
-            codes, scales = encode(state["momentum"], BLOCK_SIZE)
-            state = {"codes": codes.contiguous(), "scales": scales}
+        if bits < 32:
+            state = quantized(state["momentum"], BLOCK_SIZE, bits)
         if rounding == "compensated":
             state["residual"] = torch.zeros(ROWS, COLS, dtype=torch.int8)
         label = f"{param_dtype} parameter, {grad_dtype} gradient, {rounding}, {bits} bits"
         hyper = make_hyper(lr=1e-3, weight_decay=0.1, block_size=BLOCK_SIZE, weight_rounding=rounding)
-        on_device = {"step": 0, **{name: tensor.to(device) for name, tensor in state.items()}}
+        tensors = {name: value.to(device) for name, value in state.items() if isinstance(value, Tensor)}
+        on_device = {"step": 0, **state, **tensors}
         cases.append(_Case(label, hyper, param, [grad.to(device, grad_dtype) for grad in grads], on_device))
     return cases
 
@@ -262,7 +263,7 @@ def _difference(update: Update, device: torch.device) -> str | None:
             counted = {"residual": state.get("residual"), "seed": i, "step": step + 1}
             skipped += int(lion_step_(param, grads[step], momentum, state.get("scales"), hyper, **counted))
     for one, other in zip(ours, expected, strict=True):
-        for name in ("param", *(name for name in other.state if name != "step")):
+        for name in ("param", *(name for name in other.state if name in STATE_TENSORS)):
             actual, wanted = (case.param if name == "param" else case.state[name] for case in (one, other))
             if not torch.equal(actual.cpu().view(torch.uint8), wanted.view(torch.uint8)):
                 return f"{name} differs ({one.label})"

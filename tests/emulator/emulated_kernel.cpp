@@ -33,7 +33,7 @@ using Large = lion8bit::Launch<362, 32>;  // LARGE
 
 // The arguments of `emulate`.
 struct Call {
-    int32_t param_dtype, grad_dtype, quantized, block_size, weight_rounding, general, on_device, order;
+    int32_t param_dtype, grad_dtype, momentum_bits, block_size, weight_rounding, general, on_device, order;
     int64_t first, last;
     const void* launch;
 };
@@ -44,61 +44,68 @@ template <class Body> Error run(int64_t first, int64_t last, int32_t threads, in
     return block.launch(first, last, threads, order, body);
 }
 
-template <class Launch, int32_t param, int32_t grad, bool quantized, int32_t block_size, int32_t rounding, bool general,
-          bool on_device = false>
+template <class Launch, int32_t param, int32_t grad, int32_t momentum_bits, int32_t block_size, int32_t rounding,
+          bool general, bool on_device = false>
 Error with_all(const Call& call) {
     const auto& launch = *static_cast<const Launch*>(call.launch);
     return run(call.first, call.last, lion8bit::kThreads, call.order, [&launch] {
-        lion8bit::update_tile<param, grad, quantized, block_size, rounding, general, on_device>(launch);
+        lion8bit::update_tile<param, grad, momentum_bits, block_size, rounding, general, on_device>(launch);
     });
 }
 
-template <int32_t param, int32_t grad, bool quantized, int32_t block_size, int32_t rounding>
+template <int32_t param, int32_t grad, int32_t momentum_bits, int32_t block_size, int32_t rounding>
 Error with_rounding(const Call& call) {
 #if !defined(EMULATE_VARIANT)
     if constexpr (param == grad && block_size == 128) {  // the rest is not built
         if (call.on_device) {
-            return call.general ? with_all<Small, param, grad, quantized, block_size, rounding, true, true>(call)
-                                : with_all<Small, param, grad, quantized, block_size, rounding, false, true>(call);
+            return call.general ? with_all<Small, param, grad, momentum_bits, block_size, rounding, true, true>(call)
+                                : with_all<Small, param, grad, momentum_bits, block_size, rounding, false, true>(call);
         }
     }
 #endif
     if (call.on_device) return emulator::kUnknown;
-    return call.general ? with_all<Small, param, grad, quantized, block_size, rounding, true>(call)
-                        : with_all<Small, param, grad, quantized, block_size, rounding, false>(call);
+    return call.general ? with_all<Small, param, grad, momentum_bits, block_size, rounding, true>(call)
+                        : with_all<Small, param, grad, momentum_bits, block_size, rounding, false>(call);
 }
 
-template <int32_t param, int32_t grad, bool quantized, int32_t block_size> Error with_block_size(const Call& call) {
+template <int32_t param, int32_t grad, int32_t momentum_bits, int32_t block_size>
+Error with_block_size(const Call& call) {
     if constexpr (param != kFloat32) {
         if (call.weight_rounding == lion8bit::kStochastic) {
-            return with_rounding<param, grad, quantized, block_size, lion8bit::kStochastic>(call);
+            return with_rounding<param, grad, momentum_bits, block_size, lion8bit::kStochastic>(call);
         }
     }
     if constexpr (param == kBfloat16) {
         if (call.weight_rounding == kCompensated) {
-            return with_rounding<param, grad, quantized, block_size, kCompensated>(call);
+            return with_rounding<param, grad, momentum_bits, block_size, kCompensated>(call);
         }
     }
-    return with_rounding<param, grad, quantized, block_size, lion8bit::kNearest>(call);
+    return with_rounding<param, grad, momentum_bits, block_size, lion8bit::kNearest>(call);
 }
 
-template <int32_t param, int32_t grad, bool quantized> Error with_momentum(const Call& call) {
+template <int32_t param, int32_t grad, int32_t momentum_bits> Error with_momentum(const Call& call) {
     switch (call.block_size) {
 #if !defined(EMULATE_FEW)
-        case 64: return with_block_size<param, grad, quantized, 64>(call);
-        case 256: return with_block_size<param, grad, quantized, 256>(call);
+        case 64: return with_block_size<param, grad, momentum_bits, 64>(call);
+        case 256: return with_block_size<param, grad, momentum_bits, 256>(call);
 #endif
-        case 128: return with_block_size<param, grad, quantized, 128>(call);
+        case 128: return with_block_size<param, grad, momentum_bits, 128>(call);
         default: return emulator::kUnknown;
     }
 }
 
 template <int32_t param, int32_t grad> Error with_grad(const Call& call) {
 #if defined(EMULATE_VARIANT)
-    return param == grad && call.quantized ? with_momentum<param, param, true>(call) : emulator::kUnknown;
-#else
-    return call.quantized ? with_momentum<param, grad, true>(call) : with_momentum<param, grad, false>(call);
+    if (param != grad) return emulator::kUnknown;
 #endif
+    switch (call.momentum_bits) {
+        case 4: return with_momentum<param, grad, 4>(call);
+        case 8: return with_momentum<param, grad, 8>(call);
+#if !defined(EMULATE_VARIANT)
+        case 32: return with_momentum<param, grad, 32>(call);
+#endif
+        default: return emulator::kUnknown;
+    }
 }
 
 template <int32_t param> Error with_param(const Call& call) {
@@ -126,11 +133,11 @@ extern template Error with_param<kFloat16>(const Call& call);
 using namespace emulated;
 
 // Runs the CUDA blocks [first, last) of one launch of the small capacity and returns an emulator::Error.
-LION8BIT_EXPORT int32_t emulate(int32_t param_dtype, int32_t grad_dtype, int32_t quantized, int32_t block_size,
+LION8BIT_EXPORT int32_t emulate(int32_t param_dtype, int32_t grad_dtype, int32_t momentum_bits, int32_t block_size,
                                 int32_t weight_rounding, int32_t general, int32_t on_device, int32_t order,
                                 int64_t first, int64_t last, const void* launch) {
-    const Call call = {param_dtype, grad_dtype, quantized, block_size, weight_rounding, general,
-                       on_device,   order,      first,     last,       launch};
+    const Call call = {param_dtype, grad_dtype, momentum_bits, block_size, weight_rounding, general,
+                       on_device,   order,      first,         last,       launch};
     switch (param_dtype) {
         case kFloat32: return with_param<kFloat32>(call);
         case kBfloat16: return with_param<kBfloat16>(call);
@@ -143,8 +150,8 @@ LION8BIT_EXPORT int32_t emulate(int32_t param_dtype, int32_t grad_dtype, int32_t
 
 // Runs a launch of the large capacity, of the one combination that is built for it.
 LION8BIT_EXPORT int32_t emulate_large(int64_t last, const void* launch) {
-    const Call call = {kBfloat16, kBfloat16, 1, 128, lion8bit::kNearest, 0, 0, 0, 0, last, launch};
-    return with_all<Large, kBfloat16, kBfloat16, true, 128, lion8bit::kNearest, false>(call);
+    const Call call = {kBfloat16, kBfloat16, 8, 128, lion8bit::kNearest, 0, 0, 0, 0, last, launch};
+    return with_all<Large, kBfloat16, kBfloat16, 8, 128, lion8bit::kNearest, false>(call);
 }
 
 LION8BIT_EXPORT int64_t launch_bytes(int32_t large) { return large ? sizeof(Large) : sizeof(Small); }
@@ -192,9 +199,9 @@ LION8BIT_EXPORT int64_t inexact_results() {
     for (uint32_t i = 0; i < 1u << 24; ++i) {
         const float x = lion8bit::bit_cast<float>(0x3f800000u + i);  // [1, 4)
         wrong += Lanes::signed_root(x) != std::sqrt(x) || Lanes::signed_root(-x) != -std::sqrt(x);
-        wrong += Lanes::range_over(x) != lion8bit::kRangeSquared / x;
-        for (const float scale : {x * 0x1p-100f, x * 0x1p125f}) {  // the smallest and largest scales
-            wrong += Lanes::range_over(scale) != lion8bit::kRangeSquared / scale;
+        for (const float scale : {x, x * 0x1p-100f, x * 0x1p125f}) {  // also the smallest and largest scales
+            wrong += Lanes::range_over<8>(scale) != lion8bit::kRangeSquared<8> / scale;
+            wrong += Lanes::range_over<4>(scale) != lion8bit::kRangeSquared<4> / scale;
         }
     }
     return wrong;

@@ -48,7 +48,7 @@ uint64_t Buffer::digest = 14695981039346656037u;  // FNV-1a
 
 struct Case {
     int64_t rows, cols;
-    int32_t param_dtype, grad_dtype, quantized, rounding, block;
+    int32_t param_dtype, grad_dtype, momentum_bits, rounding, block;
     uint32_t flags;
     bool shifted;  // pointers aligned to one element only
     bool idle;     // all gradients zero
@@ -62,14 +62,16 @@ void run(const Case& c, const std::string& fault) {
         return Buffer(elements > 0 ? elements - (fault == name) : 0, bytes, c.shifted ? bytes : 0);
     };
     Buffer param = make("param", count, size(c.param_dtype)), grad = make("grad", count, size(c.grad_dtype));
-    Buffer momentum = make("momentum", count, c.quantized ? 1 : 4), scales = make("scales", blocks, 4);
+    const bool quantized = c.momentum_bits < 32;
+    const int64_t row_bytes = c.momentum_bits == 4 ? (c.cols + 1) / 2 : c.cols;
+    Buffer momentum = make("momentum", c.rows * row_bytes, quantized ? 1 : 4), scales = make("scales", blocks, 4);
     Buffer residual = make("residual", c.rounding == kCompensated ? count : 0, 1);
     if (c.idle && fault.empty()) std::memset(grad.data, 0, count * size(c.grad_dtype));
     TensorRow tensor = {};
     tensor.param = param.data;
     tensor.grad = grad.data;
     tensor.momentum = momentum.data;
-    tensor.scales = c.quantized ? reinterpret_cast<float*>(scales.data) : nullptr;
+    tensor.scales = quantized ? reinterpret_cast<float*>(scales.data) : nullptr;
     tensor.residual = c.rounding == kCompensated ? reinterpret_cast<int8_t*>(residual.data) : nullptr;
     tensor.rows = c.rows;
     tensor.cols = c.cols;
@@ -77,8 +79,9 @@ void run(const Case& c, const std::string& fault) {
     tensor.first = c.shifted;
     tensor.seed = 7;
     tensor.step = 1;
-    tensor.param_dtype = static_cast<int16_t>(c.param_dtype);
-    tensor.grad_dtype = static_cast<int16_t>(c.grad_dtype);
+    tensor.param_dtype = static_cast<int8_t>(c.param_dtype);
+    tensor.grad_dtype = static_cast<int8_t>(c.grad_dtype);
+    tensor.momentum_bits = static_cast<int16_t>(c.momentum_bits);
     const Hyper hyper = {1e-3f, 1.0f, 0.1f, 0.9f, 0.1f, 0.99f, 0.01f, 0.5f, c.flags, c.block, c.rounding};
     lion8bit_update(&tensor, 1, &hyper, c.kernel, c.threads);
 }
@@ -101,11 +104,13 @@ int main(int argc, char** argv) {
                 const int32_t param_dtype = dtypes / 3, grad_dtype = dtypes % 3;
                 if (rounding == kCompensated && param_dtype != kBfloat16) continue;
                 for (const auto& shape : shapes) {
-                    for (int32_t bits = 0; bits < 16; ++bits) {
-                        const int32_t quantized = bits & 1, block = 64 << cases % 3, threads = 1 + cases % 2;
-                        const uint32_t flags = bits & 2 ? 15 : 0;
-                        run({shape[0], shape[1], param_dtype, grad_dtype, quantized, rounding, block, flags,
-                             (bits & 4) != 0, (bits & 8) != 0, kernel, threads},
+                    for (int32_t number = 0; number < 3 * 8; ++number) {
+                        constexpr int32_t kMomentumBits[] = {4, 8, 32};
+                        const int32_t bits = number % 8;  // a choice each
+                        const int32_t block = 64 << cases % 3, threads = 1 + cases % 2;
+                        const uint32_t flags = bits & 1 ? 15 : 0;
+                        run({shape[0], shape[1], param_dtype, grad_dtype, kMomentumBits[number / 8], rounding, block,
+                             flags, (bits & 2) != 0, (bits & 4) != 0, kernel, threads},
                             fault);
                         ++cases;
                     }
