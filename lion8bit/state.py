@@ -107,9 +107,9 @@ def as_group_asks(state: Mapping[str, Any], param: Tensor, group: Mapping[str, A
     block_size = group["block_size"]
     bits = momentum_bits(state)
     if bits != 32 and bits != _asked_bits(param, group):
-        state, bits = {"momentum": momentum_of(state, param, block_size), **_without_momentum(state)}, 32
+        state = {"momentum": momentum_of(state, param, block_size), **_without_momentum(state)}
     wanted = _wanted_bits(param, group)
-    if bits == 32 and wanted != 32:
+    if "momentum" in state and wanted != 32:
         state = {**quantized(state["momentum"], block_size, wanted), **_without_momentum(state)}
         if wanted == 4 and "residual" in state:
             state["residual"] = state["residual"].contiguous()
@@ -128,7 +128,7 @@ def momentum_bits(state: Mapping[str, Any]) -> int:
     """How many bits the momentum of a parameter's state has: 4, 8 or 32."""
     if "codes" not in state:
         return 32
-    return 4 if state["codes"].dtype == CODES[4] else 8
+    return 4 if getattr(state["codes"], "dtype", None) == CODES[4] else 8
 
 
 def _asked_bits(param: Tensor, group: Mapping[str, Any]) -> int:

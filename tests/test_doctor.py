@@ -59,7 +59,7 @@ def test_a_wrong_count_and_an_error_are_found() -> None:
         counter += 1
 
     check = partial(doctor._difference, miscounting, torch.device("cpu"))
-    assert doctor._checked("it", check).found.endswith("bad gradients counted instead of 108")
+    assert doctor._checked("it", check).found.endswith("bad gradients counted instead of 162")
 
     def failing() -> None:
         raise BackendError("loading must succeed, got an old driver", "update the driver", "log")
