@@ -1,7 +1,7 @@
 // Owns the program that benchmarks/instructions.py counts under callgrind and times: steps of one parameter through the
 // C API.
 //
-// Arguments: the library, dtypes of parameter and gradient, momentum (1: int8, 0: fp32), weight rounding and flags as
+// Arguments: the library, dtypes of parameter and gradient, bits of the momentum, weight rounding and flags as
 // numbers of csrc/block_math.h, the kernel's number, the elements, and the steps. Prints the least time of a step in
 // nanoseconds, and the processor's clock in GHz.
 #include <dlfcn.h>
@@ -61,22 +61,24 @@ int main(int argc, char** argv) {
         }
     }
     std::vector<int8_t> residual(count, 1);
-    std::vector<float> scales(count / 128, 0.01f);
+    const int32_t bits = static_cast<int32_t>(number(4)), block_size = bits == 4 ? 64 : 128;
+    std::vector<float> scales(count / block_size, 0.01f);
     lion8bit::TensorRow tensor = {};
     tensor.param = param.data();
     tensor.grad = grad.data();
     tensor.momentum = momentum.data();
-    tensor.scales = number(4) ? scales.data() : nullptr;
+    tensor.momentum_bits = static_cast<int16_t>(bits);
+    tensor.scales = bits < 32 ? scales.data() : nullptr;
     tensor.residual = residual.data();
     tensor.rows = 1;
     tensor.cols = count;
     tensor.row_stride = static_cast<uint32_t>(count);
     tensor.step = 1;
-    tensor.param_dtype = static_cast<int32_t>(number(2));
-    tensor.grad_dtype = static_cast<int32_t>(number(3));
+    tensor.param_dtype = static_cast<int8_t>(number(2));
+    tensor.grad_dtype = static_cast<int8_t>(number(3));
     lion8bit::Hyper hyper = {};
     hyper.lr = 1e-4f, hyper.decay = 0.99f, hyper.blend = 0.9f, hyper.one_minus_blend = 0.1f;
-    hyper.beta = 0.99f, hyper.one_minus_beta = 0.01f, hyper.block_size = 128;
+    hyper.beta = 0.99f, hyper.one_minus_beta = 0.01f, hyper.block_size = block_size;
     hyper.weight_rounding = static_cast<int32_t>(number(5));
     hyper.flags = static_cast<uint32_t>(number(6));
     double least = 1e30;

@@ -18,8 +18,8 @@ from lion8bit.layout import CAUTIOUS, DTYPES, WEIGHT_ROUNDING
 
 DESCRIPTION = """\
 How many instructions does the CPU kernel execute per element, and in how many cycles? One step of one parameter on one
-thread runs under valgrind's callgrind; the count is that of the call of the C function, whole blocks of 128, gradients
-of usual size. Cycles are those of a parameter that stays in the second-level cache, the least of many steps.
+thread runs under valgrind's callgrind; the count is that of the call of the C function, whole blocks (of 64 with 4 bits,
+else of 128), gradients of usual size. Cycles are those of a parameter that stays in the second-level cache, the least of many steps.
 """
 EPILOG = """\
 Needs g++ and valgrind (Debian: apt install g++ valgrind). AVX-512 is not counted: valgrind does not know it. Compare
@@ -35,15 +35,18 @@ BASELINE = HERE / "results" / "instructions-baseline.json"
 ALLOWED_GROWTH = 0.05
 ELEMENTS = 1 << 20  # of a step that is counted
 IN_CACHE, STEPS = 1 << 16, 400  # elements of steps that are timed
-CASES: dict[str, tuple[str, str, int, str, int]] = {  # parameter, gradient, 8-bit momentum, weight rounding, flags
-    "fp32": ("float32", "float32", 1, "nearest", 0),
-    "fp32, bf16 gradient": ("float32", "bfloat16", 1, "nearest", 0),
-    "bf16, nearest": ("bfloat16", "bfloat16", 1, "nearest", 0),
-    "bf16, stochastic": ("bfloat16", "bfloat16", 1, "stochastic", 0),
-    "bf16, compensated": ("bfloat16", "bfloat16", 1, "compensated", 0),
-    "fp16, stochastic": ("float16", "float16", 1, "stochastic", 0),
-    "fp32, cautious": ("float32", "float32", 1, "nearest", CAUTIOUS),
-    "fp32, momentum in fp32": ("float32", "float32", 0, "nearest", 0),
+CASES: dict[str, tuple[str, str, int, str, int]] = {  # parameter, gradient, momentum bits, weight rounding, flags
+    "fp32": ("float32", "float32", 8, "nearest", 0),
+    "fp32, bf16 gradient": ("float32", "bfloat16", 8, "nearest", 0),
+    "bf16, nearest": ("bfloat16", "bfloat16", 8, "nearest", 0),
+    "bf16, stochastic": ("bfloat16", "bfloat16", 8, "stochastic", 0),
+    "bf16, compensated": ("bfloat16", "bfloat16", 8, "compensated", 0),
+    "fp16, stochastic": ("float16", "float16", 8, "stochastic", 0),
+    "fp32, cautious": ("float32", "float32", 8, "nearest", CAUTIOUS),
+    "fp32, momentum in fp32": ("float32", "float32", 32, "nearest", 0),
+    "4 bits: fp32": ("float32", "float32", 4, "nearest", 0),
+    "4 bits: bf16, nearest": ("bfloat16", "bfloat16", 4, "nearest", 0),
+    "4 bits: bf16, stochastic": ("bfloat16", "bfloat16", 4, "stochastic", 0),
 }
 
 
@@ -58,8 +61,8 @@ def build(folder: Path) -> Path:
 def step(command: list[str], kernel: str, case: str, elements: int, steps: int) -> str:
     """What the program prints."""
     names = {str(dtype).removeprefix("torch."): number for dtype, number in DTYPES.items()}
-    param, grad, quantized, rounding, flags = CASES[case]
-    numbers = [names[param], names[grad], quantized, WEIGHT_ROUNDING[rounding], flags]
+    param, grad, bits, rounding, flags = CASES[case]
+    numbers = [names[param], names[grad], bits, WEIGHT_ROUNDING[rounding], flags]
     numbers += [cpu.KERNELS.index(kernel), elements, steps]
     with resources.as_file(resources.files("lion8bit") / "_cpu.so") as library:
         command = [*command, str(library), *map(str, numbers)]

@@ -206,8 +206,9 @@ template <bool woven> LION8BIT_FN Pair<Ints> from_bytes(const int8_t* from) {
 #endif
 }
 
-// Writes a group of integers in [-128, 127] as bytes.
-template <bool woven> LION8BIT_FN void to_bytes(int8_t* to, const Ints (&group)[4]) {
+// A group of integers in [-128, 127] as bytes in the order of memory.
+typedef int8_t GroupBytes __attribute__((vector_size(kGroup)));
+template <bool woven> LION8BIT_FN GroupBytes to_bytes(const Ints (&group)[4]) {
 #if defined(LION8BIT_X86)
     Whole v[4];
     for (int i = 0; i < 4; ++i) v[i] = bit_cast<Whole>(group[i]);
@@ -215,16 +216,21 @@ template <bool woven> LION8BIT_FN void to_bytes(int8_t* to, const Ints (&group)[
     const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
     const __m512i order = woven ? _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)
                                 : _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    store(to, _mm512_permutexvar_epi32(order, packed));
+    return bit_cast<GroupBytes>(_mm512_permutexvar_epi32(order, packed));
 #elif defined(__AVX2__)
     const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
     const __m256i order = woven ? _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7) : _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    store(to, _mm256_permutevar8x32_epi32(packed, order));
+    return bit_cast<GroupBytes>(_mm256_permutevar8x32_epi32(packed, order));
 #else
-    store(to, _mm_packs_epi16(_mm_packs_epi32(v[0], v[1]), _mm_packs_epi32(v[2], v[3])));
+    return bit_cast<GroupBytes>(_mm_packs_epi16(_mm_packs_epi32(v[0], v[1]), _mm_packs_epi32(v[2], v[3])));
 #endif
 #else
-    for (int i = 0; i < 4; ++i) store(to + i * kLanes, __builtin_convertvector(group[i], Vector<int8_t>));
+    GroupBytes bytes;
+    for (int i = 0; i < 4; ++i) {
+        const auto part = __builtin_convertvector(group[i], Vector<int8_t>);
+        std::memcpy(reinterpret_cast<int8_t*>(&bytes) + i * kLanes, &part, sizeof(part));
+    }
+    return bytes;
 #endif
 }
 
@@ -237,10 +243,10 @@ LION8BIT_FN void unpack(int8_t* to, const uint8_t* from) {
     const GroupPairs pairs = __builtin_convertvector(load<PackedGroup>(from), GroupPairs);
     store(to, (pairs << 8 | pairs << 4) & 0xf0f0);
 }
-// Takes the codes of a group from the low halves of bytes.
-LION8BIT_FN void pack(uint8_t* to, const int8_t* from) {
-    const auto pairs = load<GroupPairs>(from);
-    store(to, __builtin_convertvector((pairs & 0x0f) | (pairs >> 4 & 0xf0), PackedGroup));
+// The codes of a group from the low halves of bytes.
+LION8BIT_FN PackedGroup pack(GroupBytes codes) {
+    const auto pairs = bit_cast<GroupPairs>(codes);
+    return __builtin_convertvector((pairs & 0x0f) | (pairs >> 4 & 0xf0), PackedGroup);
 }
 
 // Reading of parameters and gradients and writing of parameters by dtype, two vectors at a time.
@@ -426,11 +432,9 @@ template <bool woven, class Code> struct PendingBlock {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) levels[i] = encode(roots.of[i], codec);
         if constexpr (std::is_same<Code, uint8_t>::value) {
-            int8_t bytes[kGroup];
-            to_bytes<woven>(bytes, levels);
-            pack(codes + place / 2, bytes);
+            store(codes + place / 2, pack(to_bytes<woven>(levels)));
         } else {
-            to_bytes<woven>(codes + place, levels);
+            store(codes + place, to_bytes<woven>(levels));
         }
     }
 };
@@ -462,13 +466,16 @@ template <class Param, class Grad, class Momentum> struct Blocks {
     uint32_t element;  // index of the first element in the whole parameter
 };
 
-// Steps `count` blocks of `length` elements; `length` is a multiple of kGroup.
 template <int32_t momentum_bits> using Momentum =
     std::conditional_t<momentum_bits == 8, int8_t, std::conditional_t<momentum_bits == 4, uint8_t, float>>;
 
-template <class Param, class Grad, int32_t momentum_bits, bool general, int32_t rounding>
+// The block size that loops of 4-bit codes are compiled for, because blocks are short there.
+using UsualLength = std::integral_constant<int, 64>;
+
+// Steps `count` blocks of `length` elements, a multiple of kGroup. Length is int or UsualLength.
+template <class Param, class Grad, int32_t momentum_bits, bool general, int32_t rounding, class Length>
 __attribute__((noinline)) int64_t
-step_blocks(Blocks<typename Param::Element, typename Grad::Element, Momentum<momentum_bits>> at, int length,
+step_blocks(Blocks<typename Param::Element, typename Grad::Element, Momentum<momentum_bits>> at, Length length,
             int64_t count, uint32_t key, const WideHyper& hyper, const WideHyper& ordinary_hyper) {
     constexpr bool quantized = momentum_bits < 32;
     constexpr bool woven = sizeof(typename Param::Element) == 2 || sizeof(typename Grad::Element) == 2;
@@ -552,7 +559,7 @@ step_blocks(Blocks<typename Param::Element, typename Grad::Element, Momentum<mom
                 }
                 step_pair(ordinary, codec, constants, place, residuals);
                 step_pair(ordinary, codec, constants, place + 2 * kLanes, residuals + 2);
-                if constexpr (rounding == kCompensated) to_bytes<woven>(at.residual + place, residuals);
+                if constexpr (rounding == kCompensated) store(at.residual + place, to_bytes<woven>(residuals));
                 if constexpr (quantized) {
                     if (pending.any) pending.end(place, roots);
                 }
@@ -622,6 +629,12 @@ int64_t update_range(const TensorRow& tensor, const Hyper& options, int64_t firs
             tensor.first + static_cast<uint32_t>(row * tensor.row_stride + col)};
     };
     const auto step = [&](const auto& at, int length, int64_t count) {
+        if constexpr (momentum_bits == 4 && !general) {
+            if (length == UsualLength()) {
+                return step_blocks<Param, Grad, momentum_bits, general, rounding>(at, UsualLength(), count, key, hyper,
+                                                                                  ordinary_hyper);
+            }
+        }
         return step_blocks<Param, Grad, momentum_bits, general, rounding>(at, length, count, key, hyper,
                                                                           ordinary_hyper);
     };
