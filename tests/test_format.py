@@ -16,13 +16,15 @@ import lion8bit
 from lion8bit import reference
 from lion8bit.layout import BLOCK_SIZES, scales_shape
 
+SQUARED_RANGE = {4: np.float32(49), 8: np.float32(16002.25)}
+
 
 def oracle_dither(scale: np.float32) -> np.float32:
     """u in (-1/2, 1/2) from the low byte of a scale."""
     return np.float32((int(np.float32(scale).view(np.uint32)) % 256 + 0.5) / 256 - 0.5)
 
 
-def oracle_quantize(row: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+def oracle_quantize(row: np.ndarray, block_size: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """codes and scales of one row, element by element, from the definition."""
     codes, scales = [], []
     for start in range(0, len(row), block_size):
@@ -31,7 +33,7 @@ def oracle_quantize(row: np.ndarray, block_size: int) -> tuple[np.ndarray, np.nd
         if scale < np.float32(2.0**-100):
             scale = np.float32(0)
         u = oracle_dither(scale)
-        gain = np.float32(16002.25) / scale if scale else np.float32(0)
+        gain = SQUARED_RANGE[bits] / scale if scale else np.float32(0)
         for m in block:
             scaled = np.float32(np.abs(m) * gain)
             level = np.float32(np.copysign(np.sqrt(scaled), m) + u)
@@ -40,14 +42,22 @@ def oracle_quantize(row: np.ndarray, block_size: int) -> tuple[np.ndarray, np.nd
     return np.array(codes, dtype=np.int8), np.array(scales, dtype=np.float32)
 
 
-def oracle_dequantize(codes: np.ndarray, scales: np.ndarray, block_size: int) -> np.ndarray:
+def oracle_dequantize(codes: np.ndarray, scales: np.ndarray, block_size: int, bits: int) -> np.ndarray:
     values = []
     for index, code in enumerate(codes):
-        scale = scales[index // block_size]
-        t = np.float32(np.float32(code) - oracle_dither(scale))
-        value = np.float32(np.float32(t * np.abs(t)) * np.float32(scale * np.float32(1 / 16002.25)))
+        scale, u = scales[index // block_size], oracle_dither(scales[index // block_size])
+        t = np.float32(np.float32(code) - u)
+        square = np.float32(t * np.abs(t))
+        if bits == 4:
+            square = np.float32(np.float32(code) * np.abs(np.float32(code) - 2 * u))
+        value = np.float32(square * np.float32(scale * np.float32(1 / SQUARED_RANGE[bits])))
         values.append(np.float32(0) if code == 0 else value)
     return np.array(values, dtype=np.float32)
+
+
+def oracle_pack(codes: np.ndarray) -> np.ndarray:
+    padded = [*codes.tolist(), *[0] * (len(codes) % 2)]
+    return np.array([low % 16 + high % 16 * 16 for low, high in zip(padded[::2], padded[1::2])], dtype=np.uint8)
 
 
 MOMENTA = hnp.arrays(
@@ -62,36 +72,69 @@ MOMENTA = hnp.arrays(
 
 
 @settings(max_examples=200, deadline=None)
-@given(row=MOMENTA, block_size=st.sampled_from(BLOCK_SIZES))
-def test_reference_equals_the_oracle(row: np.ndarray, block_size: int) -> None:
-    codes, scales = lion8bit.quantize(torch.from_numpy(row), block_size)
-    expected_codes, expected_scales = oracle_quantize(row, block_size)
-    assert_same(codes, torch.from_numpy(expected_codes), "codes")
+@given(row=MOMENTA, block_size=st.sampled_from(BLOCK_SIZES), bits=st.sampled_from([4, 8]))
+def test_reference_equals_the_oracle(row: np.ndarray, block_size: int, bits: int) -> None:
+    codes, scales = lion8bit.quantize(torch.from_numpy(row), block_size, bits)
+    expected_codes, expected_scales = oracle_quantize(row, block_size, bits)
+    stored = torch.from_numpy(oracle_pack(expected_codes))[None] if bits == 4 else torch.from_numpy(expected_codes)
+    assert_same(codes, stored, "codes")
     assert_same(scales[0], torch.from_numpy(expected_scales), "scales")
-    decoded = lion8bit.dequantize(codes, scales, block_size)
-    assert_same(decoded, torch.from_numpy(oracle_dequantize(expected_codes, expected_scales, block_size)), "momentum")
+    decoded = lion8bit.dequantize(codes, scales, block_size, row.shape)
+    expected = oracle_dequantize(expected_codes, expected_scales, block_size, bits)
+    assert_same(decoded, torch.from_numpy(expected), "momentum")
 
 
 # The largest error of one element, in units of its block's scale. In the square-root domain the code is within half a
 # step, so with r = sqrt(|m|/s) and h = 1/(2A) the decoded value is within (r+h)^2 - r^2 = 2rh + h^2 of m, s times that.
+# With 4 bits u^2 is subtracted, which is at most h^2 in these units and only makes the value smaller.
 # fp32 rounds six times on the way, each by 2^-24 relative to at most (1 + h)^2: 16 units of 2^-24 cover them.
 
 
 @settings(max_examples=200, deadline=None)
-@given(row=MOMENTA, block_size=st.sampled_from(BLOCK_SIZES))
-def test_error_is_within_the_bound(row: np.ndarray, block_size: int) -> None:
+@given(row=MOMENTA, block_size=st.sampled_from(BLOCK_SIZES), bits=st.sampled_from([4, 8]))
+def test_error_is_within_the_bound(row: np.ndarray, block_size: int, bits: int) -> None:
     momentum = torch.from_numpy(row)[None]
-    codes, scales = reference.encode(momentum, block_size)
-    error = (reference.decode(codes, scales, block_size).double() - momentum.double()).abs()
-    assert bool((error <= error_bound(momentum, scales, block_size)).all())
+    codes, scales = reference.encode(momentum, block_size, bits)
+    error = (reference.decode(codes, scales, block_size, row.size).double() - momentum.double()).abs()
+    assert bool((error <= error_bound(momentum, scales, block_size, bits)).all())
 
 
-def test_error_bound_is_tight() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_error_bound_is_tight(bits: int) -> None:
     """Some element comes within 2 % of the bound, so that the test above could fail."""
     momentum = torch.randn(2000, 128, generator=torch.Generator().manual_seed(0))
-    codes, scales = reference.encode(momentum, 128)
-    error = (reference.decode(codes, scales, 128).double() - momentum.double()).abs()
-    assert float((error / error_bound(momentum, scales, 128)).max()) > 0.98
+    codes, scales = reference.encode(momentum, 128, bits)
+    error = (reference.decode(codes, scales, 128, 128).double() - momentum.double()).abs()
+    assert float((error / error_bound(momentum, scales, 128, bits)).max()) > 0.98
+
+
+def test_4_bits_have_no_bias() -> None:
+    """The mean over all 256 dithers is the momentum, up to the steps of the dither, at every magnitude and sign.
+
+    With y = 7*sqrt(m/s) the mean of the decoded values is s/49 times the square of y, rounded to a multiple of 1/256.
+    """
+    byte = torch.arange(256, dtype=torch.int32)[:, None]
+    scales = (torch.tensor([[0.75]]).view(torch.int32) & ~0xFF | byte).view(torch.float32)
+    level = torch.linspace(0, 7, 3001)[1:-1].double()
+    for sign in (1, -1):
+        momentum = torch.cat([torch.full((256, 1), 1.0).double(), sign * (level / 7).square().expand(256, -1)], 1)
+        rows = (momentum * scales.double()).float()
+        rows[:, 0] = scales[:, 0]
+        codes, found = reference.encode(rows, 4096, 4)
+        assert_same(found, scales, "scales")
+        mean = (reference.decode(codes, scales, 4096, 3000).double() / scales.double()).mean(0)[1:] * 49
+        assert bool(((mean - sign * level.square()).abs() <= level / 256 + 2.0**-17).all())
+
+
+@pytest.mark.parametrize("cols", [1, 2, 63, 64, 65, 200])
+def test_two_codes_in_a_byte(cols: int) -> None:
+    """The first one in the low half; an odd row ends with half a byte of 0."""
+    codes = torch.randint(-7, 8, (5, cols), dtype=torch.int8, generator=torch.Generator().manual_seed(cols))
+    packed = reference.packed(codes)
+    assert packed.shape == (5, -(-cols // 2)) and packed.dtype == torch.uint8
+    assert_same(reference.unpacked(packed, cols), codes, "codes")
+    assert torch.equal(packed[:, 0] % 16, codes[:, 0] % 16)
+    assert cols % 2 == 0 or not (packed[:, -1] // 16).any()
 
 
 def test_error_is_unbiased() -> None:
@@ -123,14 +166,18 @@ def test_a_decayed_scale_keeps_its_dither(bits: int, beta: float) -> None:
     assert float(decayed) < float(scale)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_the_code_0_is_zero(block_size: int) -> None:
+def test_the_code_0_is_zero(block_size: int, bits: int) -> None:
     """Beside a large element, small ones are either 0 or have their own sign: the dither alone is never read."""
     generator = torch.Generator().manual_seed(0)
-    momentum = torch.randn(200, block_size, generator=generator) * 10.0 ** -torch.linspace(3, 8, 200)[:, None]
-    momentum[:, 0] = torch.rand(200, generator=generator) + 0.5
-    codes, scales = reference.encode(momentum, block_size)
-    decoded = reference.decode(codes, scales, block_size)
+    smallest = {4: 5, 8: 8}[bits]
+    momentum = torch.randn(200, block_size, generator=generator)
+    momentum *= 10.0 ** -torch.linspace(smallest - 5, smallest, 200)[:, None]
+    momentum[:, 0] = 1.5 * momentum.abs().amax(1).clamp(min=1) * (1 + torch.rand(200, generator=generator))
+    codes, scales = reference.encode(momentum, block_size, bits)
+    decoded = reference.decode(codes, scales, block_size, block_size)
+    codes = reference.unpacked(codes, block_size) if bits == 4 else codes
     assert torch.equal(decoded == 0, codes == 0) and 0.2 < float((codes == 0).float().mean()) < 0.8
     assert bool((decoded * momentum >= 0).all())
 
