@@ -192,8 +192,8 @@ def test_idle_rows_only_decay(bits: int) -> None:
     assert not optimizer.momentum(param).any() and not state["scales"].any()
 
 
-@pytest.mark.parametrize(("bits", "share"), [(4, 0.8), (8, 0.99)])
-def test_momentum_does_not_freeze(bits: int, share: float) -> None:
+@pytest.mark.parametrize(("bits", "noise"), [(4, 0.2), (8, 0.04)])
+def test_momentum_does_not_freeze(bits: int, noise: float) -> None:
     """After the mean gradient reverses without any noise, signs follow as in fp32: the dither keeps codes moving."""
     mean = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     param = torch.zeros(64, 128, requires_grad=True)
@@ -203,6 +203,6 @@ def test_momentum_does_not_freeze(bits: int, share: float) -> None:
             param.grad = sign * mean
             optimizer.step()
     momentum = optimizer.momentum(param)
-    assert float((momentum.sign() == -mean.sign()).double().mean()) > share
-    # In the mean it is that of fp32 Lion, -mean*(1 - 2*0.99^500), up to the noise of 8192 elements.
-    assert abs(float((momentum * -mean.sign()).mean() / mean.abs().mean()) - 1) < 0.05
+    assert float((momentum.sign() == mean.sign()).double().mean()) < 0.01  # with 4 bits many are exactly 0
+    # In the mean it is that of fp32 Lion, -mean*(1 - 2*0.99^500), up to the noise of the dithers of 64 or 128 blocks.
+    assert abs(float((momentum * -mean.sign()).mean() / mean.abs().mean()) - (1 - 2 * 0.99**500)) < noise
