@@ -20,6 +20,7 @@ from torch import nn
 
 import lion8bit
 from lion8bit import PlanError, estimate
+from lion8bit.planner import named
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
@@ -28,6 +29,7 @@ from lion8bit import PlanError, estimate
     "model, options, message",
     [
         ("7X", {}, "model must be a count such as 7B.*got '7X'"),
+        ("qwen3-5b", {}, "or one of llama-3-8b, .*, qwen3-4b, .*got 'qwen3-5b'"),
         ("0", {}, "model must be a count of 1,000,000 to 100,000,000,000,000"),
         ("-7B", {}, "model must be a count of 1,000,000 to"),
         ("101T", {}, "model must be a count of 1,000,000 to"),
@@ -208,8 +210,21 @@ def test_command_reports_bad_input(
         assert done.exit_code == 2 and "error: plot must be a .png, .svg or .pdf to write, got" in done.stderr
 
 
-def test_help_states_the_formula(invoke: Callable[..., Done]) -> None:
-    assert "2205.05198" in invoke("--help").stdout
+def test_help_states_the_formula_and_the_names(invoke: Callable[..., Done]) -> None:
+    printed = invoke("--help").stdout
+    assert "2205.05198" in printed and all(name in printed for name in named.NAMES)
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_command_plans_a_named_model(invoke: Callable[..., Done]) -> None:
+    printed = {chunked: invoke("LLaMA-3-8B", "--vram", "24", *chunked).stdout for chunked in ((), ("--chunked-loss",))}
+    rows = [
+        next(line for line in text.splitlines() if line.startswith(" Lion8bit, 4 bits, release ")).split()
+        for text in printed.values()
+    ]
+    assert [row[-2:] for row in rows] == [["23.1", "no"], ["20.9", "fits"]]
+    assert ["chunked loss" in text for text in printed.values()] == [False, True]
+    assert max(len(line) for text in printed.values() for line in text.splitlines()) <= 80
 
 
 def test_planner_is_imported_when_asked_for() -> None:

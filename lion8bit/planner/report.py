@@ -27,6 +27,7 @@ def title(plan: Plan) -> str:
     if plan.lora:
         words.append(f"LoRA of rank {plan.lora}, {plan.trained:,} trained")
     words.append("checkpointing" if plan.checkpointing else "no checkpointing")
+    words += ["chunked loss"] if plan.chunked_loss else []
     words += [f"each of {plan.gpus} GPUs (FSDP2)"] if plan.gpus > 1 else []
     return f"{plan.model}: {', '.join(words)}"
 
