@@ -1,7 +1,7 @@
 """Fine-tunes every weight of a language model in bf16 (stochastic rounding) on one device.
 
 The backward pass steps each parameter and frees its gradient, activations are recomputed, the momentum has 8 bits, or 4
-with --bits 4, which keep the bound on the drift from fp32 Lion and give up the bound on single signs (docs/numerics.md).
+with --bits 4. 4 bits keep the bound on the drift from fp32 Lion and give up that on single signs (docs/numerics.md).
 The model is a local folder of Hugging Face (needs transformers), or has random weights in the shape of a public model.
 The text is a file; without a tokenizer its bytes are the tokens. Prints the loss of each step, the speed, and the peak
 memory beside the plan of `lion8bit estimate`.
