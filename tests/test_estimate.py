@@ -19,7 +19,7 @@ from test_planner import LLAMA, hugging_face
 from torch import nn
 
 import lion8bit
-from lion8bit import PlanError, estimate
+from lion8bit import PlanError, estimate, planner
 from lion8bit.planner import named
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
@@ -233,3 +233,54 @@ def test_planner_is_imported_when_asked_for() -> None:
     assert done.stdout.startswith("False <function estimate") and done.stdout.endswith("False\n")
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = lion8bit.no_such_name
+
+
+# ---- The pages -------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+README_ROWS = {
+    "AdamW, fp32 weights": "adamw-fp32",
+    "AdamW, bf16 state": "adamw",
+    "AdamW, 8 bits (bitsandbytes)": "adamw8bit",
+    "Lion, fp32 momentum": "lion",
+    "FlashLion": "flashlion",
+    "FlashLion, gradient release": "flashlion-release",
+    "Lion8bit": "lion8bit",
+    "Lion8bit, gradient release": "lion8bit-release",
+    "Lion8bit, gradient release, momentum in host memory": "lion8bit-release-host",
+    "Lion8bit, 4 bits": "lion8bit-4bit",
+    "Lion8bit, 4 bits, gradient release": "lion8bit-4bit-release",
+}
+
+
+def cells_of(page: str, heading: str) -> list[list[str]]:
+    """The rows of the table of a page whose heading begins so."""
+    lines = (ROOT / page).read_text().partition(f"\n| {heading} |")[2].splitlines()[2:]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    return [[cell.strip(" *`") for cell in row.split("|")[1:-1]] for row in rows]
+
+
+def test_readme_shows_what_its_command_plans() -> None:
+    plan = estimate("llama-3-8b", vram=24, chunked_loss=True)
+    assert {key for key in plan.rows if "compensated" not in key and "24" not in key} == {*README_ROWS.values()}
+    expected = []
+    for label, key in README_ROWS.items():
+        row = plan.rows[key]
+        sizes = (row.weights, row.gradients or row.transient, row.state, row.total)
+        verdict = "fits" if row.fits else "no"
+        expected.append([label, *(f"{size / planner.GIB:.1f}" for size in sizes), verdict])
+    assert cells_of("README.md", "optimizer | weights") == expected
+
+
+def test_page_of_the_plan_has_the_named_models() -> None:
+    for name, parameters, *sizes in cells_of("docs/memory_plan.md", "name"):
+        found = named.NAMED[name]
+        assert parameters == f"{estimate(name).parameters:,}"
+        counts = (found.layers, found.hidden, f"{found.heads}, {found.key_heads}", found.head, found.inner)
+        assert sizes[:-1] == [str(size) for size in (*counts, found.vocabulary)]
+        assert [word in sizes[-1] for word in ("tied", "norms", "biases")] == [*found[-3:]]
+    assert [row[0] for row in cells_of("docs/memory_plan.md", "name")] == [*named.NAMED]
+    for name, tokens, eight, four, chunked in cells_of("docs/memory_plan.md", "model | tokens"):
+        plans = [estimate(name, sequence=int(tokens), chunked_loss=choice).rows for choice in (False, True)]
+        totals = [rows[f"lion8bit{bits}-release"].total / planner.GIB for rows in plans for bits in ("", "-4bit")]
+        assert [eight, four, *chunked.split(", ")] == [f"{total:.1f}" for total in totals]

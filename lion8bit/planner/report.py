@@ -115,7 +115,8 @@ def plot_plan(plan: Plan, path: Path) -> None:
         sizes = [parts(row)[index] / GIB for row in rows]
         bars = axes.barh(range(len(rows)), sizes, left=left, color=colour, height=0.7, label=name)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
-    axes.bar_label(bars, [f"{total:.1f}" for total in left], padding=3, fontsize=9)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the line at the GPU's memory must not cross a number
+    axes.bar_label(bars, [f"{total:.1f}" for total in left], padding=3, fontsize=9, bbox=box)
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
     axes.invert_yaxis()
     axes.margins(x=0.08)
