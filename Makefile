@@ -55,7 +55,7 @@ visit = $(PYTHON) benchmarks/gpu.py $(1) $(if $(BUDGET),--budget $(BUDGET)) $(if
 gpu-check:  ## correctness: doctor, first steps, all GPU tests, tunings of the kernel
 	$(call visit,check)
 
-gpu-speed:  ## speed: steps of lion8bit and its peers, full fine-tuning of 7B, 8B and 3B models
+gpu-speed:  ## speed: steps of lion8bit and its peers, full fine-tuning of models of 3B to 8B parameters
 	$(call visit,speed)
 
 gpu-deep:  ## NVIDIA's tools: compute-sanitizer and ncu

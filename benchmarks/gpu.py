@@ -30,7 +30,7 @@ Measures lion8bit on this machine's GPU, in stages that stand alone. Needs no ne
 
   check   is it right? Installation, doctor, first steps, every test that needs a GPU, some tunings of the kernel
   speed   is it fast? Steps on the parameter lists of public models beside the peers, then full fine-tuning of 7B and 8B
-          models in 24 GiB and of a 3B model in 12 GiB
+          models in 24 GiB, of a 4B model in 16 GiB and of a 3B model in 12 GiB
   deep    what do NVIDIA's tools find? memcheck and racecheck over every kind of kernel, ncu on two kernels
   all     the three in turn
 """
@@ -59,7 +59,13 @@ FEW_TUNINGS = (*(f"passes {count}" for count in (1, 2, 4, 16)), "8 elements, res
                "16 elements, resident 3, nothing ahead", "8 elements, resident 4, registers ahead")  # fmt: skip
 LISTS = {"gpt2": 70, "1B": 60, "llama": 70, "lora": 45}  # models of `gpu_step.py`: seconds
 # Of `examples/full_finetune.py`: shape, GiB of the GPU, and further options. Sequences have 2048 tokens.
-TRAININGS = {"7B": ("llama-7b", 24, ""), "8B": ("llama3-8b", 24, "--paged"), "3B": ("llama-3b", 12, "--paged")}
+TRAININGS = {
+    "7B": ("llama-7b", 24, ""),
+    "8B-4bit": ("llama3-8b", 24, "--bits 4 --chunked-loss"),
+    "4B-4bit": ("qwen3-4b", 16, "--bits 4 --chunked-loss"),
+    "8B": ("llama3-8b", 24, "--paged"),
+    "3B": ("llama-3b", 12, "--paged"),
+}
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy")
 PROFILE = "--clock-control none -k regex:lion8bit_update -s 10 -c 1"  # the first launch on a large tensor
 PROFILE += "".join(f" --section {section}" for section in SECTIONS)

@@ -123,6 +123,7 @@ def judge_steps(rows: Sequence[Record]) -> list[Record]:
 def judge_training(step: Record, record: Record) -> list[Record]:
     """The goals of one full fine-tuning."""
     name = f"{step['step']}, {record['model']}{', momentum on the host' if record['paged'] else ''}"
+    name += ", 4 bits" if record.get("bits") == 4 else ""
     losses = record["losses"] if step["status"] == "passed" else []
     limit, planned, reserved = (record.get(key) for key in ("memory_limit_gib", "planned_bytes", "reserved_bytes"))
     # The plan counts tensors; the allocator rounds them up.
@@ -187,7 +188,10 @@ def training_row(step: Record, record: Record) -> Record:
     if record["out_of_memory"]:
         outcome = f"out of memory: {record['out_of_memory']['where']}"
     gib = {name: record[f"{name}_bytes"] / GIB for name in ("peak", "planned", "state") if record.get(f"{name}_bytes")}
-    return {**record, **gib, "outcome": outcome, "place": "host" if record["paged"] else "GPU"}
+    options = [f"{record['bits']} bits"] if record.get("bits") else []  # older records have no such keys
+    options += ["chunked loss"] if record.get("chunked_loss") else []
+    optimizer = ", ".join([record["optimizer"], *options])
+    return {**record, **gib, "optimizer": optimizer, "outcome": outcome, "place": "host" if record["paged"] else "GPU"}
 
 
 def list_row(row: Record, ours: Record | None) -> Record:

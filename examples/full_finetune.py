@@ -1,6 +1,7 @@
 """Fine-tunes every weight of a language model in bf16 (stochastic rounding) on one device.
 
-The backward pass steps each parameter and frees its gradient, activations are recomputed, the momentum has 8 bits.
+The backward pass steps each parameter and frees its gradient, activations are recomputed, the momentum has 8 bits, or 4
+with --bits 4. 4 bits keep the bound on the drift from fp32 Lion and give up that on single signs (docs/numerics.md).
 The model is a local folder of Hugging Face (needs transformers), or has random weights in the shape of a public model.
 The text is a file; without a tokenizer its bytes are the tokens. Prints the loss of each step, the speed, and the peak
 memory beside the plan of `lion8bit estimate`.
@@ -10,6 +11,7 @@ saved only after the last step.
 
 examples:
   python examples/full_finetune.py --model ~/models/Llama-2-7b --text notes.txt --save tuned
+  python examples/full_finetune.py --shape llama3-8b --memory-limit 24 --bits 4 --chunked-loss
   python examples/full_finetune.py --shape llama3-8b --memory-limit 24 --paged
   python examples/full_finetune.py --shape llama-7b --memory-limit 24 --optimizer bitsandbytes
   python examples/full_finetune.py --shape tiny --sequence 64 --device cpu
@@ -30,12 +32,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from chunked_loss import chunked_loss
 from llama import SHAPES, build
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from lion8bit import Lion8bit, estimate, fuse_into_backward
+from lion8bit.planner.formulas import LOSS_PIECE
 from lion8bit.tools.cli import try_to_write
 from lion8bit.tools.demo import DemoInputError, first_line, read_text, resolve_device
 from lion8bit.tools.memory import GIB, is_out_of_memory, limit_memory, state_bytes
@@ -86,6 +90,7 @@ def build_optimizer(settings: argparse.Namespace, params: Sequence[nn.Parameter]
     module, name = OPTIMIZERS[settings.optimizer]
     options: dict[str, Any] = {"lr": settings.lr, "weight_decay": WEIGHT_DECAY}
     options |= {"is_paged": settings.paged} if settings.optimizer in PAGED else {}
+    options |= {"optim_bits": settings.bits} if settings.optimizer == "lion8bit" else {}
     options |= {"fused": True} if settings.optimizer == "adamw" else {}
     return getattr(importlib.import_module(module), name)(params, **options)  # type: ignore[no-any-return]
 
@@ -148,9 +153,20 @@ class Place:
 
 def plan(model: nn.Module, settings: argparse.Namespace) -> tuple[int | None, str | None]:
     """The peak that `lion8bit estimate` plans, in bytes, and its moment; None where it has no plan."""
-    key = settings.optimizer + "-release" * (not settings.no_release) + "-host" * settings.paged
-    row = estimate(model, batch=settings.batch, sequence=settings.sequence).rows.get(key)
+    key = settings.optimizer + "-4bit" * (settings.bits == 4)
+    key += "-release" * (not settings.no_release) + "-host" * settings.paged
+    options = {"batch": settings.batch, "sequence": settings.sequence, "chunked_loss": settings.chunked_loss}
+    row = estimate(model, **options).rows.get(key)
     return (None, None) if row is None or row.activations is None else (row.total, row.peak)
+
+
+def loss_of(model: nn.Module, batch: Tensor, chunked: bool) -> Tensor:
+    """The mean cross entropy of each token of [batch, sequence + 1] after the first."""
+    if chunked:
+        return chunked_loss(model, batch[:, :-1], batch[:, 1:])
+    output = model(batch[:, :-1])
+    logits = getattr(output, "logits", output)
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
 def train(
@@ -174,10 +190,7 @@ def train(
     for step in range(1, settings.steps + 1):
         begin, batch = time.perf_counter(), next(batches)
         with place.at("forward pass", step):
-            output = model(batch[:, :-1])
-            logits = getattr(output, "logits", output)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-            del output, logits
+            loss = loss_of(model, batch, settings.chunked_loss)
         with place.at("backward pass", step):
             loss.backward()
         with place.at("optimizer", step):
@@ -201,6 +214,8 @@ def run(settings: argparse.Namespace, device: torch.device, advance: Advance) ->
     record: dict[str, Any] = {
         "model": str(settings.model or settings.shape),
         "optimizer": settings.optimizer,
+        "bits": settings.bits if settings.optimizer == "lion8bit" else None,
+        "chunked_loss": settings.chunked_loss,
         "release": not settings.no_release,
         "paged": settings.paged,
         "memory_limit_gib": settings.memory_limit,
@@ -236,7 +251,9 @@ def run(settings: argparse.Namespace, device: torch.device, advance: Advance) ->
 def report(record: dict[str, Any]) -> str:
     """The record as text."""
     release = ", gradient release" if record["release"] else ""
-    lines = [f"{record['model']} on {record['device']}: {record['optimizer']}{release}"]
+    bits = f", {record['bits']} bits" if record["bits"] else ""
+    chunked = ", chunked loss" if record["chunked_loss"] else ""
+    lines = [f"{record['model']} on {record['device']}: {record['optimizer']}{bits}{release}{chunked}"]
     sizes = {name.replace("_bytes", ""): size for name, size in record.items() if name.endswith("_bytes")}
     sizes |= {f"peak of {work}": size for work, size in record["peaks"].items()}
     lines += [f"{name.replace('_', ' '):32} {size / GIB:9.4f} GiB" for name, size in sizes.items() if size]
@@ -259,6 +276,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--trust-remote-code", action="store_true", help="execute Python code in the model's folder")
     options.add_argument("--text", type=Path, metavar="FILE", help="default: the source of Python's help topics")
     options.add_argument("--optimizer", choices=OPTIMIZERS, default="lion8bit")
+    options.add_argument("--bits", type=int, choices=(4, 8), default=8, help="of Lion8bit's momentum")
+    options.add_argument("--chunked-loss", action="store_true", help=f"logits of {LOSS_PIECE} tokens at a time")
     options.add_argument("--paged", action="store_true", help="optimizer state in host memory")
     options.add_argument("--no-release", action="store_true", help="keep all gradients until the step")
     options.add_argument("--memory-limit", type=float, metavar="GIB", help="of the GPU, or beyond what a CPU run has")
@@ -275,6 +294,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(settings, name)
         if value is not None and value <= 0:
             options.error(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if settings.bits == 4 and settings.optimizer != "lion8bit":
+        options.error(f"--bits 4 must go with lion8bit, got {settings.optimizer}")
     if settings.paged and settings.optimizer not in PAGED:
         options.error(f"--paged must go with lion8bit or bitsandbytes, got {settings.optimizer}")
     for name, path in (("json", settings.json), ("save", settings.save and settings.save / "config.json")):

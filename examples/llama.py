@@ -1,8 +1,9 @@
-"""A Llama in plain torch for the examples and benchmarks, with the parameter names of transformers' `LlamaForCausalLM`.
+"""Llama and Qwen3 in plain torch for the examples and benchmarks, with the parameter names of transformers' models.
 
     model = build(SHAPES["llama3-8b"], device, torch.bfloat16, seed=0)   # random weights, no fp32 copy
     model.checkpointing = False                                         # keep the activations (default: recompute)
     logits = model(tokens)                                              # [batch, length] -> [batch, length, vocabulary]
+    hidden = model.hidden_states(tokens)                                # what the output layer gets, for a chunked loss
 
 `Llama(config)` under `torch.device("meta")` has shapes only, for `lion8bit.estimate`. transformers loads what
 `save_pretrained` writes.
@@ -25,7 +26,7 @@ INIT_STD = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a Llama, by the names of Hugging Face's config.json."""
+    """Sizes of a Llama or a Qwen3, by the names of Hugging Face's config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -37,7 +38,13 @@ class Config:
     rope_theta: float
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
-    model_type: str = "llama"
+    model_type: str = "llama"  # or "qwen3", which has RMSNorms of each head's queries and keys
+    head_dim: int | None = None  # width of a head; None for hidden_size // num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        """The width of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     def get_text_config(self) -> Config:
         """Itself: `lion8bit.estimate` calls this, because in transformers multimodal models contain a text model."""
@@ -45,8 +52,9 @@ class Config:
 
     def record(self) -> dict[str, Any]:
         """The content of config.json."""
-        fixed = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "torch_dtype": "bfloat16"}
-        return {**dataclasses.asdict(self), **fixed}
+        architecture = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[self.model_type]
+        fixed = {"architectures": [architecture], "hidden_act": "silu", "torch_dtype": "bfloat16"}
+        return {**dataclasses.asdict(self), "head_dim": self.head_width, **fixed}
 
 
 # Llama 3 without the scaled rotary frequencies of 3.1 and 3.2, which are for contexts of more than 8192 tokens.
@@ -54,6 +62,7 @@ SHAPES = {
     "llama-7b": Config(4096, 11008, 32, 32, 32, 32000, 2048, 1e4, 1e-6),  # LLaMA 7B
     "llama3-8b": Config(4096, 14336, 32, 32, 8, 128256, 8192, 5e5),  # Llama-3-8B
     "llama-3b": Config(3072, 8192, 28, 24, 8, 128256, 8192, 5e5, tie_word_embeddings=True),  # Llama-3.2-3B
+    "qwen3-4b": Config(2560, 9728, 36, 32, 8, 151936, 40960, 1e6, 1e-6, True, "qwen3", 128),
     "tinyllama-1.1b": Config(2048, 5632, 22, 32, 4, 32000, 2048, 1e4),
     "smollm-135m": Config(576, 1536, 30, 9, 3, 49152, 2048, 1e4, tie_word_embeddings=True),
     "tiny": Config(128, 352, 2, 4, 2, 256, 512, 1e4),  # for tests
@@ -74,18 +83,18 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        width = self.width = config.hidden_size // config.num_attention_heads
+        width = self.width = config.head_width
         heads, key_heads = config.num_attention_heads * width, config.num_key_value_heads * width
         self.q_proj = nn.Linear(config.hidden_size, heads, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_heads, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_heads, bias=False)
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
+        normed = config.model_type == "qwen3"
+        self.q_norm, self.k_norm = (RMSNorm(width, config.rms_norm_eps) if normed else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (project(x).unflatten(-1, (-1, self.width)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (each.transpose(1, 2) for each in (self.q_norm(q), self.k_norm(k), v))
         q, k = (each * cos + torch.cat([-each.chunk(2, -1)[1], each.chunk(2, -1)[0]], -1) * sin for each in (q, k))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
@@ -122,6 +131,8 @@ class Layer(nn.Module):
 class Llama(nn.Module):
     """Maps [batch, length] int64 tokens to [batch, length, vocab_size] logits; `build` sets random weights.
 
+    A configuration of Qwen3 makes it one.
+
     While `checkpointing` is true, the backward pass computes each layer's activations again.
     """
 
@@ -143,14 +154,18 @@ class Llama(nn.Module):
         return self.lm_head
 
     def forward(self, tokens: Tensor) -> Tensor:
+        return self.lm_head(self.hidden_states(tokens))  # type: ignore[no-any-return]
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """[batch, length, hidden_size]: the input of the output layer."""
         x = self.model.embed_tokens(tokens)
         cos, sin = self._rotation(tokens.shape[1], x)
         for layer in self.model.layers:
             x = checkpoint(layer, x, cos, sin, use_reentrant=False) if self.checkpointing else layer(x, cos, sin)
-        return self.lm_head(self.model.norm(x))  # type: ignore[no-any-return]
+        return self.model.norm(x)  # type: ignore[no-any-return]
 
     def _rotation(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        width = self.config.hidden_size // self.config.num_attention_heads
+        width = self.config.head_width
         rates = self.config.rope_theta ** (-torch.arange(0, width, 2, device=like.device).float() / width)
         angles = torch.outer(torch.arange(length, device=like.device).float(), rates).repeat(1, 2)
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)

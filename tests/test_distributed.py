@@ -275,6 +275,7 @@ def fsdp2_takes_the_bytes_of_the_plan() -> None:
     from lion8bit import estimate
 
     options: dict[str, dict[str, Any]] = {"lion8bit": {}, "lion8bit-compensated": {"weight_rounding": "compensated"}}
+    options["lion8bit-4bit"] = {"optim_bits": 4, "block_size": 64}
     for size in (2, 3, 4):
         for _ in world(size):
             net = make_net(torch.bfloat16)

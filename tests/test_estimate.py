@@ -19,7 +19,8 @@ from test_planner import LLAMA, hugging_face
 from torch import nn
 
 import lion8bit
-from lion8bit import PlanError, estimate
+from lion8bit import PlanError, estimate, planner
+from lion8bit.planner import named
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
@@ -28,6 +29,7 @@ from lion8bit import PlanError, estimate
     "model, options, message",
     [
         ("7X", {}, "model must be a count such as 7B.*got '7X'"),
+        ("qwen3-5b", {}, "or one of llama-3-8b, .*, qwen3-4b, .*got 'qwen3-5b'"),
         ("0", {}, "model must be a count of 1,000,000 to 100,000,000,000,000"),
         ("-7B", {}, "model must be a count of 1,000,000 to"),
         ("101T", {}, "model must be a count of 1,000,000 to"),
@@ -208,8 +210,21 @@ def test_command_reports_bad_input(
         assert done.exit_code == 2 and "error: plot must be a .png, .svg or .pdf to write, got" in done.stderr
 
 
-def test_help_states_the_formula(invoke: Callable[..., Done]) -> None:
-    assert "2205.05198" in invoke("--help").stdout
+def test_help_states_the_formula_and_the_names(invoke: Callable[..., Done]) -> None:
+    printed = invoke("--help").stdout
+    assert "2205.05198" in printed and all(name in printed for name in named.NAMES)
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_command_plans_a_named_model(invoke: Callable[..., Done]) -> None:
+    printed = {chunked: invoke("LLaMA-3-8B", "--vram", "24", *chunked).stdout for chunked in ((), ("--chunked-loss",))}
+    rows = [
+        next(line for line in text.splitlines() if line.startswith(" Lion8bit, 4 bits, release ")).split()
+        for text in printed.values()
+    ]
+    assert [row[-2:] for row in rows] == [["23.1", "no"], ["20.9", "fits"]]
+    assert ["chunked loss" in text for text in printed.values()] == [False, True]
+    assert max(len(line) for text in printed.values() for line in text.splitlines()) <= 80
 
 
 def test_planner_is_imported_when_asked_for() -> None:
@@ -218,3 +233,54 @@ def test_planner_is_imported_when_asked_for() -> None:
     assert done.stdout.startswith("False <function estimate") and done.stdout.endswith("False\n")
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = lion8bit.no_such_name
+
+
+# ---- The pages -------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+README_ROWS = {
+    "AdamW, fp32 weights": "adamw-fp32",
+    "AdamW, bf16 state": "adamw",
+    "AdamW, 8 bits (bitsandbytes)": "adamw8bit",
+    "Lion, fp32 momentum": "lion",
+    "FlashLion": "flashlion",
+    "FlashLion, gradient release": "flashlion-release",
+    "Lion8bit": "lion8bit",
+    "Lion8bit, gradient release": "lion8bit-release",
+    "Lion8bit, gradient release, momentum in host memory": "lion8bit-release-host",
+    "Lion8bit, 4 bits": "lion8bit-4bit",
+    "Lion8bit, 4 bits, gradient release": "lion8bit-4bit-release",
+}
+
+
+def cells_of(page: str, heading: str) -> list[list[str]]:
+    """The rows of the table of a page whose heading begins so."""
+    lines = (ROOT / page).read_text().partition(f"\n| {heading} |")[2].splitlines()[2:]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    return [[cell.strip(" *`") for cell in row.split("|")[1:-1]] for row in rows]
+
+
+def test_readme_shows_what_its_command_plans() -> None:
+    plan = estimate("llama-3-8b", vram=24, chunked_loss=True)
+    assert {key for key in plan.rows if "compensated" not in key and "24" not in key} == {*README_ROWS.values()}
+    expected = []
+    for label, key in README_ROWS.items():
+        row = plan.rows[key]
+        sizes = (row.weights, row.gradients or row.transient, row.state, row.total)
+        verdict = "fits" if row.fits else "no"
+        expected.append([label, *(f"{size / planner.GIB:.1f}" for size in sizes), verdict])
+    assert cells_of("README.md", "optimizer | weights") == expected
+
+
+def test_page_of_the_plan_has_the_named_models() -> None:
+    for name, parameters, *sizes in cells_of("docs/memory_plan.md", "name"):
+        found = named.NAMED[name]
+        assert parameters == f"{estimate(name).parameters:,}"
+        counts = (found.layers, found.hidden, f"{found.heads}, {found.key_heads}", found.head, found.inner)
+        assert sizes[:-1] == [str(size) for size in (*counts, found.vocabulary)]
+        assert [word in sizes[-1] for word in ("tied", "norms", "biases")] == [*found[-3:]]
+    assert [row[0] for row in cells_of("docs/memory_plan.md", "name")] == [*named.NAMED]
+    for name, tokens, eight, four, chunked in cells_of("docs/memory_plan.md", "model | tokens"):
+        plans = [estimate(name, sequence=int(tokens), chunked_loss=choice).rows for choice in (False, True)]
+        totals = [rows[f"lion8bit{bits}-release"].total / planner.GIB for rows in plans for bits in ("", "-4bit")]
+        assert [eight, four, *chunked.split(", ")] == [f"{total:.1f}" for total in totals]

@@ -44,16 +44,26 @@ def run(finetune: Any, folder: Path, *arguments: str) -> dict[str, Any]:
 
 def test_shapes_have_the_published_sizes(llama: Any) -> None:
     sizes = {"llama-7b": 6_738_415_616, "llama3-8b": 8_030_261_248, "llama-3b": 3_212_749_824}
-    sizes |= {"tinyllama-1.1b": 1_100_048_384, "smollm-135m": 134_515_008, "tiny": 434_816}
+    sizes |= {"qwen3-4b": 4_022_468_096, "tinyllama-1.1b": 1_100_048_384, "smollm-135m": 134_515_008, "tiny": 434_816}
     with torch.device("meta"):
         models = {name: llama.Llama(config) for name, config in llama.SHAPES.items()}
     assert {name: sum(param.numel() for param in model.parameters()) for name, model in models.items()} == sizes
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_saved_models_are_those_of_transformers(llama: Any, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shape", "name"), [("llama3-8b", "llama-3-8b"), ("qwen3-4b", "qwen3-4b")])
+def test_shapes_have_the_plan_of_the_named_model(llama: Any, shape: str, name: str) -> None:
+    with torch.device("meta"):
+        model = llama.Llama(llama.SHAPES[shape])
+    assert estimate(model, chunked_loss=True).rows == estimate(name, chunked_loss=True).rows
+
+
+QWEN3 = {"model_type": "qwen3", "head_dim": 64}
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, QWEN3], ids=["llama", "tied", "qwen3"])
+def test_saved_models_are_those_of_transformers(llama: Any, changes: dict[str, Any], tmp_path: Path) -> None:
     model_class = pytest.importorskip("transformers", reason="needs transformers").AutoModelForCausalLM
-    config = llama.dataclasses.replace(llama.SHAPES["tiny"], tie_word_embeddings=tied)
+    config = llama.dataclasses.replace(llama.SHAPES["tiny"], **changes)
     model = llama.build(config, torch.device("cpu"), torch.float32)
     model.save_pretrained(tmp_path)
     theirs = model_class.from_pretrained(tmp_path, dtype=torch.float32)
@@ -100,6 +110,16 @@ def test_release_and_paging_change_no_bits(finetune: Any, tmp_path: Path) -> Non
     assert losses[0] == losses[1] == losses[2]
 
 
+def test_4_bits_with_a_chunked_loss(finetune: Any, tmp_path: Path, capsys: Any) -> None:
+    options = ("--shape", "tiny", "--steps", "3", "--bits", "4")
+    whole, chunked = (run(finetune, tmp_path, *options, *more) for more in ([], ["--chunked-loss"]))
+    assert chunked["state_bytes"] == pytest.approx(434_816 * (0.5 + 4 / 64), rel=0.03)
+    assert (chunked["bits"], chunked["chunked_loss"], whole["chunked_loss"]) == (4, True, False)
+    assert chunked["losses"][0] == pytest.approx(whole["losses"][0], rel=1e-5)
+    assert chunked["losses"] == pytest.approx(whole["losses"], rel=0.01)
+    assert "lion8bit, 4 bits, gradient release, chunked loss" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "bitsandbytes"])
 def test_others_run_too(finetune: Any, optimizer: str, tmp_path: Path) -> None:
     if optimizer == "bitsandbytes":
@@ -117,13 +137,20 @@ def test_the_plan_is_that_of_the_options(finetune: Any, llama: Any) -> None:
         "": "lion8bit-release",
         "--paged": "lion8bit-release-host",
         "--no-release": "lion8bit",
+        "--bits 4": "lion8bit-4bit-release",
+        "--bits 4 --no-release": "lion8bit-4bit",
         "--optimizer flashlion": "flashlion-release",
         "--optimizer adamw --no-release": "adamw",
     }
     for options, key in expected.items():
         settings = finetune.parse(["--shape", "tiny", *options.split()])
         assert finetune.plan(model, settings) == (rows[key].total, rows[key].peak), options
-    assert finetune.plan(model, finetune.parse(["--shape", "tiny", "--optimizer", "adamw"])) == (None, None)
+    for options in ("--optimizer adamw", "--bits 4 --paged"):
+        assert finetune.plan(model, finetune.parse(["--shape", "tiny", *options.split()])) == (None, None)
+    chunked = estimate(model, batch=1, sequence=2048, chunked_loss=True).rows["lion8bit-4bit-release"]
+    settings = finetune.parse(["--shape", "tiny", "--bits", "4", "--chunked-loss"])
+    assert finetune.plan(model, settings) == (chunked.total, chunked.peak)
+    assert chunked.total < rows["lion8bit-4bit-release"].total
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to limit a CPU run's memory")
@@ -181,6 +208,7 @@ def test_an_interrupted_run_reports_what_it_did(
         ("", "arguments --model --shape is required"),
         ("--shape tiny --steps 0", "--steps must be positive, got 0"),
         ("--shape tiny --paged --optimizer adamw", "--paged must go with lion8bit or bitsandbytes, got adamw"),
+        ("--shape tiny --bits 4 --optimizer adamw", "--bits 4 must go with lion8bit, got adamw"),
         ("--shape tiny --memory-limit 0", "--memory-limit must be positive, got 0.0"),
     ],
 )

@@ -8,6 +8,8 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import nn
 import lion8bit
 from lion8bit import Lion, Lion8bit, Plan, estimate
 from lion8bit.paging import BUFFER_BYTES
-from lion8bit.planner import formulas, models, report
+from lion8bit.planner import formulas, models, named, report, shapes
 from lion8bit.tools.demo import state_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,6 +48,16 @@ class Convolutions(nn.Module):
         self.vector = nn.Parameter(torch.empty(5000))
         self.scalar = nn.Parameter(torch.empty(()))
         self.frozen = nn.Linear(64, 80).requires_grad_(False)
+
+
+class Narrow(nn.Module):
+    """Rows of odd widths, and rows shorter than the blocks of 4 bits, of 8 bits or of neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (1, 3, 63, 64, 65, 127, 128, 129)
+        self.rows = nn.ParameterList(nn.Parameter(torch.empty(1021 if width > 3 else 5000, width)) for width in widths)
+        self.filters = nn.Parameter(torch.empty(90, 7, 3, 3).to(memory_format=torch.channels_last))
 
 
 class Tied(nn.Module):
@@ -93,6 +105,7 @@ OPTIMIZERS: dict[str, Make] = {
     "lion8bit": lambda params: Lion8bit(params, weight_rounding="nearest"),
     "lion8bit-compensated": lambda params: Lion8bit(params, weight_rounding="compensated"),
     "lion8bit-release-host": Lion8bit,
+    "lion8bit-4bit": lambda params: Lion8bit(params, optim_bits=4, weight_rounding="nearest"),
 }
 
 
@@ -129,7 +142,7 @@ def test_hugging_face_models_exactly(name: str, dtype: str, tmp_path: Path) -> N
     assert ("lion8bit-compensated" in plan.rows) == (dtype == "bf16")
 
 
-@pytest.mark.parametrize("make", [Convolutions, Tied])
+@pytest.mark.parametrize("make", [Convolutions, Narrow, Tied])
 def test_other_modules_exactly(make: type[nn.Module]) -> None:
     module = make().bfloat16()
     plan = estimate(f"{__name__}:{make.__name__}")
@@ -141,8 +154,12 @@ def test_other_modules_exactly(make: type[nn.Module]) -> None:
 
 def test_options_of_the_format() -> None:
     module = Convolutions().bfloat16()
-    plan = estimate(module, block_size=64, min_8bit_size=100)
-    assert_exact(plan, module, {"lion8bit": lambda params: Lion8bit(params, block_size=64, min_8bit_size=100)})
+    for block_size in (64, 256):
+        options: dict[str, Any] = {"block_size": block_size, "min_8bit_size": 100}
+        plan = estimate(module, **options)
+        makes: dict[str, Make] = {"lion8bit": partial(Lion8bit, **options)}
+        makes["lion8bit-4bit"] = partial(Lion8bit, optim_bits=4, **options)
+        assert_exact(plan, module, makes)
 
 
 def test_fp32_weights_of_adamw() -> None:
@@ -173,6 +190,14 @@ def test_lora_counts_linear_layers_but_the_output(tmp_path: Path) -> None:
     assert estimate("7B", lora=16).trained == 16 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11673))
 
 
+def test_4_bits_take_a_byte_for_two_parameters() -> None:
+    rows = estimate("llama-3-8b").rows
+    eight, four = rows["lion8bit"], rows["lion8bit-4bit"]
+    assert four.state / 8_030_261_248 == pytest.approx(0.5 + 4 / 64, rel=1e-4)
+    assert four.total - four.state == eight.total - eight.state
+    assert (rows["lion8bit-4bit-release"].state, rows["lion8bit-4bit-release"].gradients) == (four.state, 0)
+
+
 def test_flashlion_by_its_formula() -> None:
     module = nn.Linear(100, 77)  # its codes and scales exist on a GPU only
     plan = estimate(module)
@@ -196,10 +221,61 @@ def test_flashlion_by_its_formula() -> None:
 )
 def test_counts(text: str, count: int, note: str) -> None:
     plan = estimate(text)
-    assert models.parse_count(text) == count
+    assert named.parse_count(text) == count
     assert abs(plan.parameters - count) < 1e-4 * count
     assert estimate(count).rows == plan.rows
     assert note in plan.note
+
+
+PUBLISHED = {
+    "llama-3-8b": 8_030_261_248, "llama-3.1-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824, "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360, "qwen2.5-7b": 7_615_616_512, "mistral-7b-v0.3": 7_248_023_552,
+    "smollm2-1.7b": 1_711_376_384,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", named.NAMES)
+def test_named_models_have_the_published_sizes(name: str) -> None:
+    plan = estimate(name)
+    assert (plan.model, plan.parameters, plan.note) == (name, PUBLISHED[name], "")
+    assert estimate(f" {name.upper()} ").rows == plan.rows
+
+
+@pytest.mark.parametrize("lora", [None, 8])
+@pytest.mark.parametrize("name", named.NAMED)
+def test_named_models_are_those_of_transformers(name: str, lora: int | None) -> None:
+    """Two layers are built from the public configuration; the others have the same shapes."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    found = named.NAMED[name]
+    model_type = next(kind for start, kind in MODEL_TYPES.items() if name.startswith(start))
+    config = transformers.AutoConfig.for_model(
+        model_type,
+        num_hidden_layers=2,
+        hidden_size=found.hidden,
+        intermediate_size=found.inner,
+        num_attention_heads=found.heads,
+        num_key_value_heads=found.key_heads,
+        vocab_size=found.vocabulary,
+        tie_word_embeddings=found.tied,
+        **({"head_dim": found.head} if model_type != "qwen2" else {}),
+    )
+    with torch.device("meta"):
+        module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    theirs, ours = models.model_of(module, config, lora), named.named_model(name, lora)
+    assert ours is not None and theirs.widths is not None
+    assert ours.widths == replace(theirs.widths, layers=found.layers)
+    assert ours.tied == theirs.tied and ours.sequence == theirs.sequence
+    assert len(ours.blocks) == found.layers and set(map(by_shape, ours.blocks)) == set(map(by_shape, theirs.blocks))
+    assert by_shape(ours.rest) == by_shape(theirs.rest)
+
+
+MODEL_TYPES = {"llama": "llama", "qwen3": "qwen3", "qwen2": "qwen2", "mistral": "mistral", "smollm2": "llama"}
+
+
+def by_shape(weights: tuple[shapes.Weight, ...]) -> tuple[shapes.Weight, ...]:
+    """Weights in an order of their own, without the shapes of another order in memory."""
+    return tuple(sorted(weight._replace(own_shape=None) for weight in weights))
 
 
 COUNTS = [round(10 ** (6 + 6 * i / 120)) for i in range(121)]  # 1M to 1T, each 12 % more than the one before
@@ -209,7 +285,7 @@ COUNTS = [round(10 ** (6 + 6 * i / 120)) for i in range(121)]  # 1M to 1T, each 
 def test_any_count_is_a_plausible_model_that_grows_with_it(checkpointing: bool) -> None:
     before: dict[tuple[str, str], int] = {}
     for count in COUNTS:
-        typical = models.typical_model(count)
+        typical = named.typical_model(count)
         widths = typical.widths
         assert widths is not None and widths.layers >= 4 and widths.vocabulary >= 1000
         assert min(min(weight.shape) for weight in typical.weights) > 0, count
@@ -231,7 +307,7 @@ def test_rank_0_holds_what_chunk_gives_it() -> None:
     for rows in (1, 3, 7, 8, 100, 32000, 50257):
         for gpus in (1, 2, 3, 8, 64, 1000, 4096):
             largest = max(len(part) for part in torch.empty(rows).chunk(gpus))
-            assert formulas.piece_of(models.Weight((rows, 5)), gpus, 2).shape == (largest, 5)
+            assert formulas.piece_of(shapes.Weight((rows, 5)), gpus, 2).shape == (largest, 5)
 
 
 def test_more_gpus_hold_less() -> None:
@@ -296,7 +372,7 @@ def test_peak_is_what_an_iteration_allocates(
 
 def test_activations_follow_the_published_count() -> None:
     """Korthikanti et al. have 34sbh + 5as²b for GPT; without dropout's masks (2sbh) and the scores, 32sbh."""
-    widths = models.Widths(12, 768, 0, 768, 768, 3072, models.SAVED["gelu"], 2 * 768, 0, 0, 0)
+    widths = shapes.Widths(12, 768, 0, 768, 768, 3072, shapes.SAVED["gelu"], 2 * 768, 0, 0, 0)
     assert formulas.layer_bytes(widths, 2) == 32 * 768
     short, long = (estimate("7B", sequence=s, checkpointing=False).rows["lion8bit"].activations for s in (512, 2048))
     assert short is not None and long == 4 * short
@@ -448,7 +524,38 @@ def test_unknown_activations_are_left_out_and_said(name: str, note: str) -> None
 def test_7b_fits_24_gib_with_gradient_release_only() -> None:
     rows = estimate("6738415616", vram=24).rows
     fitting = {key for key, row in rows.items() if row.fits}
-    assert fitting == {"lion8bit-release", "lion8bit-release-host", "flashlion-release"}
+    eight = {"lion8bit-release", "lion8bit-release-host", "flashlion-release"}
+    assert fitting == {*eight, "lion8bit-4bit-release"}
+
+
+GOALS = [  # model, tokens, chunked loss, GiB with 8 and with 4 bits
+    ("llama-3-8b", 512, False, 24.0, 20.5),
+    ("llama-3-8b", 2048, False, 26.6, 23.1),
+    ("llama-3-8b", 2048, True, 24.4, 20.9),
+    ("qwen3-8b", 512, False, 24.7, 21.1),
+    ("qwen3-4b", 2048, False, 15.8, 14.0),
+    ("llama-3.2-3b", 512, False, 11.3, 9.9),
+]
+
+
+@pytest.mark.parametrize(("name", "tokens", "chunked", "eight", "four"), GOALS)
+def test_4_bits_with_gradient_release(name: str, tokens: int, chunked: bool, eight: float, four: float) -> None:
+    rows = estimate(name, sequence=tokens, chunked_loss=chunked).rows
+    totals = [rows[f"lion8bit{bits}-release"].total / formulas.GIB for bits in ("", "-4bit")]
+    assert [round(total, 1) for total in totals] == [eight, four]
+
+
+def test_a_chunked_loss_needs_the_logits_of_a_piece_only() -> None:
+    """It saves nothing with few tokens, and from one piece on its logits do not grow."""
+    whole, pieces = (estimate("llama-3-8b", chunked_loss=chunked).rows["lion8bit-release"] for chunked in (False, True))
+    assert (whole.peak, pieces.peak) == ("loss", "head") and whole.total - pieces.total > 2 * formulas.GIB
+    hidden = 2048 * 4096 * 2
+    table, stack = 2 * 128256 * 4096, 32 * hidden
+    assert pieces.total == pieces.weights + pieces.state + stack + table + hidden + 8 * 256 * 128256
+    assert (
+        estimate("7B", chunked_loss=True, sequence=64).rows["lion"].total
+        <= estimate("7B", sequence=64).rows["lion"].total * 1.001
+    )
 
 
 def test_verdict_is_total_and_reserve() -> None:

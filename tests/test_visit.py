@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from lion8bit import estimate
+
 pytest.importorskip("rich", reason="needs the extra named demo")
 pytest.importorskip("matplotlib", reason="needs the extra named demo")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs GNU's timeout and process groups")
@@ -53,7 +55,7 @@ def python(code: str) -> list[str]:
     ("stage", "steps"),
     [
         ("check", ["machine", "doctor", "first process", "second process", "tests", "variants"]),
-        ("speed", ["machine", "gpt2", "1B", "llama", "lora", "7B", "8B", "3B"]),
+        ("speed", ["machine", "gpt2", "1B", "llama", "lora", "7B", "8B-4bit", "4B-4bit", "8B", "3B"]),
         ("deep", ["machine", "memcheck", "racecheck", "ncu nearest", "ncu stochastic"]),
     ],
 )
@@ -88,8 +90,11 @@ def test_stage_passes_without_a_gpu(stage: str, steps: list[str], tmp_path: Path
         }
         assert all(row["status"] == "measured" and row["wall_new_ms"]["median"] > 0 for row in rows)
         found = report.results(records, "losses")
-        paged = [(step["step"], training["paged"]) for step, training in found]
-        assert paged == [("7B", False), ("8B", True), ("3B", True)]
+        assert [(step["step"], training["paged"], training["bits"], training["chunked_loss"])
+                for step, training in found] == [
+            ("7B", False, 8, False), ("8B-4bit", False, 4, True), ("4B-4bit", False, 4, True),
+            ("8B", True, 8, False), ("3B", True, 8, False),
+        ]  # fmt: skip
         assert all(len(training["losses"]) == 8 for _, training in found)
         assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
@@ -107,12 +112,24 @@ def test_a_gpu_gets_the_real_thing(gpu: Any) -> None:
     """On a GPU models have their size, memory its limit, tools watch, and only tests that need a GPU run."""
     steps = {step.name: list(map(str, step.command)) for stage in gpu.BUDGETS
              for step in gpu.steps_of(stage, "cuda", False, Path())}  # fmt: skip
-    for name, shape, limit in (("7B", "llama-7b", "24"), ("8B", "llama3-8b", "24"), ("3B", "llama-3b", "12")):
-        assert steps[name][2:6] == ["--shape", shape, "--memory-limit", limit]
+    for name, options in {
+        "7B": "--shape llama-7b --memory-limit 24",
+        "8B-4bit": "--shape llama3-8b --memory-limit 24 --bits 4 --chunked-loss",
+        "4B-4bit": "--shape qwen3-4b --memory-limit 16 --bits 4 --chunked-loss",
+        "8B": "--shape llama3-8b --memory-limit 24 --paged",
+        "3B": "--shape llama-3b --memory-limit 12 --paged",
+    }.items():
+        assert steps[name][2:-2] == options.split()
     assert "memcheck" in steps["memcheck"] and "--every" in steps["memcheck"] and "racecheck" in steps["racecheck"]
     assert "ncu" in steps["ncu nearest"][0] and "--dry" not in steps["variants"]
     assert "test_gpu or on_gpu" in steps["tests"] and str(TESTS / "test_cuda.py") in steps["tests"]
     assert not any("--quick" in command for command in steps.values())
+
+
+@pytest.mark.parametrize(("name", "model"), [("8B-4bit", "llama-3-8b"), ("4B-4bit", "qwen3-4b")])
+def test_4_bits_fit_by_the_plan_without_host_memory(gpu: Any, name: str, model: str) -> None:
+    row = estimate(model, vram=gpu.TRAININGS[name][1], chunked_loss=True).rows["lion8bit-4bit-release"]
+    assert row.fits and row.host == 0
 
 
 def test_tests_that_need_a_gpu_are_named_so() -> None:
@@ -375,6 +392,7 @@ def made_up_records() -> dict[str, Any]:
         "losses": [10.0, 9.0, 8.5, 8.0, 7.5, 7.0], "peak_bytes": 21 * gib, "requested_bytes": 20 * gib,
         "reserved_bytes": 23 * gib, "planned_bytes": 19 * gib, "state_bytes": 6 * gib, "tokens_per_second": 1234.0,
     }  # fmt: skip
+    four = {**training, "model": "llama3-8b", "bits": 4, "chunked_loss": True}
     full = {**training, "model": "llama3-8b", "paged": True, "losses": [], "out_of_memory": {"where": "step 1"}}
     del full["planned_bytes"]  # as where the memory does not suffice for the model
     return {
@@ -386,7 +404,8 @@ def made_up_records() -> dict[str, Any]:
         "speed": {"trial": False, "steps": [
             made_up_step("machine", machine), made_up_step("gpt2", {"rows": rows}),
             made_up_step("llama", None, "timed out"), made_up_step("7B", training),
-            made_up_step("8B", full, "failed"), made_up_step("3B", training, "timed out"),
+            made_up_step("8B-4bit", four), made_up_step("8B", full, "failed"),
+            made_up_step("3B", training, "timed out"),
         ]},
     }  # fmt: skip
 
@@ -419,7 +438,8 @@ def test_page_and_verdicts_of_made_up_records(report: Any, tmp_path: Path) -> No
     )
     assert "| llama3-8b | 24 GiB | lion8bit | host | out of memory: step 1 |" in page
     assert "| loss 10.00 to 7.00 in 6 steps, timed out | 21.00 |" in page
-    assert met["3B, llama-7b: reserved"] is None
+    assert met["3B, llama-7b: reserved"] is None and met["8B-4bit, llama3-8b, 4 bits: reserved"] is True
+    assert "| llama3-8b | 24 GiB | lion8bit, 4 bits, chunked loss | GPU | loss 10.00 to 7.00 in 6 steps |" in page
     assert "| base | 2.0000 | 1.0000 | 3.0000 | 90.0% | 1.000 |" in page
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
     tests = next(step for step in records["check"]["steps"] if step["step"] == "tests")

@@ -4,6 +4,6 @@ Importing it needs torch only. transformers, rich and matplotlib are imported wh
 """
 
 from lion8bit.planner.formulas import GIB, Plan, estimate, methods
-from lion8bit.planner.models import PlanError
+from lion8bit.planner.shapes import PlanError
 
 __all__ = ["GIB", "Plan", "PlanError", "estimate", "methods"]

@@ -16,6 +16,13 @@ inner width f, a heads, L layers, a vocabulary of v, e bytes per number:
   activations = L*layer + max(inside, logits), and with checkpointing
                 L*t*e*h + max(layer + inside, logits)
 
+With a chunked loss, the output layer and the loss take c = min(256, t) tokens
+at a time, and the backward pass computes the logits of a piece again. Then
+the gradients of all hidden states and of the output layer grow while the
+logits of one piece exist in fp32, with their softmax:
+
+  logits = c * v * 8 + t*e*h
+
 Where queries, keys and values are one product and rotated, q + k more numbers
 are saved. The total is that of the worst moment: gradients grow while
 activations shrink. Activations are known for decoders and encoders of Hugging
@@ -23,10 +30,12 @@ Face with one stack of equal layers. For other models (experts, several
 towers) the total is a lower bound without them, and the verdict never "fits".
 
 "release" is lion8bit.fuse_into_backward, "24-bit" compensated weights, "host"
-momentum in the host's memory. "transient" is the largest gradient that lives
-for a moment. Under FSDP2 (`fully_shard` on each block and on the whole) it
-includes the gathered weights of the root and of two blocks, and the whole
-gradients of the largest unit.
+momentum in the host's memory. "4 bits" is optim_bits=4, which keeps the bound
+on the drift from fp32 Lion and gives up the bound on single signs (see
+docs/numerics.md). "transient" is the largest gradient that lives for a
+moment. Under FSDP2 (`fully_shard` on each block and on the whole) it includes
+the gathered weights of the root and of two blocks, and the whole gradients of
+the largest unit.
 
 Not counted: buffers, workspaces of libraries, temporaries of a step, 16-bit
 copies of fp32 weights under autocast.
@@ -43,20 +52,23 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lion8bit.layout import blocks_per_row, is_narrow, scales_shape
+from lion8bit.layout import DEFAULT_BLOCK_SIZE, blocks_per_row, is_narrow, packed_shape, scales_shape
 from lion8bit.paging import BUFFER_BYTES
-from lion8bit.planner.models import Model, PlanError, Shape, Weight, Widths, load_model
+from lion8bit.planner.models import load_model
+from lion8bit.planner.shapes import Model, PlanError, Shape, Weight, Widths
 from lion8bit.state import MIN_PAGED_SIZE
 
 GIB = 2**30
+LOSS_PIECE = 256  # tokens whose logits exist at a time with a chunked loss
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 class Piece(NamedTuple):
     """The part of a parameter that one process holds."""
 
-    shape: Shape
-    whole: Shape
+    shape: Shape  # from the slowest dimension in memory to the fastest
+    row_major: Shape  # the same in the parameter's order of dimensions
+    whole: Shape  # of the whole parameter, in that order
     sharded: bool
     width: int  # bytes per element
 
@@ -70,17 +82,21 @@ def piece_of(weight: Weight, gpus: int, width: int) -> Piece:
 
     The next ranks hold as many, then one holds the remainder, then the others nothing, so rank 0 has the most.
     """
-    shape = weight.shape
-    if gpus > 1 and shape:
-        shape = (-(-shape[0] // gpus), *shape[1:])
-    return Piece(shape, weight.shape, gpus > 1, width)
+    whole = weight.row_major
+    if gpus == 1:
+        return Piece(weight.shape, whole, whole, False, width)
+    shape = (-(-whole[0] // gpus), *whole[1:]) if whole else whole
+    return Piece(shape, shape, whole, True, width)  # DTensors and their state are row-major
 
 
-def lion8bit_state(piece: Piece, block_size: int, min_8bit_size: int) -> int:
-    """A code per element and an fp32 scale per block, or fp32 momentum, by the rules of docs/design.md."""
+def lion8bit_state(piece: Piece, bits: int, block_size: int, min_8bit_size: int) -> int:
+    """Codes of ``bits`` and an fp32 scale per block, or fp32 momentum, by the rules of docs/design.md."""
     part_of_a_row = piece.sharded and (len(piece.whole) < 2 or is_narrow(piece.whole, block_size))
     if math.prod(piece.whole) < min_8bit_size or part_of_a_row:
         return 4 * piece.numel
+    if bits == 4:
+        packed, scales = (shape_of(piece.row_major, block_size) for shape_of in (packed_shape, scales_shape))
+        return math.prod(packed) + 4 * math.prod(scales)
     return piece.numel + 4 * math.prod(scales_shape(piece.shape, block_size))
 
 
@@ -117,9 +133,14 @@ class Method(NamedTuple):
     host: bool = False  # the state is in the host's memory (`lion8bit.paging`), except that of small parameters
 
 
-def methods(dtype: str, block_size: int = 128, min_8bit_size: int = 4096) -> dict[str, Method]:
+def methods(dtype: str, block_size: int | None = None, min_8bit_size: int = 4096) -> dict[str, Method]:
     """The rows for trained weights of a dtype, by key."""
-    ours = partial(lion8bit_state, block_size=block_size, min_8bit_size=min_8bit_size)
+    ours, ours4 = (
+        partial(
+            lion8bit_state, bits=bits, block_size=block_size or DEFAULT_BLOCK_SIZE[bits], min_8bit_size=min_8bit_size
+        )
+        for bits in (8, 4)
+    )
     both = {"compensated": True, "release": True}
     rows = {
         "adamw-fp32": Method("AdamW, fp32 weights", adamw_state, "bf16 fp16", fp32=True),
@@ -134,6 +155,8 @@ def methods(dtype: str, block_size: int = 128, min_8bit_size: int = 4096) -> dic
         "lion8bit-release": Method("Lion8bit, release", ours, release=True),
         "lion8bit-release-compensated": Method("Lion8bit, release, 24-bit", ours, "bf16", **both),
         "lion8bit-release-host": Method("Lion8bit, release, host", ours, release=True, host=True),
+        "lion8bit-4bit": Method("Lion8bit, 4 bits", ours4),
+        "lion8bit-4bit-release": Method("Lion8bit, 4 bits, release", ours4, release=True),
     }
     return {key: row for key, row in rows.items() if dtype in row.dtypes.split()}
 
@@ -166,6 +189,7 @@ class Plan:
     batch: int
     sequence: int
     checkpointing: bool
+    chunked_loss: bool
     lora: int | None
     gpus: int
     vram: float | None
@@ -184,11 +208,12 @@ def estimate(
     batch: int = 1,
     sequence: int | None = None,
     checkpointing: bool = True,
+    chunked_loss: bool = False,
     lora: int | None = None,
     gpus: int = 1,
     vram: float | None = None,
     reserve: float = 1.0,
-    block_size: int = 128,
+    block_size: int | None = None,
     min_8bit_size: int = 4096,
     trust_remote_code: bool = False,
 ) -> Plan:
@@ -197,18 +222,21 @@ def estimate(
     Bytes of tensors are exact. `lion8bit.planner.formulas` has the equations for the rest, and what is not counted.
 
     Args:
-        model: a count (an int, "7B", "124M"), which is taken as a Llama; a local Hugging Face folder or config.json;
+        model: the name of a public model, such as "llama-3-8b" (`lion8bit estimate --help` lists them); a count (an
+            int, "7B", "124M"), which is taken as a Llama; a local Hugging Face folder or config.json;
             "package.module:factory", which is called on the meta device; or a module.
         dtype: "bf16", "fp16" or "fp32", of weights and gradients. LoRA's adapters are fp32, as peft makes them.
         batch: sequences per GPU and step.
         sequence: tokens per sequence; None for 2048, or less where that is the most that a model accepts, and for a
             vision transformer those of an image.
         checkpointing: each block's activations are computed again in the backward pass.
+        chunked_loss: the logits exist for 256 tokens at a time, as in ``examples/full_finetune.py --chunked-loss``;
+            Liger and unsloth have such losses too, with other sizes of the pieces.
         lora: rank of adapters at every linear layer except the output layer; everything else is frozen.
         gpus: processes of FSDP2.
         vram: memory of one GPU in GiB, for the verdicts.
         reserve: GiB of it that stay free for the CUDA context, workspaces and fragmentation.
-        block_size, min_8bit_size: of Lion8bit.
+        block_size, min_8bit_size: of Lion8bit; a ``block_size`` of None is 128, or 64 with 4 bits.
         trust_remote_code: execute Python code that the model's folder brings.
 
     Raises:
@@ -220,7 +248,7 @@ def estimate(
     parameters = sum(math.prod(weight.shape) for weight in found.weights)
     trained = sum(math.prod(weight.shape) for weight in found.weights if weight.trained)
     sequence = found.sequence if sequence is None else sequence
-    setting = (dtype, batch, sequence, checkpointing, lora, gpus, vram, reserve)
+    setting = (dtype, batch, sequence, checkpointing, chunked_loss, lora, gpus, vram, reserve)
     plan = Plan(found.name, found.note, parameters, trained, *setting, rows={})
     for key, method in methods("fp32" if lora else dtype, block_size, min_8bit_size).items():
         if gpus == 1 or not method.host:  # FSDP2 has its own offloading, which moves the weights too
@@ -298,7 +326,7 @@ def _backward(
     widths, tokens, width = model.widths, plan.batch * plan.sequence, DTYPE_BYTES[plan.dtype]
     layer = tokens * layer_bytes(widths, width)
     inside = tokens * width * (widths.hidden + 2 * widths.inner)
-    logits = tokens * widths.vocabulary * (width + 12)
+    loss, head_loss = _loss_bytes(widths, tokens, width, plan.chunked_loss)
     kept = layer
     if plan.checkpointing:
         kept, inside = tokens * width * widths.hidden, layer + inside
@@ -307,11 +335,11 @@ def _backward(
     body = 0 if release else max(0, whole - (1 if tied else 2) * table)
     first_block = gradients(model.blocks[0]) if model.blocks else 0
     return (
-        stack + max(inside, logits),
+        stack + max(inside, loss, head_loss if plan.chunked_loss else 0),
         transient,
         {
-            "loss": stack + logits,
-            "head": stack + 2 * tokens * width * widths.vocabulary + table,
+            "loss": stack + loss,
+            "head": stack + head_loss + table,
             "first block": stack + inside + head + largest,
             "last block": kept
             + inside
@@ -320,6 +348,14 @@ def _backward(
             "embedding": body + head + table * (2 if tied else 1),
         },
     )
+
+
+def _loss_bytes(widths: Widths, tokens: int, width: int, chunked: bool) -> tuple[int, int]:
+    """Bytes beside the layers' at the loss, and in the backward pass of the output layer without its own gradient."""
+    if not chunked:
+        return tokens * widths.vocabulary * (width + 12), 2 * tokens * width * widths.vocabulary
+    piece = min(tokens, LOSS_PIECE) * widths.vocabulary * 8  # logits and their softmax in fp32
+    return piece, (piece + tokens * width * widths.hidden) * (widths.vocabulary > 0)
 
 
 def layer_bytes(widths: Widths, width: int) -> int:

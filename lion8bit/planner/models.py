@@ -1,4 +1,4 @@
-"""The shapes of a model's parameters, and the widths of a transformer's layers; nothing is allocated."""
+"""Reads a model for a plan: a module's shapes and widths, from whatever `estimate` accepts; nothing is allocated."""
 
 from __future__ import annotations
 
@@ -9,78 +9,19 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from lion8bit.layout import memory_order
-
-SMALLEST_COUNT, LARGEST_COUNT = 10**6, 10**14  # outside of them the shape of a Llama would mean nothing
-USUAL_SEQUENCE = 2048  # tokens, where neither the user nor the model says otherwise
-
-# Numbers per inner width that a feed-forward network without a gate saves for its backward pass: the activation's input
-# and result; of ReLU the result only; of functions made of elementary operations also the intermediate results.
-SAVED = {"relu": 1, "gelu": 2, "gelu_pytorch_tanh": 2, "silu": 2, "swish": 2, "quick_gelu": 3, "gelu_new": 5}
+from lion8bit.planner.named import NAMES, named_model, parse_count, typical_model
+from lion8bit.planner.shapes import SAVED, USUAL_SEQUENCE, Model, PlanError, Weight, Widths, adapters
 
 # The field of `Widths` that norms of these classes count in; the first pattern that matches holds.
 NORMS = {"(Gemma|Olmo).*RMSNorm": "fp32_norms", ".*RMSNorm": "rms_norms"}
-
-Shape = tuple[int, ...]
-
-
-class PlanError(ValueError):
-    """An argument from which no plan can be made; the message names it and the fix."""
-
-
-class Weight(NamedTuple):
-    """One parameter."""
-
-    shape: Shape  # from the slowest dimension in memory to the fastest
-    trained: bool = True
-    adapter: bool = False  # of LoRA: fp32, whatever the others are, as peft makes them
-
-
-@dataclass(frozen=True)
-class Widths:
-    """The widths that determine the activations of a transformer."""
-
-    layers: int
-    hidden: int  # of the residual stream
-    heads: int  # attention heads
-    query: int  # of all heads' queries
-    key: int  # of their keys, and of their values
-    inner: int  # inside the feed-forward network
-    saved: int  # numbers per inner width that it saves: `SAVED`, and two more with a gate, as in SwiGLU
-    layer_norms: int  # sum of the widths of a layer's LayerNorms
-    rms_norms: int  # of norms computed in fp32 by torch's elementary operations, as the RMSNorm of transformers
-    fp32_norms: int  # of those that apply their weight in fp32 too, as Gemma's
-    vocabulary: int  # of the logits; 0 for a model without
-    fused: bool = False  # queries, keys and values are one matrix product, and rotated: the values keep all of it
-
-
-@dataclass(frozen=True)
-class Model:
-    """The properties of a model that a plan needs."""
-
-    name: str  # a label for reports
-    blocks: tuple[tuple[Weight, ...], ...]  # the parameters of each repeated block; each is one unit of FSDP2
-    rest: tuple[Weight, ...]  # all others; they are the root unit
-    tied: bool = False  # the largest parameter is both the embedding and the output layer
-    widths: Widths | None = None  # of a transformer; None where the activations are not known
-    note: str = ""  # why they are not, or what was assumed
-    sequence: int = USUAL_SEQUENCE  # tokens of its usual input
-
-    @property
-    def weights(self) -> list[Weight]:
-        """Every parameter."""
-        return [*itertools.chain(*self.blocks), *self.rest]
-
-
-def _adapters(lora: int, inputs: int, outputs: int) -> tuple[Weight, Weight]:
-    return Weight((lora, inputs), adapter=True), Weight((outputs, lora), adapter=True)
 
 
 def load_model(
@@ -98,61 +39,16 @@ def load_model(
     text = os.fspath(model)
     if Path(text).exists():
         return _from_hugging_face(Path(text), lora, trust_remote_code)
+    if (named := named_model(text, lora)) is not None:
+        return named
     if (count := parse_count(text)) is not None:
         return typical_model(count, text.strip(), lora)
     if re.fullmatch(r"[^\W\d]\w*(\.\w+)*[.:]\w+(\.\w+)*", text):
         return _from_factory(text, lora)
     raise PlanError(
-        f"model must be a count such as 7B, a local folder or config.json of Hugging Face, or package.module:factory, "
-        f"got {text!r}; models on the hub have to be downloaded first"
+        f"model must be a count such as 7B, a local folder or config.json of Hugging Face, package.module:factory, or "
+        f"one of {', '.join(NAMES)}, got {text!r}; other models on the hub have to be downloaded first"
     )
-
-
-def parse_count(text: str) -> int | None:
-    """The number that "7B", "124M" or "6738415616" means; None where a text is no number."""
-    match = re.fullmatch(r"\s*(-?\d[\d_,]*(?:\.\d+)?)\s*([KMBT]?)\s*", text, re.IGNORECASE)
-    if match is None:
-        return None
-    digits, unit = match.groups()
-    factor = 1000 ** " KMBT".index(unit.upper()) if unit else 1
-    return round(float(digits.replace(",", "").replace("_", "")) * factor)
-
-
-def typical_model(count: int, name: str = "", lora: int | None = None) -> Model:
-    """The model that stands for a count: a Llama whose width is 128 times its layers, vocabulary 32000.
-
-    Widths are multiples of 128, below 2048 of 8. There are at least 4 layers, and the vocabulary is at most a
-    thousandth of the count, so that no part of a small model is out of proportion. The width is the one for which the
-    feed-forward width is nearest to 8/3 of it. Then the feed-forward width is set so that the count is met to within
-    one column per layer.
-
-    Raises:
-        PlanError: the count is below 1M, or above 100T.
-    """
-    if not SMALLEST_COUNT <= count <= LARGEST_COUNT:
-        raise PlanError(
-            f"model must be a count of {SMALLEST_COUNT:,} to {LARGEST_COUNT:,} parameters, got {count:,}; for another "
-            "model give its folder or a factory"
-        )
-    vocabulary = min(32000, count // 1000)
-
-    def inner_width(width: int) -> float:
-        layers = max(4, width // 128)
-        fixed = 2 * vocabulary * width + layers * (4 * width**2 + 2 * width) + width
-        return (count - fixed) / (3 * layers * width)
-
-    hidden = min((*range(32, 2048, 8), *range(2048, 128_000, 128)), key=lambda w: abs(inner_width(w) / w - 8 / 3))
-    layers, inner = max(4, hidden // 128), round(inner_width(hidden))
-    matrices = [*4 * [(hidden, hidden)], *2 * [(inner, hidden)], (hidden, inner)]
-    block = [Weight(shape, lora is None) for shape in (*matrices, (hidden,), (hidden,))]
-    if lora is not None:
-        block += [adapter for outputs, inputs in matrices for adapter in _adapters(lora, inputs, outputs)]
-    rest = tuple(Weight(shape, lora is None) for shape in ((vocabulary, hidden), (hidden,), (vocabulary, hidden)))
-    widths = Widths(layers, hidden, layers, hidden, hidden, inner, SAVED["silu"] + 2, 0, 2 * hidden, 0, vocabulary)
-    note = (
-        f"a count is taken as a Llama of {layers} layers, width {hidden}, inner width {inner}, vocabulary {vocabulary}"
-    )
-    return Model(name, (tuple(block),) * layers, rest, widths=widths, note=note)
 
 
 def model_of(module: nn.Module, config: Any = None, lora: int | None = None) -> Model:
@@ -180,10 +76,10 @@ def model_of(module: nn.Module, config: Any = None, lora: int | None = None) -> 
         for param in part.parameters(recurse=False):
             if param not in seen:
                 shape = tuple(param.shape[dim] for dim in memory_order(param) or range(param.dim()))
-                unit.append(Weight(shape, lora is None and param.requires_grad))
+                unit.append(Weight(shape, lora is None and param.requires_grad, own_shape=tuple(param.shape)))
                 seen.add(param)
         if lora is not None and part is not output and (features := _features(part)):
-            unit += _adapters(lora, *features)
+            unit += adapters(lora, *features)
     if lora is not None and not any(weight.adapter for unit in units.values() for weight in unit):
         raise PlanError(f"lora must meet a linear layer in the model, got {type(module).__name__} without any")
     model = Model(

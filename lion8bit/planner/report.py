@@ -27,6 +27,7 @@ def title(plan: Plan) -> str:
     if plan.lora:
         words.append(f"LoRA of rank {plan.lora}, {plan.trained:,} trained")
     words.append("checkpointing" if plan.checkpointing else "no checkpointing")
+    words += ["chunked loss"] if plan.chunked_loss else []
     words += [f"each of {plan.gpus} GPUs (FSDP2)"] if plan.gpus > 1 else []
     return f"{plan.model}: {', '.join(words)}"
 
@@ -114,7 +115,8 @@ def plot_plan(plan: Plan, path: Path) -> None:
         sizes = [parts(row)[index] / GIB for row in rows]
         bars = axes.barh(range(len(rows)), sizes, left=left, color=colour, height=0.7, label=name)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
-    axes.bar_label(bars, [f"{total:.1f}" for total in left], padding=3, fontsize=9)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the line at the GPU's memory must not cross a number
+    axes.bar_label(bars, [f"{total:.1f}" for total in left], padding=3, fontsize=9, bbox=box)
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
     axes.invert_yaxis()
     axes.margins(x=0.08)

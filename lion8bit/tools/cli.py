@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,12 @@ def doctor(as_json: bool) -> None:
 def estimate(plot: Path | None, as_json: bool, **settings: Any) -> None:
     """Will it fit? Plan the memory of training with each optimizer.
 
-    MODEL is a count such as 7B, taken as a Llama; a local Hugging Face folder
-    or config.json (needs transformers; no download); or
-    package.module:factory, called on the meta device.
+    MODEL is a name from the list below; a count such as 7B, taken as a Llama;
+    a local Hugging Face folder or config.json (needs transformers; no
+    download); or package.module:factory, called on the meta device.
 
     Examples:
-      lion8bit estimate 7B --vram 24
+      lion8bit estimate llama-3-8b --vram 24 --chunked-loss
       lion8bit estimate ./model --lora 16 --gpus 4
       lion8bit estimate 8.03B --sequence 8192 --plot memory.png
     """
@@ -174,13 +175,14 @@ DEMO: list[Option] = [
     ("--out", Path, Path("demo-results"), "Folder for demo.png and demo.json."),
 ]
 ESTIMATE: list[Option] = [
-    ("model", str, None, "Count, folder, config.json or factory; see above."),
+    ("model", str, None, "Name, count, folder, config.json or factory; see above."),
     ("--vram", float, None, "Memory of one GPU in GiB: does it fit?"),
     ("--gpus", int, 1, "Shard over that many GPUs with FSDP2."),
     ("--lora", int, None, "Rank of adapters at all linear layers except the output layer."),
     ("--batch", int, 1, "Sequences per GPU and step."),
     ("--sequence", int, None, "Tokens per sequence. Default: an image's, else 2048 or the model's maximum."),
     ("--checkpointing", bool, True, "Compute activations again in the backward pass."),
+    ("--chunked-loss", bool, False, "Logits exist for 256 tokens at a time, as in the example; see above."),
     ("--dtype", str, "bf16", "Of weights and gradients: bf16, fp16 or fp32."),
     ("--reserve", float, 1.0, "GiB for the CUDA context, workspaces and fragmentation."),
     ("--plot", Path, None, "Draw the totals into this file (.png, .svg, .pdf)."),
@@ -204,7 +206,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], list[Option]]] = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; `run` of its result is the function of the command."""
-    from lion8bit.planner import formulas
+    from lion8bit.planner import formulas, named
 
     text = "Lion8bit: the Lion optimizer with its momentum in one byte per parameter."
     end = "lion8bit COMMAND --help explains a command and shows examples."
@@ -213,7 +215,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (run, options) in COMMANDS.items():
         text, _, examples = (inspect.getdoc(run) or "").partition("Examples:")
-        equations = (formulas.__doc__ or "").partition("\n\n")[2] if run is estimate else ""
+        equations = ""
+        if run is estimate:
+            equations = "\n".join(
+                ["names:", *textwrap.wrap(", ".join(named.NAMES), 78, break_on_hyphens=False), "", ""]
+            )
+            equations += (formulas.__doc__ or "").partition("\n\n")[2]
         command = commands.add_parser(
             name,
             help=text.partition("\n")[0],
