@@ -24,8 +24,8 @@ parameters follow fp32 Lion), stores its own momentum and makes its own updates.
   sign differs    share of updates whose sign is not fp32 Lion's; mean over the measured steps
   drift           |sum of the differences between the updates| / |parameters| at the end
   frozen          share of elements whose code has not changed for 100 steps, although the fp32 momentum moved by more
-                  than the distance to the next code, and is that far from the stored value, which moved by less (a code
-                  may rightly stay where its block's scale moves, as that of the largest element does)
+                  than the distance to the next code, and is that far from the stored value (a code may rightly stay
+                  where its block's scale follows; so the codes of the largest elements do not count)
   radial bias     <m' - m, m> / |m|^2: below 0 the format shrinks the momentum, above 0 it stretches it; median
 
 Workloads (each has several cases; betas are (0.9, 0.99) and lr is the library's default where nothing else is said):
@@ -185,7 +185,6 @@ class Track:
         self.drift = torch.zeros(shape)
         self.still = torch.zeros(shape, dtype=torch.int16)
         self.anchor = torch.zeros(shape)  # the fp32 momentum when the code last changed
-        self.kept = torch.zeros(shape)  # the stored one then
 
     def step(self, grad: Tensor, exact: Tensor, sign: Tensor) -> int:
         """Steps; ``exact`` and ``sign`` are fp32 Lion's new momentum and update. Returns the number of wrong signs."""
@@ -194,16 +193,16 @@ class Track:
         moved = self.store.codes != before
         self.still.add_(1).masked_fill_(moved, 0)
         torch.where(moved, exact, self.anchor, out=self.anchor)
-        torch.where(moved, self.store.decode(self.store.codes), self.kept, out=self.kept)
         self.drift.add_(difference, alpha=self.lr)
         return int(difference.count_nonzero())
 
     def frozen(self, exact: Tensor) -> int:
         """Elements with an old code whose exact momentum moved, and is away from the stored value, by over a code."""
-        spacing, stored = self.store.spacing(), self.store.decode(self.store.codes)
+        spacing, codes = self.store.spacing(), self.store.codes
         moved = (exact - self.anchor).abs() > spacing
-        away = ((exact - stored).abs() > spacing) & ((stored - self.kept).abs() <= spacing)
-        return int((moved & away & (self.still >= STILL_STEPS)).sum())
+        away = (exact - self.store.decode(codes)).abs() > spacing
+        inner = (codes > self.store.levels[0]) & (codes < self.store.levels[1])
+        return int((moved & away & inner & (self.still >= STILL_STEPS)).sum())
 
 
 @torch.no_grad()
