@@ -38,7 +38,8 @@ def pattern(size: float, seed: int) -> torch.Tensor:
 
 @pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the native library")
 @pytest.mark.skipif(free_gb() < NEEDED_GB, reason=f"needs {NEEDED_GB} GB of free memory, here are {free_gb():.0f}")
-def test_more_than_2_to_the_31_elements() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_more_than_2_to_the_31_elements(bits: int) -> None:
     """Stochastic rounding, whose counters are 64 bits too: rows at the start, around 2^31 and at the end are right."""
     before = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
@@ -53,7 +54,7 @@ def test_more_than_2_to_the_31_elements() -> None:
                 pytest.skip(f"needs {NEEDED_GB} GB of memory that is faster than 8.6 GB in {SECONDS} s")
         leaf = torch.nn.Parameter(param)
         leaf.grad = grad
-        optimizer = Lion8bit([leaf], lr=1e-3, weight_decay=0.1)
+        optimizer = Lion8bit([leaf], lr=1e-3, weight_decay=0.1, optim_bits=bits, block_size=128)
         optimizer.step()
     finally:
         torch.set_num_threads(before)
@@ -63,7 +64,7 @@ def test_more_than_2_to_the_31_elements() -> None:
         index = torch.arange(rows.start, rows.stop) % PERIOD
         expected, gradient = (tile[index] for tile in tiles)
         shape = (rows.stop - rows.start, COLS)
-        expected_codes, expected_scales = reference.encode(torch.zeros(shape), 128)
+        expected_codes, expected_scales = reference.encode(torch.zeros(shape), 128, bits)
         reference.lion_step_(expected, gradient, expected_codes, expected_scales, hyper, seed=0, step=1,
                              first=rows.start * COLS)  # fmt: skip
         assert_same(param[rows], expected, f"param, rows {rows}")
