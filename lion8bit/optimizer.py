@@ -444,7 +444,7 @@ class Lion8bit(torch.optim.Optimizer):
                 return value.to("cpu", copy=True)
             return to_place(value, param, groups[param], copy=True)
 
-        with keeping_dtypes(self, (*STATE_TENSORS, "shape"), self._loadable, place):
+        with keeping_dtypes(self, ("shape", *STATE_TENSORS), self._loadable, place):
             super().load_state_dict(state_dict)
         warn_of_copies(self)
 

@@ -100,7 +100,7 @@ def _placed(codes: Tensor, scales: Tensor, param: Tensor, block_size: int) -> di
     whole_codes = as_part_of(param, codes, packed_shape(param.shape, block_size))
     # A tensor, because torch.distributed.checkpoint flattens state of tensors and numbers only.
     shape = torch.tensor(param.shape, dtype=torch.int64, device="cpu")
-    return {"codes": whole_codes, "scales": placed_scales, "shape": shape}
+    return {"shape": shape, "codes": whole_codes, "scales": placed_scales}
 
 
 def as_group_asks(state: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,13 +266,12 @@ def saved_shape(state: Mapping[str, Any]) -> tuple[int, ...]:
     Raises:
         ValueError: it is missing or no shape.
     """
-    shape = local(state.get("shape"))
-    if isinstance(shape, Tensor) and shape.dtype == torch.int64 and shape.dim() == 1 and not shape.is_meta:
-        sizes: list[int] = shape.tolist()
-        if all(size >= 0 for size in sizes):
-            return (*sizes,)
-    got = f"{shape.dtype} of shape {tuple(shape.shape)}" if isinstance(shape, Tensor) else kind_of(shape)
-    raise ValueError(f"shape must be an int64 vector with the sizes of the parameter of 4-bit codes, got {got}")
+    check_tensor("shape", state.get("shape"))
+    shape = local(state["shape"])
+    if shape.dtype == torch.int64 and shape.dim() == 1 and bool((shape >= 0).all()):
+        return (*shape.tolist(),)
+    got = f"{shape.dtype} of shape {tuple(shape.shape)}"
+    raise ValueError(f"shape must be an int64 vector of the parameter's sizes, got {got}")
 
 
 def _check_4_bits(tensors: Mapping[str, Tensor], param: Tensor, block_size: int) -> None:
