@@ -14,6 +14,7 @@ import torch
 from cases import (
     assert_same,
     assert_same_all,
+    error_bound,
     gradient_like,
     leaf,
     snapshot,
@@ -22,7 +23,8 @@ from cases import (
 from torch import nn
 
 import lion8bit
-from lion8bit import Lion, Lion4bit, Lion8, Lion8bit, convert_state_dict, quantize, reference
+from lion8bit import Lion, Lion4bit, Lion8, Lion8bit, convert_state_dict, dequantize, quantize, reference
+from lion8bit.integrations import report
 from lion8bit.layout import DTYPES
 
 # ---- State ----------------------------------------------------------------------------------------------------------
@@ -344,6 +346,7 @@ def test_lion4bit_is_lion8bit_with_another_default() -> None:
     expected = {"lr": 2e-4, "weight_decay": 0.5, "block_size": 256, "optim_bits": 4}
     assert {name: pytest.approx(converted.defaults[name]) for name in expected} == expected
     assert Lion4bit(twins[0], optim_bits=8).defaults == Lion8bit(twins[0]).defaults
+    assert report(ours)["lion8bit/state_bytes"] == 70 * (46 + 8) + 64 * (128 + 4)
     for optimizer in (Lion4bit(groups_like(twins[0])), Lion8bit(groups_like(twins[0]))):
         optimizer.load_state_dict(ours.state_dict())
         assert_same_all(snapshot(optimizer), snapshot(ours))
@@ -457,6 +460,71 @@ def test_an_option_spoilt_after_construction_changes_nothing(option, value, warm
     with pytest.raises(ValueError):
         optimizer.step()
     assert_same_all(snapshot(optimizer), before)
+
+
+# ---- Codes of 4 bits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [None, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("shape", "codes_shape"),
+    [
+        ((), (1, 1)),
+        ((1,), (1, 1)),
+        ((5001,), (1, 2501)),
+        ((70, 301), (70, 151)),
+        ((70, 300), (70, 150)),
+        ((5, 7, 99), (5, 347)),
+        ((20, 16, 5, 7), (20, 280)),
+        ((601, 9), (2705,)),
+        ((9, 7, 5), (158,)),
+        ((600, 1), (300,)),
+        ((0, 300), (0, 150)),
+        ((0, 7), (0,)),
+        ((7, 0), (0,)),
+    ],
+    ids=str,
+)
+def test_4_bit_codes_of_any_shape(shape: tuple[int, ...], codes_shape: tuple[int, ...], block_size: int | None) -> None:
+    """Within the error bound; those of any order in memory are those of the row-major one."""
+    momentum = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    codes, scales = quantize(momentum, block_size, bits=4)
+    assert (codes.dtype, scales.dtype, tuple(codes.shape)) == (torch.uint8, torch.float32, codes_shape)
+    decoded = dequantize(codes, scales, block_size, shape)
+    assert decoded.dtype == torch.float32 and decoded.shape == shape and decoded.is_contiguous()
+    bound = error_bound(momentum.float(), scales, block_size or 64, 4)
+    assert bool(((decoded.double() - momentum).abs() <= bound + 1e-12).all())
+    for given in ([*shape], torch.Size(shape)):
+        assert_same(dequantize(codes, scales, block_size, given), decoded, "of another kind of shape")
+    reverse = [*range(momentum.dim())][::-1]
+    backwards = momentum.permute(reverse).contiguous().permute(reverse)
+    for one, other in zip(quantize(backwards, block_size, bits=4), (codes, scales), strict=True):
+        assert_same(one, other, "of another order in memory")
+
+
+def test_4_bit_codes_that_do_not_fit_are_refused() -> None:
+    codes, scales = quantize(torch.randn(70, 301), bits=4)
+    for call, message in {
+        lambda: dequantize(codes, scales): "shape must be given for 4-bit codes",
+        lambda: dequantize(codes, scales, shape=(70, 300)): r"codes must be \(70, 150\) for momentum \(70, 300\)",
+        lambda: dequantize(codes, scales, shape=(301, 70)): r"codes must be \(301, 35\) for momentum",
+        lambda: dequantize(codes, scales[1:], shape=(70, 301)): r"scales must be \(70, 5\) for .* at block_size 64",
+        lambda: dequantize(codes, scales, 128, (70, 301)): r"scales must be \(70, 3\) for .* at block_size 128",
+        lambda: dequantize(codes, scales, 96, (70, 301)): "block_size must be one of",
+        lambda: quantize(torch.randn(3), bits=5): r"bits must be one of \(8, 4\), got 5",
+        lambda: quantize(torch.randn(3), bits=32): r"bits must be one of \(8, 4\), got 32",
+        lambda: quantize(torch.randn(3), bits=True): r"bits must be one of \(8, 4\), got True",
+        lambda: quantize(torch.randn(8, 2)[:, 0], bits=4): "momentum must be dense",
+        lambda: quantize(torch.tensor([torch.nan]), bits=4): "momentum must be finite",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    eight, theirs = quantize(torch.randn(70, 301))
+    with pytest.raises(ValueError, match=r"shape must be that of 8-bit codes, \(70, 301\), got \(301, 70\)"):
+        dequantize(eight, theirs, shape=(301, 70))
+    for wrong in (codes.int(), codes.bool()):
+        with pytest.raises(TypeError, match="codes must be int8 or uint8 and scales float32"):
+            dequantize(wrong, scales, shape=(70, 301))
 
 
 # ---- Seeds -----------------------------------------------------------------------------------------------------------
