@@ -462,9 +462,11 @@ def test_entries_that_are_no_state_load() -> None:
     optimizer = Lion8bit(params)
     step(params, optimizer, 1)
     optimizer.state["test"] = 1  # type: ignore[index]
+    optimizer.state[params[0]]["shape"] = 7  # which belongs to 4 bits
     saved = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(saved)
     assert optimizer.state["test"] == 1  # type: ignore[index]
+    assert optimizer.state[params[0]]["shape"] == 7
     step(params, optimizer, 2)
     assert set(convert_state_dict(saved, optimizer)["state"]) == {0, 1, 2, 3}
 
