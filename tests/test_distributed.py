@@ -26,7 +26,7 @@ import torch.distributed as dist
 from cases import assert_same
 from torch import nn
 
-from lion8bit import Lion8bit
+from lion8bit import Lion8bit, convert_state_dict
 from lion8bit.state import STATE_TENSORS
 
 WORKERS = 4
@@ -426,6 +426,31 @@ def placed_case(case: Case) -> None:
 
 for _name, _case in CASES.items():
     CHECKS[f"placement_{_name}"] = partial(placed_case, _case)
+
+
+@check
+def bits_change_alike_in_a_sharded_optimizer() -> None:
+    """By the group's option and by `convert_state_dict`, as in an unsharded one; uneven rows, and columns."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    for _ in world(4):
+        mesh = init_device_mesh("cpu", (4,))
+        for shape, placements in (((70, 131), "0"), ((9, 1024), "1")):
+            whole = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+            param = nn.Parameter(distribute_tensor(whole, mesh, place_on(mesh, placements)))
+            options: dict[str, Any] = {"lr": 1e-3, "weight_rounding": "compensated", "block_size": 128}
+            pair = [Lion8bit([each], **options) for each in (param, nn.Parameter(whole.clone()))]
+            for step, bits in enumerate((8, 4, 32, 4, 8, 32, 8)):
+                for optimizer in pair:
+                    if step % 2:
+                        optimizer.param_groups[0]["optim_bits"] = bits
+                    else:
+                        target = Lion8bit(params_of(optimizer), **options, optim_bits=bits)
+                        optimizer.load_state_dict(convert_state_dict(optimizer.state_dict(), target))
+                    train(optimizer, [step])
+                assert_equal(*map(contents, pair))
+                assert pair[0].state[param].keys() == pair[1].state[params_of(pair[1])[0]].keys()
 
 
 @check
