@@ -292,6 +292,17 @@ def test_damaged_state_is_not_converted(case: str, tmp_path: Path) -> None:
     assert assert_converts_or_says(tmp_path / "in.pt") == whole
 
 
+@pytest.mark.parametrize("sizes", [(2**20, 2**20), (2**40, 2**40), (90, 70)])
+def test_a_shape_that_codes_do_not_have_takes_no_memory(sizes: tuple[int, int], tmp_path: Path) -> None:
+    saved_by("lion4bit", tmp_path / "in.pt")
+    saved = torch.load(tmp_path / "in.pt", weights_only=True)
+    saved["state"][0]["shape"] = torch.tensor(sizes)
+    torch.save(saved, tmp_path / "in.pt")
+    for to in ("lion8bit", "lion-pytorch"):
+        with pytest.raises(ConversionError, match=r"codes must be \(.*, got \(70, 45\) \(parameter 0\)"):
+            convert_file(tmp_path / "in.pt", tmp_path / "out.pt", to)
+
+
 def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The paths to everything in dicts and lists, themselves included."""
     yield path
