@@ -99,6 +99,7 @@ def ours(**options: Any) -> Make:
 CONTENDERS: dict[str, Contender] = {
     OURS: Contender("lion8bit", ours(weight_rounding="nearest")),
     "lion8bit-stochastic": Contender("lion8bit, stochastic rounding", ours(), dtypes=("bf16",)),
+    "lion8bit-4bit": Contender("lion8bit, 4 bits", ours(weight_rounding="nearest", optim_bits=4)),
     "portable": Contender(
         "lion8bit, portable backend", lambda params: PortableLion8bit(params, lr=LR, weight_rounding="nearest")
     ),

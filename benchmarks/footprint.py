@@ -62,6 +62,7 @@ CPU = torch.device("cpu")
 
 CONTENDERS: dict[str, Contender] = {
     OURS: Contender("lion8bit", ours()),
+    "lion8bit-4bit": Contender("lion8bit, 4 bits", ours(optim_bits=4)),
     "bitsandbytes": TIMED["bitsandbytes"],
     "lion": Contender("fp32 Lion", optimizer("lion8bit", "Lion")),
     "adamw": TIMED["adamw"],
@@ -82,7 +83,9 @@ def state_of_shape(contender: Contender, shape: Shape) -> int:
 
 def measure_state(contenders: dict[str, Contender], models: dict[str, tuple[str, list[Shape]]]) -> list[Row]:
     """State bytes per parameter by model and optimizer, stepping one parameter of each shape."""
-    block_size, smallest = (Lion8bit([torch.zeros(1)]).defaults[name] for name in ("block_size", "min_8bit_size"))
+    block_size, smallest = (
+        Lion8bit([torch.zeros(1)]).param_groups[0][name] for name in ("block_size", "min_8bit_size")
+    )
     rows = []
     for model, (_, shapes) in models.items():
         counts = Counter(shapes)

@@ -54,7 +54,9 @@ WHEELS = ROOT / ".whl"
 BUDGETS = {"check": 250.0, "speed": 310.0, "deep": 150.0}  # seconds
 GRACE = 8  # seconds from SIGINT, in which pytest reports what it has, to SIGKILL
 LOG_BYTES = 1 << 20  # of one step's output; a step that writes more is interrupted
-CONTENDERS = ("lion8bit", "lion8bit-stochastic", "lion8bit-compensated", "bitsandbytes", "flashlion", "adamw")
+CONTENDERS = (
+    "lion8bit", "lion8bit-stochastic", "lion8bit-4bit", "lion8bit-compensated", "bitsandbytes", "flashlion", "adamw",
+)  # fmt: skip
 FEW_TUNINGS = (*(f"passes {count}" for count in (1, 2, 4, 16)), "8 elements, resident 4, nothing ahead",
                "16 elements, resident 3, nothing ahead", "8 elements, resident 4, registers ahead")  # fmt: skip
 LISTS = {"gpt2": 70, "1B": 60, "llama": 70, "lora": 45}  # models of `gpu_step.py`: seconds

@@ -49,7 +49,10 @@ def flash(bits: int | None) -> Callable[[Params], torch.optim.Optimizer]:
 
 
 GPU_CONTENDERS: dict[str, Contender] = {
-    **{key: CONTENDERS[key] for key in (OURS, "lion8bit-stochastic", "bitsandbytes", "adamw", "compiled-lion")},
+    **{
+        key: CONTENDERS[key]
+        for key in (OURS, "lion8bit-stochastic", "lion8bit-4bit", "bitsandbytes", "adamw", "compiled-lion")
+    },
     "lion8bit-compensated": Contender(
         "lion8bit, 24-bit weights", functools.partial(Lion8bit, lr=LR, weight_rounding="compensated"), dtypes=("bf16",)
     ),

@@ -53,6 +53,7 @@ def main() -> None:
     settings = parser(DESCRIPTION, EPILOG).parse_args()
     out, record = begin(threads=1)
     makes: dict[str, Make] = {f"block {size}": ours(lr=1.0, block_size=size) for size in (64, 128, 256)}
+    makes["4 bits"] = ours(lr=1.0, optim_bits=4)
     if available("bitsandbytes"):
         makes["bitsandbytes"] = optimizer("bitsandbytes.optim", "Lion8bit", lr=1.0)
     rows = []

@@ -71,6 +71,7 @@ GOALS: tuple[tuple[str, str, str, tuple[str, ...], str, float, float], ...] = (
     ("share of the ceiling", "lion8bit", "share_of_ceiling", ("fp32",), "{:.0%}", 0.85, NO_LIMIT),
     ("share of the ceiling", "lion8bit", "share_of_ceiling", ("bf16",), "{:.0%}", 0.55, NO_LIMIT),
     ("share of the ceiling", "lion8bit-stochastic", "share_of_ceiling", ("bf16",), "{:.0%}", 0.50, NO_LIMIT),
+    ("time over ours", "lion8bit-4bit", "time_over_ours", ALL, "{:.2f}x", -NO_LIMIT, 1.1),
     ("time over ours", "lion-pytorch", "time_over_ours", ALL, "{:.1f}x", 6.0, NO_LIMIT),
     ("time over ours", "compiled-lion", "time_over_ours", ALL, "{:.1f}x", 1.2, NO_LIMIT),
     ("time over ours", "adamw", "time_over_ours", ALL, "{:.1f}x", 1.5, NO_LIMIT),

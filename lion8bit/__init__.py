@@ -1,4 +1,4 @@
-"""8-bit Lion for PyTorch: `Lion8bit`, its fp32 reference `Lion`, and the quantized momentum format."""
+"""8-bit Lion for PyTorch: `Lion8bit`, `Lion4bit`, their fp32 reference `Lion`, and the quantized momentum format."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,7 +6,7 @@ from lion8bit.backends.select import SlowBackendWarning
 from lion8bit.checkpoints import convert_state_dict, export_state_dict
 from lion8bit.groups import keep_32bit
 from lion8bit.lion import Lion
-from lion8bit.optimizer import Lion8bit
+from lion8bit.optimizer import Lion4bit, Lion8bit
 from lion8bit.quantization import dequantize, quantize
 from lion8bit.release import fuse_into_backward
 
@@ -18,6 +18,7 @@ Lion8 = Lion8bit  # for trainers that take every name ending in "8bit" for bitsa
 __version__ = "0.1.0"
 __all__ = [
     "Lion",
+    "Lion4bit",
     "Lion8",
     "Lion8bit",
     "Plan",

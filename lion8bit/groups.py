@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def keep_32bit(model: nn.Module, patterns: str | Sequence[str]) -> list[dict[str, Any]]:
-    """Parameter groups that keep fp32 momentum where a name matches, and 8-bit momentum elsewhere.
+    """Parameter groups that keep fp32 momentum where a name matches, and the optimizer's ``optim_bits`` elsewhere.
 
     For example ``Lion8bit(keep_32bit(model, ["*embed*", "*.norm"]), lr=1e-4)``.
 

@@ -81,11 +81,10 @@ def keeping_dtypes(
         for number, param, _group in pair(optimizer.param_groups, incoming["param_groups"]):
             if number in shown["state"]:
                 state = incoming["state"][number]
+                tensors = {name: state[name] for name in names if isinstance(state.get(name), Tensor)}
                 # The kernels read memory, which torch's lazy negation has not reached.
-                copies[param] = {
-                    name: place(state[name].detach().resolve_neg(), param) for name in names if name in state
-                }
-                shown["state"][number] = {name: value for name, value in state.items() if name not in names}
+                copies[param] = {name: place(tensor.detach().resolve_neg(), param) for name, tensor in tensors.items()}
+                shown["state"][number] = {name: value for name, value in state.items() if name not in tensors}
         return shown
 
     def restore(_: torch.optim.Optimizer) -> None:

@@ -134,7 +134,8 @@ def _dequantize_4_bits(codes: Tensor, scales: Tensor, block_size: int, shape: Se
     _check_shape("scales", scales, scales_shape(shape, block_size), shape, block_size)
     rows, cols = rows_and_cols(shape, block_size)
     by_row = scales.reshape(rows, blocks_per_row(cols, block_size))
-    return decode(codes.reshape(rows, bytes_per_row(cols, 4)), by_row, block_size, cols).reshape(shape)
+    decoded = decode(codes.reshape(rows, bytes_per_row(cols, 4)), by_row, block_size, cols)
+    return decoded.contiguous().view(shape)  # `decode` may return a part of padded rows
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], shape: tuple[int, ...], block_size: int) -> None:

@@ -98,7 +98,9 @@ def _placed(codes: Tensor, scales: Tensor, param: Tensor, block_size: int) -> di
     if codes.dtype == CODES[8]:
         return {"codes": as_part_of(param, codes, param.shape), "scales": placed_scales}
     whole_codes = as_part_of(param, codes, packed_shape(param.shape, block_size))
-    return {"codes": whole_codes, "scales": placed_scales, "shape": tuple(param.shape)}
+    # A tensor, because torch.distributed.checkpoint flattens state of tensors and numbers only.
+    shape = torch.tensor(param.shape, dtype=torch.int64, device="cpu")
+    return {"shape": shape, "codes": whole_codes, "scales": placed_scales}
 
 
 def as_group_asks(state: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +109,11 @@ def as_group_asks(state: Mapping[str, Any], param: Tensor, group: Mapping[str, A
     block_size = group["block_size"]
     bits = momentum_bits(state)
     if bits != 32 and bits != _asked_bits(param, group):
+        check_state(state, param, block_size)
         state = {"momentum": momentum_of(state, param, block_size), **_without_momentum(state)}
+        if bits == 4:
+            in_order = ("momentum", "residual")
+            state |= {name: _in_order_of(param, state[name]) for name in in_order if name in state}
     wanted = _wanted_bits(param, group)
     if "momentum" in state and wanted != 32:
         state = {**quantized(state["momentum"], block_size, wanted), **_without_momentum(state)}
@@ -118,6 +124,13 @@ def as_group_asks(state: Mapping[str, Any], param: Tensor, group: Mapping[str, A
     tensors = {name: tensor for name, tensor in tensors.items() if paged or tensor.device.type == "cpu"}
     moved = {name: to_place(tensor, param, group) for name, tensor in tensors.items()}
     return state if all(map(is_, moved.values(), tensors.values())) else {**state, **moved}
+
+
+def _in_order_of(param: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor in the parameter's order in memory, as new state has it."""
+    if is_dtensor(param):
+        return tensor
+    return torch.empty_like(param, dtype=tensor.dtype, device=tensor.device, requires_grad=False).copy_(tensor)
 
 
 def _without_momentum(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,8 +243,8 @@ def check_state(state: Mapping[str, Any], param: Tensor, block_size: int) -> tup
     tensors, param = local_state(state, STATE_TENSORS, param, block_size), local(param)
     if momentum_bits(state) == 4:
         _check_4_bits(tensors, param, block_size)
-        if not isinstance(state.get("shape"), (tuple, list)) or tuple(state["shape"]) != shape:
-            raise ValueError(f"shape must be the parameter's, {shape}, got {state.get('shape')}")
+        if saved_shape(state) != shape:
+            raise ValueError(f"shape must be the parameter's, {shape}, got {saved_shape(state)}")
         return (*range(param.dim()),), rows_and_cols(param.shape, block_size)
     name, dtype = ("codes", CODES[8]) if "codes" in state else ("momentum", torch.float32)
     momentum = tensors[name]
@@ -245,6 +258,20 @@ def check_state(state: Mapping[str, Any], param: Tensor, block_size: int) -> tup
     if "scales" in tensors:
         _check_scales_shape(tensors["scales"], order, scales_shape(ordered_shape, block_size), block_size)
     return order, rows_and_cols(ordered_shape, block_size)
+
+
+def saved_shape(state: Mapping[str, Any]) -> tuple[int, ...]:
+    """The parameter's whole shape from state with 4-bit codes, which do not say it.
+
+    Raises:
+        ValueError: it is missing or no shape.
+    """
+    check_tensor("shape", state.get("shape"))
+    shape = local(state["shape"])
+    if shape.dtype == torch.int64 and shape.dim() == 1 and bool((shape >= 0).all()):
+        return (*shape.tolist(),)
+    got = f"{shape.dtype} of shape {tuple(shape.shape)}"
+    raise ValueError(f"shape must be an int64 vector of the parameter's sizes, got {got}")
 
 
 def _check_4_bits(tensors: Mapping[str, Tensor], param: Tensor, block_size: int) -> None:

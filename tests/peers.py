@@ -235,9 +235,56 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     },
 }
 
+FOUR_BITS = "4 bits, "  # begins the names of damages to state with 4-bit codes
+ODD = r"\(parameter 1, shape \(40, 131\)\)"  # 66 bytes in a row
+PACKED = r"codes must be contiguous torch.uint8 \(70, 45\) at block_size 64"
+SIZES = "shape must be an int64 vector of the parameter's sizes, got torch."
+
+
+def with_shape(*sizes: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda _: torch.tensor(sizes)
+
+
+DAMAGED |= {
+    f"{FOUR_BITS}{name}": case
+    for name, case in {
+        "code -8": (in_state("codes", one_is(0x80)), rf"codes must be in \[-7, 7\], got -8 {WHERE}"),
+        "code -8 in the low half": (in_state("codes", one_is(8)), rf"codes must be in \[-7, 7\], got -8 {WHERE}"),
+        "half a byte": (in_state("codes", one_is(0x10), 1), f"must end an odd row with half a byte of 0.* {ODD}"),
+        "half a byte of a vector": (
+            in_state("shape", with_shape(5999), 3),
+            r"shape must be .*\(5999,\).* \(parameter 3",
+        ),
+        "fewer rows": (in_state("codes", lambda t: t[1:]), f"{PACKED}, got .* {WHERE}"),
+        "fewer columns": (in_state("codes", lambda t: t[:, 1:].contiguous()), f"{PACKED}, got .* {WHERE}"),
+        "codes as a vector": (in_state("codes", lambda t: t.view(-1)), f"{PACKED}, got .* {WHERE}"),
+        "transposed codes": (in_state("codes", lambda t: t.t().contiguous().t()), f"{PACKED}, got .* {WHERE}"),
+        "codes as int8": (
+            in_state("codes", lambda t: t.view(torch.int8)),
+            f"codes must be a dense torch.int8.* {WHERE}",
+        ),
+        "codes as floats": (in_state("codes", torch.Tensor.float), f"codes must be a dense torch.int8.* {WHERE}"),
+        "scale nan": (in_state("scales", one_is(math.nan)), f"{SCALE}, got nan {WHERE}"),
+        "fewer scales": (in_state("scales", lambda t: t[1:]), rf"scales must be float32 \(70, 2\).* {WHERE}"),
+        "scales of another order": (in_state("scales", lambda t: t[None, None]), f"order in memory that .* {WHERE}"),
+        "no shape": (lambda saved: saved["state"][0].pop("shape"), f"shape must be a tensor, got NoneType {WHERE}"),
+        "shape as a tuple": (in_state("shape", lambda t: (70, 90)), f"shape must be a tensor, got tuple {WHERE}"),
+        "shape on meta": (in_state("shape", lambda t: t.to("meta")), f"shape must hold data.* {WHERE}"),
+        "shape of floats": (in_state("shape", torch.Tensor.half), f"{SIZES}float16 .* {WHERE}"),
+        "shape of two dimensions": (in_state("shape", lambda t: t[None]), f"{SIZES}int64 .* {WHERE}"),
+        "negative sizes": (in_state("shape", with_shape(-70, -90)), f"{SIZES}int64 .* {WHERE}"),
+        "a transposed shape": (in_state("shape", with_shape(90, 70)), rf"shape must be .*, \(70, 90\), got .* {WHERE}"),
+        "a huge shape": (in_state("shape", with_shape(2**40, 2**40)), rf"shape must be .*, \(70, 90\), got .* {WHERE}"),
+        "a huge empty shape": (in_state("shape", with_shape(2**62, 2**62, 0)), rf"shape must be .*, got .* {WHERE}"),
+        "no block_size": (in_group("block_size", None), r"\(group 0 of the saved state\)"),
+        "another block_size": (in_group("block_size", 256), "at block_size 256, got"),
+    }.items()
+}
+
 
 def damaged(case: str) -> tuple[dict[str, Any], str]:
     damage, message = DAMAGED[case]
-    saved = stepped(lambda p: Lion8bit(p, lr=2e-3))
+    bits = 4 if case.startswith(FOUR_BITS) else 8
+    saved = stepped(lambda p: Lion8bit(p, lr=2e-3, optim_bits=bits))
     damage(saved)
     return saved, message

@@ -46,17 +46,18 @@ def check_steps(backend: str) -> None:
         optimizer.step()
 
     params = [torch.ones(70, 90), torch.ones(5000, dtype=torch.bfloat16), torch.ones(5)]
-    optimizer = lion8bit.Lion8bit(params, lr=1e-2, weight_decay=0.1)
-    step(optimizer, 0)
-    twins, saved = [param.clone() for param in params], io.BytesIO()
-    torch.save(optimizer.state_dict(), saved)
-    saved.seek(0)
-    resumed = lion8bit.Lion8bit(twins)
-    resumed.load_state_dict(torch.load(saved, weights_only=True))
-    for seed in (1, 2):
-        step(optimizer, seed)
-        step(resumed, seed)
-    assert all(torch.equal(param, twin) for param, twin in zip(params, twins))
+    for optimizer_class in (lion8bit.Lion8bit, lion8bit.Lion4bit):
+        optimizer = optimizer_class(params, lr=1e-2, weight_decay=0.1)
+        step(optimizer, 0)
+        twins, saved = [param.clone() for param in params], io.BytesIO()
+        torch.save(optimizer.state_dict(), saved)
+        saved.seek(0)
+        resumed = optimizer_class(twins)
+        resumed.load_state_dict(torch.load(saved, weights_only=True))
+        for seed in (1, 2):
+            step(optimizer, seed)
+            step(resumed, seed)
+        assert all(torch.equal(param, twin) for param, twin in zip(params, twins))
 
 
 if __name__ == "__main__":

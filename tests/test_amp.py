@@ -67,7 +67,14 @@ def test_fused_unscaling_equals_gradscalers(place: Place, dtypes: tuple[torch.dt
     assert_same_contents(*results)
 
 
-@pytest.mark.parametrize("options", [{}, {"optim_bits": 32}, {"weight_rounding": "compensated"}], ids=str)
+FOUR_BITS = {"optim_bits": 4, "block_size": 128}  # the emulator has no smaller block that reads device memory
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"optim_bits": 32}, {"weight_rounding": "compensated"}, {"weight_rounding": "compensated", **FOUR_BITS}],
+    ids=str,
+)
 def test_an_overflow_changes_nothing(place: Place, options: dict[str, Any]) -> None:
     """Not the parameters, the state, the update counts, nor what comes after."""
     params, copies = parameters(place, torch.bfloat16), parameters(place, torch.bfloat16)
@@ -200,10 +207,11 @@ def test_fused_in_one_group_is_fused_in_all(place: Place) -> None:
 
 # ---- Capturable -----------------------------------------------------------------------------------------------------
 
-DECAYS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "decoupled": {"weight_decay": 0.1},
     "coupled": {"weight_decay": 0.1, "decoupled_weight_decay": False},
     "decouple_lr": {"weight_decay": 1e-3, "decouple_lr": True},
+    "4 bits": {"weight_decay": 0.1, **FOUR_BITS},
 }
 
 
@@ -211,13 +219,13 @@ def schedule(step: int) -> float:
     return 1e-3 / (1 + step)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-def test_a_tensor_lr_gives_the_bits_of_a_number(place: Place, decay: str) -> None:
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_tensor_lr_gives_the_bits_of_a_number(place: Place, name: str) -> None:
     results = []
     for capturable in (False, True):
         params = parameters(place, torch.float32, torch.bfloat16)
         lr = torch.tensor(schedule(0), device=place.device)
-        optimizer = Lion8bit(params, lr=lr if capturable else float(lr), capturable=capturable, **DECAYS[decay])
+        optimizer = Lion8bit(params, lr=lr if capturable else float(lr), capturable=capturable, **OPTIONS[name])
         for step in range(4):
             lr.fill_(schedule(step))
             if not capturable:
@@ -263,14 +271,15 @@ def test_the_device_refuses_no_rate(place: Place, lr: float, decay: float, expec
     assert_same(param.detach(), torch.full_like(param, expected), "parameter")
 
 
-def test_counts_survive_everything(place: Place) -> None:
+@pytest.mark.parametrize("options", [{}, FOUR_BITS], ids=str)
+def test_counts_survive_everything(place: Place, options: dict[str, Any]) -> None:
     """Gradients that come and go, checkpoints, copies, counts set by hand, flags switched: as where the host counts."""
     results = []
     for flags in ({}, {"capturable": True}, {"fused": True}):
         params = parameters(place, torch.bfloat16)
         extra = torch.randn(80, 80, generator=torch.Generator().manual_seed(9)).bfloat16().to(place.device)
         lr = torch.tensor(1e-3, device=place.device) if "capturable" in flags else float(torch.tensor(1e-3))
-        optimizer = Lion8bit(params, lr=lr, **flags)
+        optimizer = Lion8bit(params, lr=lr, **flags, **options)
         values = []
         for step in range(12):
             set_grads(params, step)
@@ -432,13 +441,15 @@ def replayed(place: Place, optimizer: Lion8bit, request: pytest.FixtureRequest) 
 
 
 @on_device
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_graph_replays_with_a_changing_lr(place: Place, fused: bool, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("fused", "options"), [(False, {}), (True, {}), (True, FOUR_BITS)], ids=str)
+def test_a_graph_replays_with_a_changing_lr(
+    place: Place, fused: bool, options: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
     """Also with overflows in between, and with eager steps of some parameters: as the host deciding everything."""
     params, twins = (parameters(place, torch.float32, torch.bfloat16) for _ in range(2))
     lr = torch.tensor(1e-3, device=place.device)
-    optimizer = Lion8bit(params, lr=lr, weight_decay=0.1, capturable=True, fused=fused)
-    twin = Lion8bit(twins, lr=0.0, weight_decay=0.1)
+    optimizer = Lion8bit(params, lr=lr, weight_decay=0.1, capturable=True, fused=fused, **options)
+    twin = Lion8bit(twins, lr=0.0, weight_decay=0.1, **options)
     if fused:
         optimizer.grad_scale = torch.full((), 8.0, device=place.device)
         optimizer.found_inf = torch.zeros((), device=place.device)

@@ -31,15 +31,15 @@ from peers import (
 )
 from torch import nn
 
-from lion8bit import Lion, Lion8bit, convert_state_dict, export_state_dict, quantize
+from lion8bit import Lion, Lion4bit, Lion8bit, convert_state_dict, export_state_dict, quantize
 from lion8bit.quantization import _CHUNK
 from lion8bit.reference import RANGE_SQUARED
 
 
-def assert_within_bound(actual: torch.Tensor, momentum: torch.Tensor, block_size: int = 128) -> None:
+def assert_within_bound(actual: torch.Tensor, momentum: torch.Tensor, block_size: int = 128, bits: int = 8) -> None:
     """docs/numerics.md, "Error bounds": s*(2*h*sqrt(m/s) + h^2) with h = 1/(2A), and fp32 rounding."""
     s = scale_of_each(quantize(momentum, block_size)[1], momentum.shape, block_size).double()
-    h = 0.5 / RANGE_SQUARED[8] ** 0.5
+    h = 0.5 / RANGE_SQUARED[bits] ** 0.5
     bound = s * (2 * h * (momentum.double().abs() / s).sqrt() + h * h + 16 * 2.0**-24)
     assert ((actual.double() - momentum.double()).abs() <= bound).all()
 
@@ -58,21 +58,26 @@ def test_momentum_enters(name: str, dtype: torch.dtype) -> None:
     pristine = copy.deepcopy(saved)
     exact = Lion8bit(params, lr=7.0, optim_bits=32)
     coded = Lion8bit(params, lr=7.0, cautious=True)
-    exact.load_state_dict(saved)
-    coded.load_state_dict(saved)
+    packed = Lion4bit(params, lr=7.0)
+    for optimizer in (exact, coded, packed):
+        optimizer.load_state_dict(saved)
     for param in params:
         momentum = peer_momentum(peer.state[param])
         assert momentum.any()
         assert_same(exact.momentum(param), momentum, "fp32 momentum")
         if param.numel() < 4096:
             assert_same(coded.momentum(param), momentum, "momentum of a small parameter")
+            assert_same(packed.momentum(param), momentum, "momentum of a small parameter")
         else:
+            assert packed.state[param]["codes"].dtype == torch.uint8
+            assert_within_bound(packed.momentum(param), momentum, 64, bits=4)
             assert coded.state[param]["codes"].dtype == torch.int8
             assert_within_bound(coded.momentum(param), momentum)
     assert {key: coded.param_groups[0][key] for key in OPTIONS} == OPTIONS
     assert coded.param_groups[0]["cautious"] and exact.param_groups[0]["optim_bits"] == 32
     assert str(saved) == str(pristine)
     step(params, coded, 9)
+    step(params, packed, 9)
 
 
 @pytest.mark.parametrize("name", [name for name in PEERS if "Lion8bit" not in name])
@@ -177,42 +182,63 @@ def test_names_and_empty_state_enter() -> None:
 # ---- Between our own formats ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("block_size", [64, 256])
-def test_another_block_size(block_size: int) -> None:
+def test_another_block_size(block_size: int, bits: int) -> None:
     params = parameters()
-    old = Lion8bit(params, **OPTIONS)
+    old = Lion8bit(params, **OPTIONS, block_size=128, optim_bits=bits)
     for seed in range(3):
         step(params, old, seed)
     kept = Lion8bit(params, block_size=block_size)
     kept.load_state_dict(old.state_dict())
     assert kept.param_groups[0]["block_size"] == 128  # the saved options win
-    new = Lion8bit(params, block_size=block_size)
+    new = Lion8bit(params, block_size=block_size, optim_bits=bits)
     new.load_state_dict(convert_state_dict(old.state_dict(), new))
     assert new.param_groups[0]["block_size"] == block_size and new.param_groups[0]["lr"] == OPTIONS["lr"]
     for param in params:
         assert_same(kept.momentum(param), old.momentum(param), "momentum at the saved block size")
         assert new.state[param]["step"] == 3
         if param.numel() >= 4096:
-            assert_within_bound(new.momentum(param), old.momentum(param), block_size)
+            assert_within_bound(new.momentum(param), old.momentum(param), block_size, bits)
     step(params, new, 9)
 
 
-def test_32_bits_and_back() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_32_bits_and_back(bits: int) -> None:
     params = parameters()
-    old = Lion8bit(params, **OPTIONS)
+    old = Lion8bit(params, **OPTIONS, optim_bits=bits)
     for seed in range(2):
         step(params, old, seed)
     wide = Lion8bit(params, optim_bits=32)
     wide.load_state_dict(convert_state_dict(old.state_dict(), wide))
-    again = Lion8bit(params)
+    again = Lion8bit(params, optim_bits=bits)
     again.load_state_dict(convert_state_dict(wide.state_dict(), again))
-    same = Lion8bit(params)
+    same = Lion8bit(params, optim_bits=bits)
     same.load_state_dict(convert_state_dict(old.state_dict(), same))
     for param in params:
         assert_same(wide.momentum(param), old.momentum(param), "fp32 momentum")
         assert_same(same.momentum(param), old.momentum(param), "momentum in the same format")
     for param in params[:2]:
-        assert_within_bound(again.momentum(param), old.momentum(param))
+        assert_within_bound(again.momentum(param), old.momentum(param), 64 if bits == 4 else 128, bits)
+
+
+def test_4_bits_and_8() -> None:
+    """In both directions; options that belong to the present bits stay, residuals do too."""
+    params = parameters(torch.bfloat16)
+    wide, narrow = (Lion8bit(params, weight_rounding="compensated", optim_bits=bits) for bits in (8, 4))
+    step(params, wide, 1)
+    narrow.load_state_dict(convert_state_dict(wide.state_dict(), narrow))
+    back = Lion8bit(params, weight_rounding="compensated")
+    back.load_state_dict(convert_state_dict(narrow.state_dict(), back))
+    assert [optimizer.param_groups[0]["block_size"] for optimizer in (narrow, back)] == [64, 128]
+    for param in (params[0], params[1]):
+        assert_within_bound(narrow.momentum(param), wide.momentum(param), 64, 4)
+        assert_within_bound(back.momentum(param), narrow.momentum(param))
+        assert narrow.state[param]["shape"].tolist() == [*param.shape] and "shape" not in back.state[param]
+    for param in params:
+        for optimizer in (narrow, back):
+            assert_same(optimizer.state[param]["residual"], wide.state[param]["residual"], "residual")
+            assert optimizer.state[param]["step"] == 1
 
 
 def test_transposed_parameters_keep_their_memory_order() -> None:
@@ -254,9 +280,10 @@ def test_momentum_leaves(name: str, dtype: torch.dtype) -> None:
             assert peer.param_groups[0]["kahan_sum"] and peer.state[twin]["kahan_comp"].any()
 
 
-def test_leaving_without_naming_a_peer() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_leaving_without_naming_a_peer(bits: int) -> None:
     params = parameters()
-    ours = Lion8bit(params, **OPTIONS)
+    ours = Lion8bit(params, **OPTIONS, optim_bits=bits)
     step(params, ours, 1)
     params[2].grad = None
     del ours.state[params[2]]
@@ -435,9 +462,11 @@ def test_entries_that_are_no_state_load() -> None:
     optimizer = Lion8bit(params)
     step(params, optimizer, 1)
     optimizer.state["test"] = 1  # type: ignore[index]
+    optimizer.state[params[0]]["shape"] = 7  # which belongs to 4 bits
     saved = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(saved)
     assert optimizer.state["test"] == 1  # type: ignore[index]
+    assert optimizer.state[params[0]]["shape"] == 7
     step(params, optimizer, 2)
     assert set(convert_state_dict(saved, optimizer)["state"]) == {0, 1, 2, 3}
 

@@ -22,6 +22,8 @@ BACKENDS = ("eager", "aot_eager")
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "32 bits": {"optim_bits": 32},
+    "4 bits": {"optim_bits": 4},
+    "4 bits, compensated": {"optim_bits": 4, "weight_rounding": "compensated"},
     "block 64": {"block_size": 64},
     "nearest": {"weight_rounding": "nearest"},
     "compensated": {"weight_rounding": "compensated"},
@@ -38,6 +40,7 @@ CASES = [
     ("plain", torch.float16, "aot_eager"),
     *(("plain", dtype, "eager") for dtype in (torch.float32, torch.bfloat16, torch.float16)),
     ("compensated", torch.bfloat16, "eager"),
+    ("4 bits, compensated", torch.bfloat16, "eager"),
 ]
 
 

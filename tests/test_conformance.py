@@ -38,6 +38,7 @@ SHARED_INPUTS: dict[str, dict[str, Any]] = {
 }
 LION8BIT_INPUTS: dict[str, dict[str, Any]] = {
     "fp32 momentum": {"optim_bits": 32},
+    "4 bits": {"optim_bits": 4},
     "block of 64": {"block_size": 64},
     "listing": {"momentum_first": True, "decoupled_weight_decay": False, "weight_decay": 0.1},
     "decoupled lr": {"decouple_lr": True, "weight_decay": 0.01},

@@ -7,6 +7,7 @@ import os
 import random
 import stat
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from peers import DAMAGED, OPTIONS, PEERS, REFUSED, damaged, parameters, peer_mo
 from torch import nn
 
 import lion8bit.tools.convert
-from lion8bit import Lion8bit, dequantize, quantize, reference
+from lion8bit import Lion4bit, Lion8bit, convert_state_dict, dequantize, quantize, reference
 from lion8bit.tools.convert import ConversionError, convert_file
 
 KINDS = {"torch-optimi": "optimi", "bitsandbytes": "bitsandbytes Lion8bit", "lion-pytorch": "lion-pytorch"}
@@ -37,22 +38,26 @@ def invoke(capsys: pytest.CaptureFixture[str]) -> Invoke:
 def saved_by(name: str, path: Path) -> torch.optim.Optimizer:
     """An optimizer that has stepped twice; its state lies in the file."""
     params = parameters()
-    optimizer = PEERS[name](params) if name in PEERS else Lion8bit(params, **OPTIONS)
+    own = {"lion8bit": Lion8bit, "lion4bit": Lion4bit}
+    optimizer = PEERS[name](params) if name in PEERS else own[name](params, **OPTIONS)
     for seed in range(2):
         step(params, optimizer, seed)
     torch.save(optimizer.state_dict(), path)
     return optimizer
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", KINDS.values())
-def test_into_lion8bit_as_load_state_dict_does(name: str, tmp_path: Path) -> None:
+def test_into_lion8bit_as_load_state_dict_does(name: str, bits: int, tmp_path: Path) -> None:
     peer = saved_by(name, tmp_path / "theirs.pt")
-    summary = convert_file(tmp_path / "theirs.pt", tmp_path / "ours.pt", block_size=64)
+    options: dict[str, Any] = {"optim_bits": 4} if bits == 4 else {"block_size": 64}
+    summary = convert_file(tmp_path / "theirs.pt", tmp_path / "ours.pt", **options)
     assert summary["with_state"] == summary["parameters"] == 4 and summary["optimizers"] == 1
     assert summary["elements"] == 70 * 90 + 40 * 131 + 5 + 6000
-    wanted, got = Lion8bit(parameters(), block_size=64), Lion8bit(parameters())
+    wanted, got = Lion8bit(parameters(), **options), Lion8bit(parameters())
     wanted.load_state_dict(peer.state_dict())
     got.load_state_dict(torch.load(tmp_path / "ours.pt", weights_only=True))
+    assert got.param_groups[0]["optim_bits"] == bits and any("codes" in state for state in got.state.values())
     assert got.param_groups[0]["block_size"] == 64 and got.param_groups[0]["lr"] == OPTIONS["lr"]
     for one, other in zip(got.state.values(), wanted.state.values(), strict=True):
         assert one.keys() == other.keys()
@@ -60,12 +65,14 @@ def test_into_lion8bit_as_load_state_dict_does(name: str, tmp_path: Path) -> Non
             assert_same(one[key], other[key], key)
 
 
+@pytest.mark.parametrize("name", ["lion4bit", "lion8bit"])
 @pytest.mark.parametrize("to", KINDS)
-def test_out_of_lion8bit(to: str, tmp_path: Path, invoke: Invoke) -> None:
-    ours = saved_by("lion8bit", tmp_path / "ours.pt")
+def test_out_of_lion8bit(to: str, name: str, tmp_path: Path, invoke: Invoke) -> None:
+    ours = saved_by(name, tmp_path / "ours.pt")
     done = invoke(tmp_path / "ours.pt", tmp_path / "theirs.pt", "--to", to, "--json")
     summary = json.loads(done.stdout)
     assert done.exit_code == 0 and (summary["from"], summary["to"]) == ("lion8bit", to)
+    assert summary["elements"] == 70 * 90 + 40 * 131 + 5 + 6000
     params = parameters()
     peer = PEERS[KINDS[to]](params)
     peer.load_state_dict(torch.load(tmp_path / "theirs.pt", weights_only=True))
@@ -73,6 +80,45 @@ def test_out_of_lion8bit(to: str, tmp_path: Path, invoke: Invoke) -> None:
     for param, own in zip(params, ours.param_groups[0]["params"], strict=True):
         assert_same(peer_momentum(peer.state[param]), ours.momentum(own), "momentum")
     step(params, peer, 3)
+
+
+LAYOUTS_OF_FILES = {
+    "odd rows": lambda: torch.randn(50, 131),
+    "narrow rows": lambda: torch.randn(999, 5),
+    "vector": lambda: torch.randn(4999),
+    "image": lambda: torch.randn(32, 16, 3, 3),
+    "channels last": lambda: torch.randn(32, 16, 3, 3).to(memory_format=torch.channels_last),
+    "small": lambda: torch.randn(3, 5),
+}
+
+
+@pytest.mark.parametrize("target", [4, 8, 32])
+@pytest.mark.parametrize("source", [4, 8, 32])
+def test_between_bits_as_convert_state_dict_does(source: int, target: int, tmp_path: Path, invoke: Invoke) -> None:
+    """Without a model, whatever shape and order its parameters have; only 4 bits do not keep the order."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(make().bfloat16()) for make in LAYOUTS_OF_FILES.values()]
+    ours = Lion8bit(params, lr=1e-3, weight_rounding="compensated", optim_bits=source)
+    step(params, ours, 0)
+    torch.save(ours.state_dict(), tmp_path / "a.pt")
+    done = invoke(tmp_path / "a.pt", tmp_path / "b.pt", "--optim-bits", target)
+    assert done.exit_code == 0, done.stderr
+    wanted, got = (Lion8bit(params, weight_rounding="compensated", optim_bits=target) for _ in range(2))
+    wanted.load_state_dict(convert_state_dict(ours.state_dict(), wanted))
+    with warnings.catch_warnings():
+        if source != 4:  # a file does not say the order that 4-bit codes had
+            warnings.simplefilter("error")
+        else:
+            warnings.simplefilter("ignore")
+        got.load_state_dict(torch.load(tmp_path / "b.pt", weights_only=True))
+    assert got.param_groups[0]["block_size"] == (64 if target == 4 else 128)
+    for name, param in zip(LAYOUTS_OF_FILES, params, strict=True):
+        assert got.state[param].keys() == wanted.state[param].keys()
+        assert got.state[param]["step"] == 1
+        assert_same(got.state[param]["residual"], wanted.state[param]["residual"], f"residual of {name}")
+        if (source, target, name) != (4, 8, "channels last"):  # blocks in another order
+            assert_same(got.momentum(param), wanted.momentum(param), f"momentum of {name}")
+    step(params, got, 1)
 
 
 def test_a_file_of_version_2_becomes_one_of_version_3(tmp_path: Path) -> None:
@@ -246,6 +292,17 @@ def test_damaged_state_is_not_converted(case: str, tmp_path: Path) -> None:
     assert assert_converts_or_says(tmp_path / "in.pt") == whole
 
 
+@pytest.mark.parametrize("sizes", [(2**20, 2**20), (2**40, 2**40), (90, 70)])
+def test_a_shape_that_codes_do_not_have_takes_no_memory(sizes: tuple[int, int], tmp_path: Path) -> None:
+    saved_by("lion4bit", tmp_path / "in.pt")
+    saved = torch.load(tmp_path / "in.pt", weights_only=True)
+    saved["state"][0]["shape"] = torch.tensor(sizes)
+    torch.save(saved, tmp_path / "in.pt")
+    for to in ("lion8bit", "lion-pytorch"):
+        with pytest.raises(ConversionError, match=r"codes must be \(.*, got \(70, 45\) \(parameter 0\)"):
+            convert_file(tmp_path / "in.pt", tmp_path / "out.pt", to)
+
+
 def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The paths to everything in dicts and lists, themselves included."""
     yield path
@@ -274,7 +331,7 @@ JUNK: list[Callable[[], Any]] = [
 ]
 
 
-@pytest.mark.parametrize("name", ["lion8bit", "lion-pytorch", "optimi", "bitsandbytes Lion8bit"])
+@pytest.mark.parametrize("name", ["lion4bit", "lion8bit", "lion-pytorch", "optimi", "bitsandbytes Lion8bit"])
 def test_any_value_in_any_place(name: str, tmp_path: Path) -> None:
     """Every part of a state is replaced by each kind of value that has no business there, or left out."""
     saved_by(name, tmp_path / "in.pt")
@@ -305,8 +362,9 @@ def test_any_value_in_any_place(name: str, tmp_path: Path) -> None:
     assert converted
 
 
-def test_cut_and_flipped_bytes(tmp_path: Path) -> None:
-    saved_by("lion8bit", tmp_path / "whole.pt")
+@pytest.mark.parametrize("name", ["lion4bit", "lion8bit"])
+def test_cut_and_flipped_bytes(name: str, tmp_path: Path) -> None:
+    saved_by(name, tmp_path / "whole.pt")
     whole = (tmp_path / "whole.pt").read_bytes()
     rng = random.Random(0)
     (tmp_path / "case").mkdir()

@@ -26,7 +26,8 @@ import torch.distributed as dist
 from cases import assert_same
 from torch import nn
 
-from lion8bit import Lion8bit
+from lion8bit import Lion8bit, convert_state_dict
+from lion8bit.state import STATE_TENSORS
 
 WORKERS = 4
 CHECKS: dict[str, Callable[[], None]] = {}
@@ -156,12 +157,12 @@ def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 
 class Net(nn.Module):
-    """An embedding whose rows divide unevenly, a convolution, and a matrix and a bias too short for four ranks."""
+    """An embedding of uneven and odd rows, a convolution, and a matrix and a bias too short for four ranks."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(90, 130)
-        self.conv = nn.Conv1d(130, 10, 8)
+        self.embedding = nn.Embedding(90, 131)
+        self.conv = nn.Conv1d(131, 10, 8)
         self.norm = nn.LayerNorm(150)
         self.head = nn.Linear(1500, 3)
 
@@ -190,7 +191,18 @@ def fsdp2(net: Net, size: int, **options: Any) -> Net:
 
 
 def make_optimizer(net: nn.Module, **options: Any) -> Lion8bit:
-    return Lion8bit(net.parameters(), **{"lr": 1e-3, "weight_decay": 0.1, **options})
+    """The first parameter's momentum has 4 bits, unless an option says otherwise."""
+    return Lion8bit(groups_of(net, **options), **{"lr": 1e-3, "weight_decay": 0.1, **options})
+
+
+def groups_of(net: nn.Module, optim_bits: int = 4, **options: Any) -> list[dict[str, Any]]:
+    first, *others = net.parameters()
+    groups: list[dict[str, Any]] = [{"params": [first], "optim_bits": optim_bits}, {"params": others}]
+    return groups if others else groups[:1]
+
+
+def params_of(optimizer: Lion8bit) -> list[torch.Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 # ---- DDP -------------------------------------------------------------------------------------------------------------
@@ -275,6 +287,7 @@ def fsdp2_takes_the_bytes_of_the_plan() -> None:
     from lion8bit import estimate
 
     options: dict[str, dict[str, Any]] = {"lion8bit": {}, "lion8bit-compensated": {"weight_rounding": "compensated"}}
+    options = {key: {"optim_bits": 8, **choice} for key, choice in options.items()}
     options["lion8bit-4bit"] = {"optim_bits": 4, "block_size": 64}
     for size in (2, 3, 4):
         for _ in world(size):
@@ -336,7 +349,7 @@ def fsdp2_with_a_compiled_step() -> None:
 
 
 class Case(NamedTuple):
-    """A parameter, how it is sharded, and whether its state then has 8 bits."""
+    """A parameter, how it is sharded, and whether its state then is quantized."""
 
     shape: tuple[int, ...]
     mesh: tuple[int, ...]
@@ -387,20 +400,21 @@ def placed_case(case: Case) -> None:
 
     for _ in world(4):
         mesh = init_device_mesh("cpu", case.mesh)
-        roundings = ((torch.float32, "auto"), (torch.bfloat16, case.rounding), (torch.bfloat16, "compensated"))
-        for dtype, rounding in roundings:
+        cases = [(torch.float32, "auto", 8), (torch.bfloat16, case.rounding, 8), (torch.bfloat16, "compensated", 8)]
+        cases += [(torch.bfloat16, case.rounding, 4), (torch.bfloat16, "compensated", 4)] * case.quantized
+        for dtype, rounding, bits in cases:
             whole = torch.randn(case.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
             param = nn.Parameter(distribute_tensor(whole, mesh, place_on(mesh, case.placements)))
-            options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "weight_rounding": rounding}
-            optimizer = Lion8bit([param], **options)
+            options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "weight_rounding": rounding, "block_size": 128}
+            optimizer = Lion8bit([param], **options, optim_bits=bits)
             # Momentum that is not quantized here is not to be quantized there.
-            follower = Lion8bit([nn.Parameter(whole.clone())], **options, optim_bits=8 if case.quantized else 32)
+            follower = Lion8bit([nn.Parameter(whole.clone())], **options, optim_bits=bits if case.quantized else 32)
             train(optimizer, range(3))
             train(follower, range(3))
             expected = contents(follower)
             assert_equal(contents(optimizer), expected)
             assert ("0 codes" in expected) == case.quantized
-            for tensor in [value for value in optimizer.state[param].values() if isinstance(value, torch.Tensor)]:
+            for tensor in [value for name, value in optimizer.state[param].items() if name in STATE_TENSORS]:
                 assert tensor.placements == param.placements and tensor.device_mesh == param.device_mesh
                 assert tensor.stride() == torch.empty(tensor.shape).stride()
             assert_same(
@@ -413,6 +427,31 @@ def placed_case(case: Case) -> None:
 
 for _name, _case in CASES.items():
     CHECKS[f"placement_{_name}"] = partial(placed_case, _case)
+
+
+@check
+def bits_change_alike_in_a_sharded_optimizer() -> None:
+    """By the group's option and by `convert_state_dict`, as in an unsharded one; uneven rows, and columns."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    for _ in world(4):
+        mesh = init_device_mesh("cpu", (4,))
+        for shape, placements in (((70, 131), "0"), ((9, 1024), "1")):
+            whole = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+            param = nn.Parameter(distribute_tensor(whole, mesh, place_on(mesh, placements)))
+            options: dict[str, Any] = {"lr": 1e-3, "weight_rounding": "compensated", "block_size": 128}
+            pair = [Lion8bit([each], **options) for each in (param, nn.Parameter(whole.clone()))]
+            for step, bits in enumerate((8, 4, 32, 4, 8, 32, 8)):
+                for optimizer in pair:
+                    if step % 2:
+                        optimizer.param_groups[0]["optim_bits"] = bits
+                    else:
+                        target = Lion8bit(params_of(optimizer), **options, optim_bits=bits)
+                        optimizer.load_state_dict(convert_state_dict(optimizer.state_dict(), target))
+                    train(optimizer, [step])
+                assert_equal(*map(contents, pair))
+                assert pair[0].state[param].keys() == pair[1].state[params_of(pair[1])[0]].keys()
 
 
 @check
@@ -694,7 +733,7 @@ def state_of_another_placement_is_refused() -> None:
         resumed.load_state_dict(sharded.state_dict())
         train(sharded, [1])
         with torch.no_grad():
-            for one, other in zip(resumed.param_groups[0]["params"], sharded.param_groups[0]["params"], strict=True):
+            for one, other in zip(params_of(resumed), params_of(sharded), strict=True):
                 one.copy_(other)
         train(sharded, [2])
         train(resumed, [1, 2])
@@ -711,7 +750,7 @@ def zero_redundancy_optimizer() -> None:
 
     for rank in world(4):
         net, alone = make_net(torch.float32), make_net(torch.float32)
-        sharded = ZeroRedundancyOptimizer(net.parameters(), optimizer_class=Lion8bit, lr=1e-3, weight_decay=0.1)
+        sharded = ZeroRedundancyOptimizer(groups_of(net), optimizer_class=Lion8bit, lr=1e-3, weight_decay=0.1)
         follower = make_optimizer(alone)
         train(sharded, range(3))
         train(follower, range(3))
@@ -724,7 +763,7 @@ def zero_redundancy_optimizer() -> None:
         plain.load_state_dict(copy.deepcopy(sent[0]))
         state = [{k: v for k, v in contents(o).items() if not k.endswith("param")} for o in (plain, follower)]
         assert_equal(*state)
-        resumed = ZeroRedundancyOptimizer(net.parameters(), optimizer_class=Lion8bit, lr=1.0)
+        resumed = ZeroRedundancyOptimizer(groups_of(net), optimizer_class=Lion8bit, lr=1.0)
         resumed.load_state_dict(sent[0])
         train(resumed, [3])
         train(follower, [3])

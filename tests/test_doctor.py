@@ -40,11 +40,15 @@ def test_every_backend_of_this_machine_is_checked() -> None:
     assert str(torch.__version__) in findings["PyTorch"].found
 
 
-@pytest.mark.parametrize("tensor", ["param", "codes", "scales", "momentum", "residual"])
-def test_one_wrong_bit_is_found(tensor: str) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "bits"),
+    [("param", 8), ("codes", 8), ("scales", 8), ("codes", 4), ("scales", 4), ("momentum", 32), ("residual", 8)],
+)
+def test_one_wrong_bit_is_found(tensor: str, bits: int) -> None:
     def update(batch: Any, hypers: Any, counter: torch.Tensor) -> None:
         portable.update_(batch, hypers, counter)
-        entry = next(entry for entry in batch.entries if tensor == "param" or tensor in entry.state)
+        entries = [entry for entry in batch.entries if entry.momentum_bits == bits]
+        entry = next(entry for entry in entries if tensor == "param" or tensor in entry.state)
         if entry.state["step"] == doctor.STEPS - 1:
             place = entry.param if tensor == "param" else entry.state[tensor]
             place.view(torch.uint8)[-1, -1] ^= 1

@@ -85,7 +85,8 @@ SHAPES = SIZES.filter(lambda shape: math.prod(shape) <= 20_000)
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), shape=SHAPES, param_dtype=st.sampled_from([*DTYPES]), grad_dtype=st.sampled_from([*DTYPES]),
        options=st.fixed_dictionaries({
-           "block_size": st.sampled_from([64, 128, 256]), "min_8bit_size": st.sampled_from([0, 1, 4096]),
+           "optim_bits": st.sampled_from([4, 8]), "block_size": st.sampled_from([64, 128, 256]),
+           "min_8bit_size": st.sampled_from([0, 1, 4096]),
            "weight_rounding": st.sampled_from(["nearest", "stochastic"]), "cautious": st.booleans(),
            "maximize": st.booleans(), "decoupled_weight_decay": st.booleans(),
        }))  # fmt: skip
@@ -172,12 +173,15 @@ DAMAGES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("shape", [(16, 300), (300, 16), (4097,)], ids=str)
-@pytest.mark.parametrize("name", ["codes", "scales", "residual", "momentum"])
-def test_damaged_state_is_refused(name: str, shape: tuple[int, ...], damage: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bits", [4, 8, 32])
+@pytest.mark.parametrize("name", ["codes", "scales", "shape", "residual", "momentum"])
+def test_damaged_state_is_refused(
+    name: str, bits: int, shape: tuple[int, ...], damage: str, dtype: torch.dtype
+) -> None:
     """Loading or the next step raises and leaves the parameter alone, or the state was as good as whole."""
     compensated = dtype == torch.bfloat16
     options = {
-        "optim_bits": 32 if name == "momentum" else 8,
+        "optim_bits": bits,
         "weight_rounding": "compensated" if compensated else "auto",
     }
     param = torch.nn.Parameter(torch.randn(shape).to(dtype))

@@ -72,7 +72,9 @@ def test_a_pattern_that_matches_nothing_is_refused(pattern: str) -> None:
 def test_state_goes_through_load_before_the_first_step() -> None:
     """As Accelerate does to place state; and again after a step, with all tensors moved and copied."""
     module, twin = model(), model()
-    optimizer, plain = Lion8bit(module.parameters(), lr=1e-3), Lion8bit(twin.parameters(), lr=1e-3)
+    optimizer, plain = (
+        Lion8bit(keep_32bit(net, "*.proj"), lr=1e-3, optim_bits=4, min_8bit_size=0) for net in (module, twin)
+    )
     for seed in range(3):
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         step(module.parameters(), optimizer, seed)
@@ -120,27 +122,30 @@ def test_data_put_under_a_parameter() -> None:
     assert param.dtype == torch.bfloat16 and optimizer.state[param]["codes"].dtype == torch.int8
 
 
-@pytest.mark.parametrize("name", ["codes", "scales", "momentum"])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("codes", 8), ("scales", 8), ("codes", 4), ("scales", 4), ("shape", 4), ("momentum", 32)]
+)
 @pytest.mark.parametrize("warm", [False, True])
-def test_state_cast_in_place_is_refused(name: str, warm: bool) -> None:
+def test_state_cast_in_place_is_refused(name: str, bits: int, warm: bool) -> None:
     param = nn.Parameter(torch.randn(70, 90))
-    optimizer = Lion8bit([param], optim_bits=32 if name == "momentum" else 8)
+    optimizer = Lion8bit([param], optim_bits=bits)
     for seed in range(1 + warm):
         step([param], optimizer, seed)
-    optimizer.state[param][name] = optimizer.state[param][name].half()
+    optimizer.state[param] = {**optimizer.state[param], name: optimizer.state[param][name].half()}
     before = param.detach().clone()
     with pytest.raises(ValueError, match=rf"{name} must be .*float16.* \(parameter 0 of group 0, shape \(70, 90\)\)"):
         step([param], optimizer, 9)
     assert_same(param.detach(), before, "parameter")
 
 
+@pytest.mark.parametrize("bits", [4, 8, 32])
 @pytest.mark.parametrize("step_alone", [False, True])
-def test_state_moved_elsewhere_is_refused(step_alone: bool) -> None:
+def test_state_moved_elsewhere_is_refused(step_alone: bool, bits: int) -> None:
     param = nn.Parameter(torch.randn(70, 90))
-    optimizer = Lion8bit([param])
+    optimizer = Lion8bit([param], optim_bits=bits)
     step([param], optimizer, 1)
     optimizer.state[param] = {
-        name: value.to("meta") if isinstance(value, torch.Tensor) else value
+        name: value.to("meta") if isinstance(value, torch.Tensor) and name != "shape" else value
         for name, value in optimizer.state[param].items()
     }
     before = param.detach().clone()
@@ -152,7 +157,9 @@ def test_state_moved_elsewhere_is_refused(step_alone: bool) -> None:
 def test_state_moved_and_back_goes_on() -> None:
     """As Lightning does when it offloads: each state a new dict of new tensors."""
     module, twin = model(), model()
-    optimizer, plain = Lion8bit(module.parameters(), lr=1e-3), Lion8bit(twin.parameters(), lr=1e-3)
+    optimizer, plain = (
+        Lion8bit(keep_32bit(net, "*.proj"), lr=1e-3, optim_bits=4, min_8bit_size=0) for net in (module, twin)
+    )
     for seed in range(3):
         for param, state in optimizer.state.items():
             optimizer.state[param] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
@@ -181,16 +188,18 @@ def test_closure_by_position_and_betas_as_a_list() -> None:
         assert_same(param.detach(), other.detach(), "parameter")
 
 
-def test_partitions_of_a_flat_buffer_step_as_vectors() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_partitions_of_a_flat_buffer_step_as_vectors(bits: int) -> None:
     """As DeepSpeed's ZeRO does: slices of one buffer take the place of parameters before the first step."""
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(3 * 5001, generator=generator)
     whole = torch.nn.Parameter(flat.clone())
     slices = [torch.nn.Parameter(flat.narrow(0, start, 5001)) for start in range(0, len(flat), 5001)]
-    optimizers = [Lion8bit([torch.nn.Parameter(torch.zeros(70, 90))], weight_decay=0.1) for _ in slices]
+    options = {"weight_decay": 0.1, "optim_bits": bits}
+    optimizers = [Lion8bit([torch.nn.Parameter(torch.zeros(70, 90))], **options) for _ in slices]
     for optimizer, part in zip(optimizers, slices, strict=True):
         optimizer.param_groups[0]["params"] = [part]
-    reference = [Lion8bit([part.detach().clone().requires_grad_()], weight_decay=0.1) for part in slices]
+    reference = [Lion8bit([part.detach().clone().requires_grad_()], **options) for part in slices]
     for _ in range(3):
         grads = torch.randn(len(flat), generator=generator).split(5001)
         for optimizer, alone, grad in zip(optimizers, reference, grads, strict=True):
@@ -199,7 +208,7 @@ def test_partitions_of_a_flat_buffer_step_as_vectors() -> None:
                 stepped.step()
     for optimizer, alone, part in zip(optimizers, reference, slices, strict=True):
         copy = alone.param_groups[0]["params"][0]
-        assert optimizer.state[part]["codes"].shape == (5001,)
+        assert optimizer.state[part]["codes"].shape == ((1, 2501) if bits == 4 else (5001,))
         assert_same(part.detach(), copy.detach(), "slice")
         assert_same(optimizer.momentum(part), alone.momentum(copy), "momentum")
     assert_same(flat, torch.cat([part.detach() for part in slices]), "buffer")

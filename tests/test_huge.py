@@ -51,19 +51,29 @@ def test_more_than_2_to_the_31_elements() -> None:
                 whole[top : top + PERIOD] = tile[: ROWS - top]
             if time.perf_counter() - begin > SECONDS:
                 pytest.skip(f"needs {NEEDED_GB} GB of memory that is faster than 8.6 GB in {SECONDS} s")
-        leaf = torch.nn.Parameter(param)
-        leaf.grad = grad
-        optimizer = Lion8bit([leaf], lr=1e-3, weight_decay=0.1)
-        optimizer.step()
+        step_and_check(param, grad, tiles, 8)
+        for rows in CHECKED:
+            param[rows] = tiles[0][torch.arange(rows.start, rows.stop) % PERIOD]
+        step_and_check(param, grad, tiles, 4)
     finally:
         torch.set_num_threads(before)
+
+
+CHECKED = (slice(0, 2), slice(16383, 16386), slice(32766, 32770), slice(ROWS - 2, ROWS))
+
+
+def step_and_check(param: torch.Tensor, grad: torch.Tensor, tiles: list[torch.Tensor], bits: int) -> None:
+    leaf = torch.nn.Parameter(param)
+    leaf.grad = grad
+    optimizer = Lion8bit([leaf], lr=1e-3, weight_decay=0.1, optim_bits=bits, block_size=128)
+    optimizer.step()
     codes, scales = optimizer.state[leaf]["codes"], optimizer.state[leaf]["scales"]
     hyper = make_hyper(lr=1e-3, weight_decay=0.1, weight_rounding="stochastic")
-    for rows in (slice(0, 2), slice(16383, 16386), slice(32766, 32770), slice(ROWS - 2, ROWS)):
+    for rows in CHECKED:
         index = torch.arange(rows.start, rows.stop) % PERIOD
         expected, gradient = (tile[index] for tile in tiles)
         shape = (rows.stop - rows.start, COLS)
-        expected_codes, expected_scales = reference.encode(torch.zeros(shape), 128)
+        expected_codes, expected_scales = reference.encode(torch.zeros(shape), 128, bits)
         reference.lion_step_(expected, gradient, expected_codes, expected_scales, hyper, seed=0, step=1,
                              first=rows.start * COLS)  # fmt: skip
         assert_same(param[rows], expected, f"param, rows {rows}")

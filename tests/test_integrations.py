@@ -447,7 +447,7 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 
 lion8bit.integrations.register_timm()
-assert "lion8bit" in list_optimizers("lion*")
+assert {"lion4bit", "lion8bit"} <= {*list_optimizers("lion*")}
 model = torch.nn.Linear(64, 64)
 optimizer = create_optimizer_v2(model, opt="lion8bit", lr=1e-3, weight_decay=0.1, betas=[0.95, 0.98], eps=1e-8)
 assert type(optimizer) is lion8bit.Lion8bit
@@ -457,6 +457,8 @@ assert all(group["betas"] == (0.95, 0.98) and group["lr"] == 1e-3 for group in o
 model(torch.ones(2, 64)).sum().backward()
 optimizer.step()
 assert "codes" in optimizer.state[model.weight]
+smaller = create_optimizer_v2(model, opt="lion4bit", lr=1e-3)
+assert type(smaller) is lion8bit.Lion4bit and all(group["optim_bits"] == 4 for group in smaller.param_groups)
 """
 
 
@@ -474,7 +476,7 @@ def component(config: Any, *args: Any) -> Any:
     return getattr(importlib.import_module(module), name)(*args, **arguments)
 
 
-@pytest.mark.parametrize("path", ["lion8bit.Lion8bit", "lion8bit.Lion8"])
+@pytest.mark.parametrize("path", ["lion8bit.Lion8bit", "lion8bit.Lion8", "lion8bit.Lion4bit"])
 def test_torchtune_component(path: str, tmp_path: Path) -> None:
     configuration = need("omegaconf").OmegaConf.create(
         f"{{_component_: {path}, lr: 2e-5, betas: [0.9, 0.98], weight_decay: 0.1, weight_rounding: stochastic}}"

@@ -73,11 +73,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, use
 
 
 def make(backend: str) -> tuple[list[torch.nn.Parameter], Lion8bit]:
-    """Parameters of several kernels: plain, with gaps in memory, small, in bf16 with a residual."""
+    """Parameters of several kernels: plain, with gaps in memory, small, in bf16 with a residual and 4 bits."""
     gaps = torch.zeros(80, 64, 2)[..., 0]
     values = [torch.zeros(64, 80), gaps, torch.zeros(30), torch.zeros(80, 64, dtype=torch.bfloat16)]
     params = [torch.nn.Parameter(value) for value in values]
-    groups = [{"params": params[:3]}, {"params": params[3:], "weight_rounding": "compensated"}]
+    groups = [{"params": params[:3]}, {"params": params[3:], "weight_rounding": "compensated", "optim_bits": 4}]
     return params, Lion8bit(groups, lr=1.0, weight_decay=0.1, is_paged=backend == "paged")
 
 

@@ -23,7 +23,7 @@ def listing_code_step(
     return param - LR * blended.sign(), momentum, blended
 
 
-@pytest.mark.parametrize("optim_bits", [32, 8])
+@pytest.mark.parametrize("optim_bits", [32, 8, 4])
 def test_momentum_first_is_the_listing(optim_bits: int) -> None:
     """From equal parameters and momentum, each step has the listing's signs wherever rounding cannot decide them."""
     generator = torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ import lion8bit
 from lion8bit import Lion, Lion8bit, reference
 from lion8bit.backends import cpu, portable
 from lion8bit.backends import select as backend
-from lion8bit.layout import DTYPES, in_memory_order, memory_order, rows_and_cols
+from lion8bit.layout import DEFAULT_BLOCK_SIZE, DTYPES, in_memory_order, memory_order, rows_and_cols
 from lion8bit.options import make_hyper
 
 # ---- The step -------------------------------------------------------------------------------------------------------
@@ -36,22 +37,26 @@ from lion8bit.options import make_hyper
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grad_layout", ["same", "contiguous", "transposed"])
-def test_every_layout_steps_as_the_reference(layout: str, dtype: torch.dtype, grad_layout: str) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_layout_steps_as_the_reference(layout: str, dtype: torch.dtype, grad_layout: str, bits: int) -> None:
+    """With 4 bits in row-major order, whatever order the parameter has in memory."""
     torch.manual_seed(0)
     base = LAYOUTS[layout]().to(dtype)
     if layout in ("strided", "misaligned"):  # a dtype conversion would have made it dense
         wide = torch.randn(80, 140).to(dtype)
         base = wide[:, ::2] if layout == "strided" else wide.view(-1)[1:6001]
     param = leaf(base)
-    optimizer = Lion8bit([param], lr=1e-3, weight_decay=0.1)
-    expected = base.clone(memory_format=torch.preserve_format)
+    optimizer = Lion8bit([param], lr=1e-3, weight_decay=0.1, optim_bits=bits)
+    quantized, block_size = base.numel() >= 4096, DEFAULT_BLOCK_SIZE[bits]
+    row_major = torch.contiguous_format if bits == 4 and quantized else torch.preserve_format
+    expected = base.clone(memory_format=row_major)
     order = memory_order(expected)
     assert order is not None
-    shape = rows_and_cols([expected.shape[dim] for dim in order], 128)
+    shape = rows_and_cols([expected.shape[dim] for dim in order], block_size)
     rows = in_memory_order(expected, order).view(shape)
-    quantized = base.numel() >= 4096
-    momentum, scales = reference.encode(torch.zeros(rows.shape), 128) if quantized else (torch.zeros(rows.shape), None)
-    hyper = make_hyper(lr=1e-3, weight_decay=0.1, weight_rounding="stochastic")
+    zeros = torch.zeros(rows.shape)
+    momentum, scales = reference.encode(zeros, block_size, bits) if quantized else (zeros, None)
+    hyper = make_hyper(lr=1e-3, weight_decay=0.1, weight_rounding="stochastic", block_size=block_size)
     for step in range(1, 4):
         grad = torch.empty_like(base).copy_(gradient_like(base))
         if grad_layout == "contiguous":
@@ -60,10 +65,15 @@ def test_every_layout_steps_as_the_reference(layout: str, dtype: torch.dtype, gr
             grad = grad.t().contiguous().t()
         param.grad = grad
         optimizer.step()
-        in_order = torch.empty_like(expected).copy_(grad)
+        in_order = torch.empty_like(expected).copy_(grad)  # of the same strides
         row_grad = in_memory_order(in_order, order).view(shape)
         reference.lion_step_(rows, row_grad, momentum, scales, hyper, seed=0, step=step)
         assert_same(param.detach(), expected, f"parameter after step {step}")
+    if quantized:
+        codes = optimizer.state[param]["codes"]
+        codes = codes.flatten() if bits == 4 else in_memory_order(codes, order)
+        assert_same(codes, momentum.flatten(), "codes")
+        assert_same(optimizer.state[param]["scales"].flatten(), scales.flatten(), "scales")
     assert param.stride() == base.stride() and param.data_ptr() == base.data_ptr()
 
 
@@ -94,7 +104,8 @@ def test_portable_backend_equals_native(monkeypatch: pytest.MonkeyPatch) -> None
         models = [[leaf(torch.randn(shape).to(dtype)) for shape in shapes] for _ in range(2)]
         for a, b in zip(*models, strict=True):
             b.data.copy_(a.data)
-        optimizers = [Lion8bit(params, lr=1e-3, weight_decay=0.1, block_size=64) for params in models]
+        groups = [[{"params": params[:3], "optim_bits": 4}, {"params": params[3:]}] for params in models]
+        optimizers = [Lion8bit(each, lr=1e-3, weight_decay=0.1, block_size=64) for each in groups]
         for _ in range(3):
             for a, b in zip(*models, strict=True):
                 a.grad = gradient_like(a)
@@ -205,8 +216,10 @@ def test_a_missing_backend_is_looked_for_by_the_next_optimizer(no_compiler) -> N
 
 def test_groups_have_their_own_options() -> None:
     torch.manual_seed(0)
-    params = [leaf(torch.randn(64, 128)) for _ in range(4)]
+    params = [leaf(torch.randn(64, 128)) for _ in range(6)]
     options: list[dict[str, Any]] = [
+        {"optim_bits": 4},
+        {"optim_bits": 4, "block_size": 256},
         {"lr": 1e-2, "block_size": 64},
         {"optim_bits": 32, "weight_decay": 0.5},
         {"min_8bit_size": 10**6, "betas": [0.5, 0.9]},
@@ -225,13 +238,15 @@ def test_groups_have_their_own_options() -> None:
     for a, b in zip(params, copies, strict=True):
         assert_same(a.detach(), b.detach(), "parameter")
     kinds = [sorted(together.state[param]) for param in params]
-    assert kinds == [
+    assert kinds[:2] == [["codes", "scales", "shape", "step"]] * 2
+    assert kinds[2:] == [
         ["codes", "scales", "step"],
         ["momentum", "step"],
         ["momentum", "step"],
         ["codes", "scales", "step"],
     ]
-    assert together.state[params[0]]["scales"].shape == (64, 2)
+    assert [together.state[param]["scales"].shape for param in params[:3]] == [(64, 2), (32,), (64, 2)]
+    assert [group["block_size"] for group in together.param_groups] == [64, 256, 64, 128, 128, 128]
 
 
 def test_frozen_and_gradientless_parameters_are_untouched() -> None:
@@ -265,11 +280,11 @@ def test_gradients_that_come_and_go() -> None:
 
 def test_zero_gradient_and_zero_lr_change_nothing() -> None:
     """Checkpoint tools create the state by a step with zero gradients and lr 0: every bit must stay."""
-    for dtype in DTYPES:
+    for dtype, bits in itertools.product(DTYPES, (4, 8, 32)):
         param = leaf(torch.randn(70, 90).to(dtype))
         param.data[0, :3] = torch.tensor([0.0, -0.0, 1e-7])
         before = param.detach().clone()
-        optimizer = Lion8bit([param], lr=0.0, weight_decay=0.1)
+        optimizer = Lion8bit([param], lr=0.0, weight_decay=0.1, optim_bits=bits)
         param.grad = torch.zeros_like(param)
         optimizer.step()
         assert_same(param.detach(), before, str(dtype))
@@ -361,13 +376,14 @@ def test_autograd_notices_the_step() -> None:
         loss.backward()
 
 
-def test_memory_moving_under_the_optimizer() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_memory_moving_under_the_optimizer(bits: int) -> None:
     """Parameters and state that are replaced between steps are found again, wherever they went."""
-    param = leaf(torch.randn(64, 100))
+    param = leaf(torch.randn(64, 101))
     other = leaf(param.detach().clone())
-    one, two = Lion8bit([param], lr=1e-2), Lion8bit([other], lr=1e-2)
+    one, two = (Lion8bit([each], lr=1e-2, optim_bits=bits) for each in (param, other))
     for turn in range(6):
-        grad = torch.randn(64, 100)
+        grad = torch.randn(64, 101)
         param.grad, other.grad = grad, grad.clone()
         if turn == 1:
             param.data = param.data.clone()
@@ -386,11 +402,12 @@ def test_memory_moving_under_the_optimizer() -> None:
         assert_same(param.detach(), other.detach(), f"turn {turn}")
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("layout", ["matrix", "strided", "transposed"])
-def test_gradients_are_let_go_of(layout: str) -> None:
+def test_gradients_are_let_go_of(layout: str, bits: int) -> None:
     """Between steps the optimizer holds no gradient, nor a copy of anything: zero_grad frees the memory."""
     param = leaf(LAYOUTS[layout]())
-    optimizer = Lion8bit([param])
+    optimizer = Lion8bit([param], optim_bits=bits)
     for _ in range(3):
         param.grad = torch.randn(param.shape)
         grad = weakref.ref(param.grad)
@@ -410,7 +427,8 @@ def test_nothing_is_allocated_after_the_first_step() -> None:
     model = nn.Sequential(*[nn.Linear(90, 90) for _ in range(4)]).bfloat16()
     for param in model.parameters():
         param.grad = torch.randn_like(param)
-    optimizer = Lion8bit(model.parameters())
+    groups = [{"params": model[:2].parameters(), "optim_bits": 4}, {"params": model[2:].parameters()}]
+    optimizer = Lion8bit(groups)
     optimizer.step()
     seen = []
 

@@ -49,12 +49,13 @@ Twins = tuple[list[torch.Tensor], Lion8bit]
 
 
 def twin(device: str = "cpu", dtype: torch.dtype = torch.bfloat16, **options: Any) -> Twins:
-    """Parameters in three groups, one of them with fp32 momentum, and their optimizer."""
+    """Parameters in four groups, of momentum in 8, 4 and 32 bits, and their optimizer."""
     generator = torch.Generator().manual_seed(0)
     params = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in SHAPES]
     image = torch.randn(40, 8, 3, 3, generator=generator).to(device, dtype)
     params.append(image.to(memory_format=torch.channels_last).requires_grad_())
-    groups = [{"params": params[:4]}, {"params": params[4:6], "optim_bits": 32}, {"params": params[6:], "lr": 3e-3}]
+    groups = [{"params": params[:2]}, {"params": params[2:4], "optim_bits": 4}]
+    groups += [{"params": params[4:6], "optim_bits": 32}, {"params": params[6:], "lr": 3e-3}]
     return params, Lion8bit(groups, **{"lr": 1e-3, "weight_decay": 0.1, "min_8bit_size": 1000, **options})
 
 
@@ -103,6 +104,7 @@ def test_bits_are_those_of_the_ordinary_step(
         assert len(loads_of(twins[1][1])) > paged["paged_bytes"] // slot
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize(
     ("dtype", "rounding"),
@@ -114,8 +116,9 @@ def test_bits_are_those_of_the_ordinary_step(
     ],
     ids=str,
 )
-def test_every_dtype_rounding_and_block_size(dtype: torch.dtype, rounding: str, block_size: int) -> None:
-    options = {"dtype": dtype, "weight_rounding": rounding, "block_size": block_size, "cautious": block_size == 64}
+def test_every_dtype_rounding_and_block_size(dtype: torch.dtype, rounding: str, block_size: int, bits: int) -> None:
+    options = {"dtype": dtype, "weight_rounding": rounding, "block_size": block_size, "optim_bits": bits}
+    options["cautious"] = block_size == 64
     twins = [twin(is_paged=paged, **options) for paged in (False, True)]
     for each in twins:
         train(each, 4)
@@ -130,7 +133,7 @@ def test_pieces_cover_every_block_once_and_fit(data: st.DataObject) -> None:
     size = st.integers(1, 700)
     shapes = data.draw(st.lists(st.tuples(st.integers(1, 9), size), min_size=1, max_size=6))
     block_sizes = [data.draw(st.sampled_from(BLOCK_SIZES)) for _ in shapes]
-    block_bytes = [block * data.draw(st.sampled_from([1, 2, 4])) + 4 for block in block_sizes]
+    block_bytes = [block * data.draw(st.sampled_from([0.5, 1, 1.5, 2, 4])) + 4 for block in block_sizes]
     loads = paging.cut(shapes, block_sizes, block_bytes)
     assert all(sum(48 + p.blocks * block_bytes[p.entry] for p in load) <= SLOT for load in loads)
     for index, ((rows, cols), block_size) in enumerate(zip(shapes, block_sizes, strict=True)):
@@ -467,7 +470,7 @@ def test_checkpoints_of_either_kind_load(place: Place, before: bool, after: bool
         for param, value in zip(resumed[0], params):
             param.copy_(value)
     resumed[1].load_state_dict(state_dict)
-    assert [group["is_paged"] for group in resumed[1].param_groups] == [after] * 3
+    assert [group["is_paged"] for group in resumed[1].param_groups] == [after] * 4
     for each in (saved, resumed):
         train(each, 2, seed=2)
     assert_same_contents(contents(optimizer), contents(resumed[1]))

@@ -54,7 +54,7 @@ def build(dtype: torch.dtype = torch.float32, checkpointing: str = "none", **opt
     small = [param for param in model.parameters() if param.dim() < 2]
     large = [param for param in model.parameters() if param.dim() > 1]
     groups = [{"params": large, "weight_decay": 0.1}, {"params": small, "lr": 3e-3, "block_size": 64}]
-    return model, Lion8bit(groups, lr=1e-3, min_8bit_size=100, **options)
+    return model, Lion8bit(groups, lr=1e-3, **{"min_8bit_size": 100, **options})
 
 
 def batches(count: int) -> Iterator[torch.Tensor]:
@@ -84,10 +84,11 @@ def assert_same_training(one: tuple[Model, Lion8bit], other: tuple[Model, Lion8b
 # ---- What it does ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("optim_bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("checkpointing", ["none", "reentrant", "not reentrant"])
-def test_bits_are_those_of_the_ordinary_step(dtype: torch.dtype, checkpointing: str) -> None:
-    ordinary, released = build(dtype, checkpointing), build(dtype, checkpointing)
+def test_bits_are_those_of_the_ordinary_step(dtype: torch.dtype, checkpointing: str, optim_bits: int) -> None:
+    ordinary, released = (build(dtype, checkpointing, optim_bits=optim_bits, min_8bit_size=0) for _ in range(2))
     start = copy.deepcopy(ordinary[0])
     fuse_into_backward(*released)
     train(*ordinary)

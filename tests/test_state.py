@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from cases import (
     assert_same,
     assert_same_all,
+    error_bound,
     gradient_like,
     leaf,
     snapshot,
@@ -21,7 +23,8 @@ from cases import (
 from torch import nn
 
 import lion8bit
-from lion8bit import Lion, Lion8, Lion8bit, convert_state_dict, quantize, reference
+from lion8bit import Lion, Lion4bit, Lion8, Lion8bit, convert_state_dict, dequantize, quantize, reference
+from lion8bit.integrations import report
 from lion8bit.layout import DTYPES
 
 # ---- State ----------------------------------------------------------------------------------------------------------
@@ -42,20 +45,28 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
         optimizer.step()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_resume_is_exact(dtype: torch.dtype) -> None:
+def test_resume_is_exact(dtype: torch.dtype, bits: int) -> None:
     model = small_model(dtype)
-    optimizer = Lion8bit(model.parameters(), lr=1e-3, weight_decay=0.1, min_8bit_size=1000)
+    rounding = "compensated" if (dtype, bits) == (torch.bfloat16, 4) else "stochastic"
+    options: dict[str, Any] = {"optim_bits": bits, "weight_rounding": rounding, "min_8bit_size": 1000}
+    optimizer = Lion8bit(model.parameters(), lr=1e-3, weight_decay=0.1, **options)
     train(model, optimizer, 3, seed=1)
     saved = through_torch_save({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
     resumed_model = small_model(dtype)
     resumed_model.load_state_dict(saved["model"])
-    resumed = Lion8bit(resumed_model.parameters(), lr=7.0, block_size=64)
-    resumed.load_state_dict(saved["optimizer"])
+    resumed = Lion8bit(resumed_model.parameters(), lr=7.0, block_size=256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.load_state_dict(saved["optimizer"])
     assert_same_all(snapshot(optimizer), snapshot(resumed))
     dtypes = {name: value.dtype for s in resumed.state.values() for name, value in s.items() if name != "step"}
-    assert dtypes == {"codes": torch.int8, "scales": torch.float32, "momentum": torch.float32}
+    expected = {"codes": torch.int8, "scales": torch.float32, "momentum": torch.float32}
+    if bits == 4:
+        expected |= {"codes": torch.uint8, "shape": torch.int64}
+    assert dtypes == expected | ({"residual": torch.int8} if rounding == "compensated" else {})
     train(model, optimizer, 3, seed=2)
     train(resumed_model, resumed, 3, seed=2)
     assert_same_all(snapshot(optimizer), snapshot(resumed))
@@ -199,6 +210,77 @@ def break_shape(saved: dict[str, Any]) -> None:
     saved["state"][1]["codes"] = saved["state"][1]["codes"][:5]
 
 
+CODES_4 = r"codes must be contiguous torch.uint8 \(90, 40\) at block_size 64, got"
+SHAPE_4 = "shape must be an int64 vector of the parameter's sizes, got"
+
+
+def changed(name: str, change: Any) -> Any:
+    """Damages an entry of the state of the second parameter, [90, 80], or leaves it out where there is no change."""
+
+    def damage(saved: dict[str, Any]) -> None:
+        value = saved["state"][1].pop(name)
+        if change is not None:
+            saved["state"][1][name] = change(value)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (changed("codes", lambda t: t[:5]), CODES_4),
+        (changed("codes", lambda t: t.t().contiguous().t()), CODES_4),
+        (changed("codes", lambda t: t.flatten()), CODES_4),
+        (changed("codes", lambda t: torch.cat([t, t], 1)), CODES_4),
+        (changed("codes", lambda t: t.view(torch.int8)), "codes must be a dense torch.int8 tensor of shape"),
+        (changed("codes", lambda t: t.float()), "codes must be a dense torch.int8 tensor of shape"),
+        (changed("codes", lambda t: t.fill_(0x8F)), r"codes must be in \[-7, 7\], got -8"),
+        (changed("codes", lambda t: t.fill_(0xF8)), r"codes must be in \[-7, 7\], got -8"),
+        (changed("codes", None), r"got \['scales', 'shape', 'step'\]"),
+        (changed("scales", lambda t: t[:5]), r"scales must be float32 \(90, 2\) at block_size 64, got"),
+        (changed("scales", lambda t: t.double()), r"scales must be float32 \(90, 2\) at block_size 64, got"),
+        (changed("scales", lambda t: -t), "scales must be 0 or in"),
+        (changed("scales", lambda t: t[None, None]), "must have the order in memory"),
+        (changed("scales", None), r"got \['codes', 'shape', 'step'\]"),
+        (changed("shape", None), "shape must be a tensor, got NoneType"),
+        (changed("shape", lambda t: (90, 80)), "shape must be a tensor, got tuple"),
+        (changed("shape", lambda t: t.bfloat16()), f"{SHAPE_4} torch.bfloat16"),
+        (changed("shape", lambda t: t[None]), f"{SHAPE_4} torch.int64 of shape"),
+        (changed("shape", lambda t: t.to("meta")), "shape must hold data"),
+        (changed("shape", lambda t: -t), f"{SHAPE_4} torch.int64 of shape"),
+        (changed("shape", lambda t: t.to_sparse()), "shape must be a dense tensor"),
+        (changed("shape", lambda t: t.flip(0)), r"shape must be the parameter's, \(90, 80\), got \(80, 90\)"),
+    ],
+)
+def test_damaged_4_bit_state_says_what_is_wrong(damage, message: str) -> None:
+    model = small_model(torch.float32)
+    optimizer = Lion4bit(model.parameters())
+    train(model, optimizer, 1, seed=1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    damage(saved)
+    before = snapshot(optimizer)
+    for way in (optimizer.load_state_dict, lambda state: convert_state_dict(state, Lion8bit(model.parameters()))):
+        with pytest.raises(ValueError, match=rf"{message}.*\(parameter 1, shape \(90, 80\)\)"):
+            way(saved)
+    assert_same_all(snapshot(optimizer), before)
+    train(model, optimizer, 1, seed=2)
+
+
+@pytest.mark.parametrize("shape", [(70, 91), (4097,), (99, 49)], ids=str)
+def test_the_half_byte_after_an_odd_row_must_be_zero(shape: tuple[int, ...]) -> None:
+    """With rows of a matrix, a vector, and joined rows; kernels would count it as an element."""
+    param = leaf(torch.randn(shape))
+    optimizer = Lion4bit([param])
+    param.grad = gradient_like(param)
+    optimizer.step()
+    assert bool((optimizer.state[param]["codes"].view(-1, optimizer.state[param]["codes"].shape[-1])[:, -1] < 16).all())
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    saved["state"][0]["codes"].view(-1)[-1] |= 0x10
+    with pytest.raises(ValueError, match="codes must end an odd row with half a byte of 0"):
+        optimizer.load_state_dict(saved)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -223,16 +305,17 @@ def test_incompatible_state_says_what_differs(damage, message: str) -> None:
     train(model, optimizer, 1, seed=2)
 
 
+@pytest.mark.parametrize("optimizer_class", [Lion4bit, Lion8bit])
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
-def test_deepcopy_and_pickle(clone) -> None:
+def test_deepcopy_and_pickle(clone, optimizer_class: type[Lion8bit]) -> None:
     model = small_model(torch.bfloat16)
-    optimizer = Lion8bit(model.parameters(), lr=1e-3)
+    optimizer = optimizer_class(model.parameters(), lr=1e-3)
     train(model, optimizer, 2, seed=1)
     twin_model, twin = clone((model, optimizer))
     train(model, optimizer, 2, seed=2)
     train(twin_model, twin, 2, seed=2)
     assert_same_all(snapshot(optimizer), snapshot(twin))
-    assert twin.nonfinite_count() == 0
+    assert twin.nonfinite_count() == 0 and type(twin) is optimizer_class
 
 
 def test_defaults_rebuild_the_optimizer() -> None:
@@ -241,6 +324,36 @@ def test_defaults_rebuild_the_optimizer() -> None:
     assert Lion8bit(params, **optimizer.defaults).defaults == optimizer.defaults
     assert Lion8 is Lion8bit
     assert "block_size: 64" in repr(optimizer)
+
+
+def test_lion4bit_is_lion8bit_with_another_default() -> None:
+    """Alone, from an AdamW's settings, with other options, with groups that have their own bits; loaded into each."""
+    twins = [[leaf(torch.full((70, 91), 1.0)), leaf(torch.full((64, 128), 2.0))] for _ in range(2)]
+    groups = [[{"params": params[:1]}, {"params": params[1:], "optim_bits": 8}] for params in twins]
+    ours, theirs = Lion4bit(groups[0], 1e-3, [0.8, 0.9], 0.1, cautious=True), None
+    theirs = Lion8bit(groups[1], 1e-3, [0.8, 0.9], 0.1, cautious=True, optim_bits=4)
+    for param, other in zip(*twins, strict=True):
+        param.grad = gradient_like(param)
+        other.grad = param.grad.clone()
+    for optimizer in (ours, theirs):
+        optimizer.step()
+    assert_same_all(snapshot(ours), snapshot(theirs))
+    assert ours.defaults == theirs.defaults and isinstance(ours, Lion8bit) and "Lion4bit" in repr(ours)
+    assert [group["block_size"] for group in ours.param_groups] == [64, 128]
+    assert [ours.state[param]["codes"].dtype for param in twins[0]] == [torch.uint8, torch.int8]
+    converted = Lion4bit.from_adamw(twins[0], lr=1e-3, weight_decay=0.1, block_size=256)
+    assert type(converted) is Lion4bit
+    expected = {"lr": 2e-4, "weight_decay": 0.5, "block_size": 256, "optim_bits": 4}
+    assert {name: pytest.approx(converted.defaults[name]) for name in expected} == expected
+    assert Lion4bit(twins[0], optim_bits=8).defaults == Lion8bit(twins[0]).defaults
+    assert report(ours)["lion8bit/state_bytes"] == 70 * (46 + 8) + 64 * (128 + 4)
+    for optimizer in (Lion4bit(groups_like(twins[0])), Lion8bit(groups_like(twins[0]))):
+        optimizer.load_state_dict(ours.state_dict())
+        assert_same_all(snapshot(optimizer), snapshot(ours))
+
+
+def groups_like(params: list[torch.Tensor]) -> list[dict[str, Any]]:
+    return [{"params": [param]} for param in params]
 
 
 def test_older_pickles_get_newer_options() -> None:
@@ -277,16 +390,18 @@ def test_older_checkpoints_keep_the_peak_in_initial_lr() -> None:
 # ---- Looking inside -------------------------------------------------------------------------------------------------
 
 
-def test_momentum_is_readable_in_fp32() -> None:
-    param, small = leaf(torch.randn(64, 100).bfloat16()), leaf(torch.randn(10))
-    optimizer = Lion8bit([param, small], betas=(0.9, 0.5))
+@pytest.mark.parametrize("bits, error", [(4, 0.5), (8, 0.03)])
+@pytest.mark.parametrize("shape", [(64, 101), (5001,), (600, 9), (20, 3, 7, 11)], ids=str)
+def test_momentum_is_readable_in_fp32(shape: tuple[int, ...], bits: int, error: float) -> None:
+    param, small = leaf(torch.randn(shape).bfloat16()), leaf(torch.randn(10))
+    optimizer = Lion8bit([param, small], betas=(0.9, 0.5), optim_bits=bits)
     assert not optimizer.momentum(param).any()
     for p in (param, small):
         p.grad = gradient_like(p)
     optimizer.step()
     assert torch.equal(optimizer.momentum(small), small.grad * 0.5)
-    assert torch.allclose(optimizer.momentum(param), param.grad.float() * 0.5, atol=0.03)
-    assert optimizer.momentum(param).dtype == torch.float32
+    assert torch.allclose(optimizer.momentum(param), param.grad.float() * 0.5, atol=error)
+    assert optimizer.momentum(param).dtype == torch.float32 and optimizer.momentum(param).shape == shape
     with pytest.raises(ValueError, match="one of this optimizer's"):
         optimizer.momentum(torch.randn(3))
 
@@ -305,12 +420,13 @@ def test_memory_report_counts_bytes() -> None:
     assert Lion8bit([params[0]]).memory_report()["state_bytes_per_parameter"] == 0.0
 
 
-def test_state_costs_1_032_bytes_per_parameter() -> None:
+@pytest.mark.parametrize("bits, expected", [(4, 0.5625), (8, 1.03125), (32, 4.0)])
+def test_bytes_per_parameter(bits: int, expected: float) -> None:
     param = leaf(torch.randn(1024, 1024))
-    optimizer = Lion8bit([param])
+    optimizer = Lion8bit([param], optim_bits=bits)
     param.grad = gradient_like(param)
     optimizer.step()
-    assert optimizer.memory_report()["state_bytes_per_parameter"] == 1 + 4 / 128
+    assert optimizer.memory_report()["state_bytes_per_parameter"] == expected
 
 
 def test_a_parameter_transposed_in_place_is_noticed() -> None:
@@ -344,6 +460,71 @@ def test_an_option_spoilt_after_construction_changes_nothing(option, value, warm
     with pytest.raises(ValueError):
         optimizer.step()
     assert_same_all(snapshot(optimizer), before)
+
+
+# ---- Codes of 4 bits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [None, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("shape", "codes_shape"),
+    [
+        ((), (1, 1)),
+        ((1,), (1, 1)),
+        ((5001,), (1, 2501)),
+        ((70, 301), (70, 151)),
+        ((70, 300), (70, 150)),
+        ((5, 7, 99), (5, 347)),
+        ((20, 16, 5, 7), (20, 280)),
+        ((601, 9), (2705,)),
+        ((9, 7, 5), (158,)),
+        ((600, 1), (300,)),
+        ((0, 300), (0, 150)),
+        ((0, 7), (0,)),
+        ((7, 0), (0,)),
+    ],
+    ids=str,
+)
+def test_4_bit_codes_of_any_shape(shape: tuple[int, ...], codes_shape: tuple[int, ...], block_size: int | None) -> None:
+    """Within the error bound; those of any order in memory are those of the row-major one."""
+    momentum = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    codes, scales = quantize(momentum, block_size, bits=4)
+    assert (codes.dtype, scales.dtype, tuple(codes.shape)) == (torch.uint8, torch.float32, codes_shape)
+    decoded = dequantize(codes, scales, block_size, shape)
+    assert decoded.dtype == torch.float32 and decoded.shape == shape and decoded.is_contiguous()
+    bound = error_bound(momentum.float(), scales, block_size or 64, 4)
+    assert bool(((decoded.double() - momentum).abs() <= bound + 1e-12).all())
+    for given in ([*shape], torch.Size(shape)):
+        assert_same(dequantize(codes, scales, block_size, given), decoded, "of another kind of shape")
+    reverse = [*range(momentum.dim())][::-1]
+    backwards = momentum.permute(reverse).contiguous().permute(reverse)
+    for one, other in zip(quantize(backwards, block_size, bits=4), (codes, scales), strict=True):
+        assert_same(one, other, "of another order in memory")
+
+
+def test_4_bit_codes_that_do_not_fit_are_refused() -> None:
+    codes, scales = quantize(torch.randn(70, 301), bits=4)
+    for call, message in {
+        lambda: dequantize(codes, scales): "shape must be given for 4-bit codes",
+        lambda: dequantize(codes, scales, shape=(70, 300)): r"codes must be \(70, 150\) for momentum \(70, 300\)",
+        lambda: dequantize(codes, scales, shape=(301, 70)): r"codes must be \(301, 35\) for momentum",
+        lambda: dequantize(codes, scales[1:], shape=(70, 301)): r"scales must be \(70, 5\) for .* at block_size 64",
+        lambda: dequantize(codes, scales, 128, (70, 301)): r"scales must be \(70, 3\) for .* at block_size 128",
+        lambda: dequantize(codes, scales, 96, (70, 301)): "block_size must be one of",
+        lambda: quantize(torch.randn(3), bits=5): r"bits must be one of \(8, 4\), got 5",
+        lambda: quantize(torch.randn(3), bits=32): r"bits must be one of \(8, 4\), got 32",
+        lambda: quantize(torch.randn(3), bits=True): r"bits must be one of \(8, 4\), got True",
+        lambda: quantize(torch.randn(8, 2)[:, 0], bits=4): "momentum must be dense",
+        lambda: quantize(torch.tensor([torch.nan]), bits=4): "momentum must be finite",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    eight, theirs = quantize(torch.randn(70, 301))
+    with pytest.raises(ValueError, match=r"shape must be that of 8-bit codes, \(70, 301\), got \(301, 70\)"):
+        dequantize(eight, theirs, shape=(301, 70))
+    for wrong in (codes.int(), codes.bool()):
+        with pytest.raises(TypeError, match="codes must be int8 or uint8 and scales float32"):
+            dequantize(wrong, scales, shape=(70, 301))
 
 
 # ---- Seeds -----------------------------------------------------------------------------------------------------------

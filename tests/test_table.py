@@ -27,11 +27,12 @@ Params = list[torch.nn.Parameter]
 # ---- Tables --------------------------------------------------------------------------------------------------------
 
 
-def make(dtype: torch.dtype = torch.float32, weight_rounding: str = "auto") -> tuple[Params, Lion8bit]:
+def make(dtype: torch.dtype = torch.float32, weight_rounding: str = "auto", bits: int = 8) -> tuple[Params, Lion8bit]:
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
     groups = [{"params": params[:3]}, {"params": params[3:], "lr": 1e-2}]
-    return params, Lion8bit(groups, lr=1e-3, weight_decay=0.1, weight_rounding=weight_rounding)
+    options = {"weight_rounding": weight_rounding, "optim_bits": bits, "block_size": 128}
+    return params, Lion8bit(groups, lr=1e-3, weight_decay=0.1, **options)
 
 
 def give_gradients(params: Params, seed: int) -> None:
@@ -166,6 +167,17 @@ def block_size_changed(params: Params, optimizer: Lion8bit) -> None:
     optimizer.param_groups[0]["block_size"] = 64
 
 
+def bits_changed(params: Params, optimizer: Lion8bit) -> None:
+    optimizer.param_groups[0]["optim_bits"] = 12 - optimizer.param_groups[0]["optim_bits"]
+
+
+def shape_changed(params: Params, optimizer: Lion8bit) -> None:
+    """Which no step reads; a new table would refuse it."""
+    if "shape" in optimizer.state[params[1]]:
+        optimizer.state[params[1]] |= {"shape": torch.tensor([96, 64])}
+        optimizer.state[params[1]] = dict(optimizer.state[params[1]])
+
+
 def rounding_changed(params: Params, optimizer: Lion8bit) -> None:
     optimizer.param_groups[1]["weight_rounding"] = "compensated"
 
@@ -204,6 +216,8 @@ CHANGES: list[Callable[[Params, Lion8bit], None]] = [
     steps_recounted,
     all_steps_recounted,
     block_size_changed,
+    bits_changed,
+    shape_changed,
     rounding_changed,
     parameter_moved_to_another_group,
     parameter_replaced,
@@ -212,9 +226,18 @@ CHANGES: list[Callable[[Params, Lion8bit], None]] = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize(
-    "storage", [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "compensated")], ids=str
+    "storage",
+    [
+        (torch.float32, "auto", 8),
+        (torch.bfloat16, "auto", 8),
+        (torch.bfloat16, "compensated", 8),
+        (torch.bfloat16, "compensated", 4),
+    ],
+    ids=str,
 )
-def test_every_change_is_noticed(change: Callable[[Params, Lion8bit], None], storage: tuple[torch.dtype, str]) -> None:
+def test_every_change_is_noticed(
+    change: Callable[[Params, Lion8bit], None], storage: tuple[torch.dtype, str, int]
+) -> None:
     """An optimizer with a kept table does what one does that makes it again at every step, down to the error."""
     results: list[list[Any]] = []
     for forgetful in (False, True):
@@ -313,7 +336,7 @@ def test_negated_state_is_refused() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("bits", [4, 8, 32])
 @pytest.mark.parametrize("how", ["listed twice", "tied by .data", "a part of another"])
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 def test_parameters_on_one_memory_are_stepped_in_turn(how: str, bits: int) -> None:

@@ -44,7 +44,7 @@ def some_options(choose: random.Random, dtype: torch.dtype) -> dict[str, Any]:
     compensated = ["compensated"] if dtype == torch.bfloat16 else []
     return {
         "block_size": choose.choice([64, 128, 256]),
-        "optim_bits": choose.choice([8, 8, 32]),
+        "optim_bits": choose.choice([4, 8, 32]),
         "min_8bit_size": choose.choice([0, 1, 4096]),
         "weight_rounding": choose.choice(["auto", "nearest", *compensated]),
         "weight_decay": choose.choice([0.0, 0.1]),
@@ -160,7 +160,8 @@ def test_global_modes_do_not_enter_a_step(mode: str, backend: str, use_backend: 
         results = []
         for context in (contextlib.nullcontext, MODES[mode]):
             params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in SHAPES]
-            optimizer = Lion8bit(params, lr=1e-3, weight_decay=0.1)
+            groups = [{"params": params[::2]}, {"params": params[1::2], "optim_bits": 4}]
+            optimizer = Lion8bit(groups, lr=1e-3, weight_decay=0.1)
             for step in range(3):
                 give_gradients(params, step)
                 with context():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same, hyper_for, override_backend
+from cases import LAYOUTS, assert_same, hyper_for, override_backend
 from torch import nn
 
 import lion8bit
@@ -103,7 +103,7 @@ def test_kernel_splits_every_bfloat16_as_the_reference(kernel: str, lr: float) -
         if native:
             row = TensorRow(param=param.data_ptr(), grad=grad.data_ptr(), momentum=momentum.data_ptr(),
                          scales=scales.data_ptr(), residual=below.data_ptr(), rows=1, cols=2**16, step=1,
-                         param_dtype=1)  # fmt: skip
+                         param_dtype=1, momentum_bits=8)  # fmt: skip
             cpu.load_library().lion8bit_update(
                 (TensorRow * 1)(row), 1, hyper_array([hyper]), cpu.KERNELS.index(kernel), 1
             )  # type: ignore[union-attr]
@@ -120,7 +120,7 @@ def test_kernel_splits_every_bfloat16_as_the_reference(kernel: str, lr: float) -
 # ---- Compensated weights in the optimizer ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optim_bits", [8, 32])
+@pytest.mark.parametrize("optim_bits", [4, 8, 32])
 def test_compensated_follows_fp32(optim_bits: int) -> None:
     """600 steps at lr 1e-5 with decay: within the sum of half a unit of 24 bits per step, 2^-16 of the weight each.
 
@@ -179,25 +179,29 @@ def test_compensated_trains_as_fp32() -> None:
     assert losses["nearest"] > 2 * losses["fp32"]
 
 
-def test_compensated_state_by_dtype() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compensated_state_by_dtype(bits: int) -> None:
     """bf16 parameters of every size and layout have a residual; fp32 ones need none and step as ever; fp16 cannot."""
     params = [leaf(torch.randn(70, 90)), leaf(torch.randn(70, 90).bfloat16()), leaf(torch.randn(30).bfloat16())]
     params += [leaf(torch.randn(32, 16, 3, 3).bfloat16().to(memory_format=torch.channels_last))]
     plain = leaf(params[0])
-    optimizer, other = compensated(params, optim_bits=8), Lion8bit([plain], lr=1e-5)
+    optimizer, other = compensated(params, optim_bits=bits), Lion8bit([plain], lr=1e-5, optim_bits=bits)
     for param in (*params, plain):
         param.grad = torch.ones_like(param)
     optimizer.step()
     other.step()
     assert_same(params[0].detach(), plain.detach(), "fp32 parameter")
-    assert [sorted(optimizer.state[param]) for param in params] == [
+    assert [sorted(optimizer.state[param].keys() - {"shape"}) for param in params] == [
         ["codes", "scales", "step"],
         ["codes", "residual", "scales", "step"],
         ["momentum", "residual", "step"],
         ["codes", "residual", "scales", "step"],
     ]
-    assert optimizer.state[params[3]]["residual"].stride() == params[3].stride()
-    quantized = sum(p.numel() + 4 * optimizer.state[p]["scales"].numel() for p in (params[0], params[1], params[3]))
+    order = params[3].stride() if bits == 8 else params[3].contiguous().stride()
+    assert optimizer.state[params[3]]["residual"].stride() == order
+    quantized = sum(
+        p.numel() * bits // 8 + 4 * optimizer.state[p]["scales"].numel() for p in (params[0], params[1], params[3])
+    )
     expected = quantized + 4 * 30 + sum(param.numel() for param in params[1:])
     assert optimizer.memory_report()["state_bytes"] == expected
     half = leaf(torch.randn(5000).half())
@@ -211,9 +215,11 @@ def test_compensated_state_by_dtype() -> None:
     assert not late.state
 
 
-def test_switching_compensation_on_and_off() -> None:
-    param = leaf(torch.randn(70, 90).bfloat16())
-    optimizer = Lion8bit([param], lr=1e-5)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("layout", ["ragged rows", "channels last", "strided"])
+def test_switching_compensation_on_and_off(layout: str, bits: int) -> None:
+    param = leaf(LAYOUTS[layout]().bfloat16())
+    optimizer = Lion8bit([param], lr=1e-5, optim_bits=bits)
     for rounding in ("auto", "compensated", "compensated", "nearest", "compensated"):
         before = param.detach().clone()
         optimizer.param_groups[0]["weight_rounding"] = rounding

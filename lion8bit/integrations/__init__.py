@@ -9,25 +9,26 @@ from typing import Any
 
 from torch import Tensor
 
-from lion8bit.optimizer import Lion8bit
+from lion8bit.optimizer import Lion4bit, Lion8bit
 
 
 def register_timm() -> None:
     """Makes "lion8bit" a name that timm knows: ``create_optimizer_v2(model, opt="lion8bit")`` and ``--opt lion8bit``.
 
-    Needs timm 1.0.12 or newer.
+    "lion4bit" is another one, for `Lion4bit`. Needs timm 1.0.12 or newer.
     """
     from timm.optim._optim_factory import OptimInfo, default_registry
 
-    default_registry.register(
-        OptimInfo(
-            name="lion8bit",
-            opt_class=Lion8bit,
-            description="Lion with 8-bit momentum",
-            has_eps=False,
-            has_betas=True,
+    for bits, opt_class in ((8, Lion8bit), (4, Lion4bit)):
+        default_registry.register(
+            OptimInfo(
+                name=f"lion{bits}bit",
+                opt_class=opt_class,
+                description=f"Lion with {bits}-bit momentum",
+                has_eps=False,
+                has_betas=True,
+            )
         )
-    )
 
 
 def find(optimizer: Any) -> Lion8bit:

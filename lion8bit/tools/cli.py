@@ -130,7 +130,7 @@ def convert(as_json: bool, **settings: Any) -> None:
     The state may be the whole file (as Trainer's optimizer.pt) or be stored
     under "optimizer", "optimizer_state_dict" or "optimizer_states"; everything
     else in the file stays. Momentum is exact, except where it is encoded to
-    8 bits again.
+    8 or 4 bits again.
 
     Examples:
       lion8bit convert optimizer.pt ours.pt
@@ -191,9 +191,9 @@ CONVERT: list[Option] = [
     ("source", Path, None, "File of torch.save with an optimizer's state."),
     ("target", Path, None, "File to write."),
     ("--to", str, "lion8bit", "lion8bit, lion-pytorch, timm, flashoptim, torch-optimi or bitsandbytes: who loads it."),
-    ("--block-size", int, 128, "Elements per scale of lion8bit: 64, 128 or 256."),
+    ("--block-size", int, None, "Elements per scale of lion8bit: 64, 128 or 256. Default: 128, or 64 with 4 bits."),
     ("--min-8bit-size", int, 4096, "Smaller parameters keep fp32 momentum in lion8bit."),
-    ("--optim-bits", int, 8, "8, or 32 for fp32 momentum in lion8bit."),
+    ("--optim-bits", int, 8, "Bits of the momentum in lion8bit: 8, 4, or 32 for fp32."),
     ("--force", bool, False, "Overwrite the target."),
 ]
 COMMANDS: dict[str, tuple[Callable[..., None], list[Option]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from lion8bit.checkpoints import SHAPED, convert_state_dict, export_state_dict, parts_of
 from lion8bit.files import write_whole
+from lion8bit.layout import check_block_size, packed_shape
 from lion8bit.loading import check_structure, naming
 from lion8bit.optimizer import Lion8bit
-from lion8bit.state import check_tensor
+from lion8bit.state import check_tensor, momentum_bits, saved_shape
 
 OWN = "lion8bit"
 WRAPPERS = ("optimizer", "optimizer_state_dict", "optimizer_states")  # where trainers put the optimizer's state
@@ -43,14 +45,14 @@ def convert_file(
     target: Path,
     to: str = OWN,
     *,
-    block_size: int = 128,
+    block_size: int | None = None,
     min_8bit_size: int = 4096,
     optim_bits: int = 8,
     force: bool = False,
 ) -> dict[str, Any]:
     """Converts the optimizer's state in a file of `torch.save`; everything else in it stays as it is.
 
-    No model is needed, because the momentum has the shape of its parameter.
+    No model is needed, because the state has the shape of its parameter.
 
     Args:
         source: holds the ``state_dict()`` of a Lion, itself or under one of `WRAPPERS`. It is read with weights_only,
@@ -83,7 +85,7 @@ def convert_file(
             optimizers=1,
             parameters=sum(len(group["params"]) for group in before["param_groups"]),
             with_state=len(after["state"]),
-            elements=sum(_momentum_like(state).numel() for state in _states(before)),
+            elements=sum(_elements(state) for state in _states(before)),
             bytes_before=_bytes(before),
             bytes_after=_bytes(after),
         )
@@ -195,19 +197,36 @@ def _parameters(saved: dict[str, Any], dtype: torch.dtype = torch.float32) -> li
             with naming(number):
                 state = parts_of(saved["state"].get(number, {}))
                 like = torch.bfloat16 if "residual" in state else dtype
-                params.append(torch.empty_like(_momentum_like(state), dtype=like))
+                params.append(_parameter(state, group, like))
         groups.append({"params": params})
     return groups
 
 
+def _parameter(state: dict[str, Any], group: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """A parameter that the state fits; empty where there is none."""
+    tensor = _momentum_like(state)
+    if momentum_bits(state) != 4:
+        return torch.empty_like(tensor, dtype=dtype)
+    check_block_size(group.get("block_size"))
+    shape = saved_shape(state)
+    wanted = packed_shape(shape, group["block_size"])
+    if tuple(tensor.shape) != wanted:  # else a damaged shape could ask for any amount of memory
+        raise ValueError(f"codes must be {wanted} for a parameter of shape {shape}, got {tuple(tensor.shape)}")
+    return torch.empty(shape, dtype=dtype)
+
+
 def _momentum_like(state: dict[str, Any]) -> Tensor:
-    """The tensor of a parameter's state that has the parameter's shape."""
+    """The tensor of a parameter's state that has the parameter's shape, or its 4-bit codes."""
     for name in SHAPED:
         if name in state:
             check_tensor(name, state[name])
             tensor: Tensor = state[name]
             return tensor
     return torch.empty(0)
+
+
+def _elements(state: dict[str, Any]) -> int:
+    return math.prod(saved_shape(state)) if momentum_bits(state) == 4 else _momentum_like(state).numel()
 
 
 def _states(saved: dict[str, Any]) -> list[dict[str, Any]]:
