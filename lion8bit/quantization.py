@@ -44,9 +44,10 @@ def quantize(momentum: Tensor, block_size: int | None = None, bits: int = 8) -> 
         bits: of a code, 8 or 4.
 
     Returns:
-        codes: int8, the shape and strides of ``momentum``; or uint8, two codes in a byte, [rows, ceil(cols/2)], or
-            [ceil(elements/2)] where rows are shorter than a block.
-        scales: fp32, [rows, blocks_per_row], or [blocks] where rows are shorter than a block.
+        codes: int8, the shape and strides of ``momentum``; or uint8, two in a byte, [rows, ceil(cols/2)].
+        scales: fp32, [rows, blocks_per_row].
+
+        Where rows are shorter than a block, these are [ceil(elements/2)] and [blocks].
 
     Raises:
         ValueError: ``momentum`` is not dense, or has values that are not finite or reach 2^127; or an option has a
