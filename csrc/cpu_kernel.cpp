@@ -500,7 +500,7 @@ step_blocks(Blocks<typename Param::Element, typename Grad::Element, Momentum<mom
         Ints largest = {}, touched = {}, skipped_lanes = {};  // a true lane is -1
         const auto step_pair = [&](auto ordinary_, const Codec& codec, const WideHyper& constants, int place,
                                    Ints* residuals) LION8BIT_INLINE {
-            constexpr bool ordinary = decltype(ordinary_)::value;
+            constexpr bool ordinary = decltype(ordinary_)::value, clamped = ordinary && momentum_bits == 8;
             const Pair<Floats> grads = Grad::template read<woven>(at.grad + place);
             Floats p[2], g[2] = {grads.first, grads.second}, m[2];
             if constexpr (quantized) {
@@ -524,8 +524,7 @@ step_blocks(Blocks<typename Param::Element, typename Grad::Element, Momentum<mom
                 p[0] = params.first, p[1] = params.second;
             }
             for (int i = 0; i < 2; ++i) {
-                const auto bad = lion_step < general, ordinary,
-                           ordinary && momentum_bits == 8 > (constants, p[i], g[i], m[i]);
+                const auto bad = lion_step<general, ordinary, clamped>(constants, p[i], g[i], m[i]);
                 if constexpr (!ordinary) {
                     skipped_lanes += bad;
                     touched |= bits(g[i]);

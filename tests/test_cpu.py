@@ -123,8 +123,9 @@ def test_any_case_equals_reference(rows: int, cols: int, **case) -> None:
     check(shape, case.pop("param_dtype"), case.pop("grad_dtype"), case.pop("block_size"), **case)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_blocks_at_the_border_of_the_ordinary(dtype: torch.dtype) -> None:
+def test_blocks_at_the_border_of_the_ordinary(dtype: torch.dtype, bits: int) -> None:
     """Blocks whose elements need no tests take a shorter path; these are close to its limits, on both sides.
 
     Momenta of 2^-99 to 2^9; gradients that cancel them exactly or nearly, too large, bad, tiny or zero; many lr.
@@ -134,11 +135,11 @@ def test_blocks_at_the_border_of_the_ordinary(dtype: torch.dtype) -> None:
         (-99, -75, -57, -56, -55, 7, 8), (0.0, 1e-42, 1e-4, 1.0, 2.0**40), (0.5, 0.0, 2.0**-6, 0.9), (0.5, 0.99)
     ):
         hyper = make_hyper(lr=lr, betas=(beta1, beta2), weight_decay=0.5, weight_rounding="nearest")
-        expected, *ours = (RowsState((rows, 128), dtype, 128, 8, 0) for _ in range(1 + len(AVAILABLE)))
+        expected, *ours = (RowsState((rows, 128), dtype, 128, bits, 0) for _ in range(1 + len(AVAILABLE)))
         momentum = torch.randn(rows, 128, generator=generator).clamp(-1, 1) * 2.0**power
         momentum[0, 5] = 0.0
-        codes, scales = reference.encode(momentum, 128)
-        decoded = decode(codes, scales, 128)
+        codes, scales = reference.encode(momentum, 128, bits)
+        decoded = decode(codes, scales, 128, 128)
         grad = torch.randn(rows, 128, generator=generator) * 2.0**power
         grad[1, ::2] = -decoded[1, ::2]
         grad[2] = -decoded[2]
