@@ -20,6 +20,7 @@ from common import FLUSH_BYTES, console, describe, environment, make_params, new
 
 from lion8bit import Lion8bit
 from lion8bit.backends import cuda, nvrtc
+from lion8bit.layout import WEIGHT_ROUNDING
 
 DESCRIPTION = """\
 Which tuning of the CUDA kernel is the fastest on this GPU? Every variant must have the bits of the present choice on
@@ -34,7 +35,9 @@ examples:
   python benchmarks/gpu_tune.py --dry                   registers and spills, without a GPU
 """
 
-CASES = {name.rpartition(" ")[2]: case for name, case in list(sass.CASES.items())[:4]}  # fp32, then bf16 by rounding
+CASES = {  # fp32, then bf16 by rounding
+    name.rpartition(" ")[2]: sass.CASES[name] for name in ("fp32", *(f"bf16, {how}" for how in WEIGHT_ROUNDING))
+}
 DTYPES = {sass.FP32: torch.float32, sass.BF16: torch.bfloat16}
 DRY_CAPABILITIES = (80, 89, 90, 120)
 SHAPES = ((4096, 4096), (513, 8000), (7, 100_003))  # whole blocks, rows that end in short blocks, odd addresses
