@@ -344,7 +344,8 @@ def draw(pyplot: Any, cases: dict[tuple[str, str], dict[str, Row]]) -> Any:
     """Each workload's first case: momentum error, sign differences and drift over the steps."""
     shown = {key[0]: (key, rows) for key, rows in reversed(cases.items())}
     figure, axes = pyplot.subplots(len(shown), 3, figsize=(15, 3 * len(shown)), squeeze=False, layout="constrained")
-    greens, others = iter(pyplot.get_cmap("Greens")((0.5, 0.7, 0.9))), iter(pyplot.get_cmap("tab10")((1, 3, 4, 5)))
+    greens = iter(pyplot.get_cmap("Greens")((0.4, 0.55, 0.7, 0.9)))
+    others = iter(pyplot.get_cmap("tab10")((1, 3, 4, 5, 6)))
     formats = [key for key in next(iter(cases.values())) if FORMATS[key].role != "control"]
     colours = {key: next(greens if FORMATS[key].role == "ours" else others) for key in formats}
     for line, ((workload, case), rows) in zip(axes, reversed(shown.values()), strict=True):
