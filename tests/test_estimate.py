@@ -194,7 +194,7 @@ def test_every_call_that_could_execute_a_models_code_says_whether() -> None:
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config"):
                 calls += 1
                 assert "trust_remote_code" in {word.arg for word in node.keywords}, f"{file}:{node.lineno}"
-    assert calls == 6
+    assert calls == 8
 
 
 def test_command_reports_bad_input(
