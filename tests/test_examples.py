@@ -196,7 +196,11 @@ def test_an_interrupted_run_reports_what_it_did(
     seen: list[str] = []
     monkeypatch.setattr(finetune.Progress, "update", lambda *_, description, **__: interrupt(description))
     options = ["--shape", "tiny", "--sequence", "64", "--device", "cpu", "--json", str(tmp_path / "record.json")]
-    assert finetune.main(options) == 130
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
+    try:
+        assert finetune.main(options) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
     record = json.loads((tmp_path / "record.json").read_text())
     assert len(record["losses"]) == len(record["seconds"]) == 2 and seen == [f"loss {record['losses'][0]:.3f}"]
     assert record["interrupted"] == "optimizer of step 2" and "INTERRUPTED: " in capsys.readouterr().out
