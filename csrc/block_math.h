@@ -32,9 +32,8 @@ namespace lion8bit {
 // A parameter is [rows, cols] in memory order. rows is shape[0], or 1 for a vector and where rows would be shorter than
 // a block. A row has ceil(cols / block_size) blocks; the last one may be short.
 //
-//   codes   [rows, cols]            int8   -127..127; 0 is an exact zero
-//        or [rows, ceil(cols / 2)]  uint8  two codes of 4 bits, -7..7, the first one in the low half; 0 is an exact
-//        zero
+//   codes   [rows, cols]            int8   -127..127; here and below 0 is an exact zero
+//        or [rows, ceil(cols / 2)]  uint8  two codes of 4 bits, -7..7, the first one in the low half
 //   scales  [rows, blocks_per_row]  fp32   s = max |m| over the block, or 0 if that is below kMinScale; its low byte is
 //                                          the dither of the block
 

@@ -14,7 +14,7 @@ FORMAT_VERSION = 4
 LOADED_VERSIONS = (2, 3, FORMAT_VERSION)
 BLOCK_SIZES = (64, 128, 256)
 CODES: dict[int, torch.dtype] = {8: torch.int8, 4: torch.uint8}  # dtype of the codes by their bits; 4: two in a byte
-DEFAULT_BLOCK_SIZE = {4: 64, 8: 128, 32: 128}  # by bits
+DEFAULT_BLOCK_SIZE = {4: 64, 8: 128}  # by bits of the codes
 MIN_SCALE = 2.0**-100  # a block whose largest magnitude is below it is stored as zeros
 MOMENTUM_LIMIT = 2.0**127  # magnitudes of the momentum and scales are below it
 
@@ -154,6 +154,11 @@ def scales_shape(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
     rows, cols = rows_and_cols(shape, block_size)
     blocks = blocks_per_row(cols, block_size)
     return (blocks,) if is_narrow(shape, block_size) else (rows, blocks)
+
+
+def code_bits(codes: torch.Tensor) -> int:
+    """How many bits a code has, 4 or 8, by the dtype of the codes."""
+    return 4 if codes.dtype == CODES[4] else 8
 
 
 def bytes_per_row(cols: int, bits: int) -> int:

@@ -17,6 +17,7 @@ from lion8bit.layout import (
     bytes_per_row,
     check_bits,
     check_block_size,
+    code_bits,
     in_memory_order,
     memory_order,
     packed_shape,
@@ -104,7 +105,7 @@ def dequantize(
     """
     if codes.dtype not in CODES.values() or scales.dtype != torch.float32:
         raise TypeError(f"codes must be int8 or uint8 and scales float32, got {codes.dtype} and {scales.dtype}")
-    bits = 8 if codes.dtype == CODES[8] else 4
+    bits = code_bits(codes)
     block_size = DEFAULT_BLOCK_SIZE[bits] if block_size is None else block_size
     check_block_size(block_size)
     if bits == 4:
@@ -170,7 +171,7 @@ def check_codes(codes: Tensor, cols: int = 0) -> None:
         codes: int8, or `packed` ones.
         cols: of packed codes; an odd row ends with half a byte, which must be 0.
     """
-    if codes.dtype == CODES[8]:
+    if code_bits(codes) == 8:
         bad = _first_not(lambda piece: piece >= -127, codes)
         if bad is not None:
             raise ValueError(f"codes must be in [-127, 127], got {bad:.0f}")

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lion8bit.layout import (
     CAUTIOUS,
-    CODES,
     COUPLED_DECAY,
     MAXIMIZE,
     MIN_SCALE,
@@ -23,6 +22,7 @@ from lion8bit.layout import (
     WEIGHT_ROUNDING,
     Hyper,
     blocks_per_row,
+    code_bits,
 )
 
 RANGE_SQUARED = {4: 7.0 * 7.0, 8: 126.5 * 126.5}  # A * A by bits; |A + dither| rounds to at most 7 and 127
@@ -120,8 +120,8 @@ def decode(codes: Tensor, scales: Tensor, block_size: int, cols: int | None = No
         8 bits:  t = code - u;  m = t*|t| * (s * 1/(A*A)), and 0 for the code 0
         4 bits:  m = code*|code - 2*u| * (s * 1/(A*A))
 
-    Over the dither, the mean of the second is the momentum that was encoded, exactly; that of the first is s/(12*A*A)
-    larger in magnitude, which 4 bits could not afford.
+    Over the dither, the mean of the second is the momentum that was encoded, exactly. That of the first is larger in
+    magnitude by s/(12*A*A). With 4 bits this would be s/588 in every step.
 
     Args:
         codes: [rows, cols] int8, or `packed` ones.
@@ -134,7 +134,7 @@ def decode(codes: Tensor, scales: Tensor, block_size: int, cols: int | None = No
     """
     cols = codes.shape[1] if cols is None else cols
     u = dither(scales)[..., None]
-    if codes.dtype == CODES[4]:
+    if code_bits(codes) == 4:
         blocks = to_blocks(unpacked(codes, cols), block_size).float()
         return from_blocks(blocks * (blocks - 2 * u).abs() * (scales * RECIPROCAL_RANGE[4])[..., None], cols)
     blocks = to_blocks(codes, block_size)
@@ -329,7 +329,7 @@ def lion_step(
     if scales is None:
         targets, values = [*targets, momentum], [*values, averaged]
     else:
-        bits = 8 if momentum.dtype == CODES[8] else 4
+        bits = code_bits(momentum)
         new_codes, new_scales = encode(averaged, hyper.block_size, bits)
         decayed = decayed_scale(scales, hyper.beta)
         idle = (steepest == 0) & (decayed >= MIN_SCALE)

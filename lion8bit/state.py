@@ -14,6 +14,7 @@ from lion8bit.layout import (
     DTYPES,
     FORMAT_VERSION,
     LOADED_VERSIONS,
+    code_bits,
     is_narrow,
     mark_order,
     memory_order,
@@ -95,7 +96,7 @@ def new_state(param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
 def _placed(codes: Tensor, scales: Tensor, param: Tensor, block_size: int) -> dict[str, Any]:
     """Codes and scales of the local part of a parameter as its state, placed as it is."""
     placed_scales = as_part_of(param, scales, scales_shape(param.shape, block_size))
-    if codes.dtype == CODES[8]:
+    if code_bits(codes) == 8:
         return {"codes": as_part_of(param, codes, param.shape), "scales": placed_scales}
     whole_codes = as_part_of(param, codes, packed_shape(param.shape, block_size))
     # A tensor, because torch.distributed.checkpoint flattens state of tensors and numbers only.
@@ -141,7 +142,7 @@ def momentum_bits(state: Mapping[str, Any]) -> int:
     """How many bits the momentum of a parameter's state has: 4, 8 or 32."""
     if "codes" not in state:
         return 32
-    return 4 if getattr(state["codes"], "dtype", None) == CODES[4] else 8
+    return code_bits(state["codes"]) if isinstance(state["codes"], Tensor) else 8  # `check_state` refuses the others
 
 
 def _asked_bits(param: Tensor, group: Mapping[str, Any]) -> int:

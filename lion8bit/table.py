@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lion8bit.device_scalars import UpdateCounts
-from lion8bit.layout import CODES, DTYPES, Hyper, TensorRow, memory_order, unmark_order
+from lion8bit.layout import DTYPES, Hyper, TensorRow, code_bits, memory_order, unmark_order
 from lion8bit.sharding import is_dtensor, local, local_state, place_in_whole
 from lion8bit.state import STATE_TENSORS, check_state, step_count
 
@@ -47,9 +47,8 @@ class Entry:
 
     @property
     def momentum_bits(self) -> int:
-        if self.scales is None:
-            return 32
-        return 4 if self.momentum.dtype == CODES[4] else 8
+        """4, 8, or 32 for fp32."""
+        return 32 if self.scales is None else code_bits(self.momentum)
 
 
 def make_entry(
